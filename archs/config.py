@@ -1,0 +1,109 @@
+"""What it takes to rebuild a model: sizes, one choice for each slot, and the options of those choices."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from .registry import SLOTS, slot_class, slot_options, unknown
+
+SHAREABLE = ("mixer", "ffn")
+NORMS = ("post", "pre")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a model and one choice for each slot.
+
+    kind: assembly ("lm"). vocab_size, max_len: rows of the token and position embeddings. dim, depth, ffn_dim: model
+    width, number of blocks, hidden width of the ffn. dropout: probability in [0, 1). norm: "post" or "pre".
+    mixer, residual, ffn, head: registered slot choices. share: which of ("mixer", "ffn") have one set of weights for
+    all blocks; norms stay individual. options: keyword arguments of the chosen slots' constructors.
+
+    Raises ValueError that names the field, its value and what is allowed.
+    """
+
+    kind: str = "lm"
+    vocab_size: int = 30522
+    max_len: int = 128
+    dim: int = 256
+    depth: int = 6
+    ffn_dim: int = 1024
+    dropout: float = 0.0
+    norm: str = "post"
+    mixer: str = "grassmann"
+    residual: str = "plain"
+    ffn: str = "mlp"
+    head: str = "tied"
+    share: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "max_len", "dim", "depth", "ffn_dim"):
+            self._check_size(name)
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {NORMS}, got {self.norm!r}")
+        if isinstance(self.share, str) or not set(self.share) <= set(SHAREABLE):
+            raise ValueError(f"share must be a tuple of names from {SHAREABLE}, got {self.share!r}")
+        object.__setattr__(self, "share", tuple(self.share))
+        object.__setattr__(self, "options", {name: _frozen(value) for name, value in self.options.items()})
+        self._check_options()
+
+    def _check_size(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+    def _check_options(self) -> None:
+        known = slot_options(self.choices)
+        for name in self.options:
+            if name not in known:
+                chosen = ", ".join(f"{slot}={choice!r}" for slot, choice in self.choices.items())
+                raise unknown(f"option of {chosen}:", name, known)
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """The choice made for each slot."""
+        return {slot: getattr(self, slot) for slot in SLOTS}
+
+    def override(self, **overrides: Any) -> "ModelConfig":
+        """A copy with fields replaced and options set, both given flat; ValueError with the nearest names if unknown.
+
+        Options of this config that no slot of the result has (because the slot's choice changed) are dropped.
+        """
+        names = {f.name for f in fields(self)} - {"kind", "options"}
+        given = {**overrides.pop("options", {}), **overrides}
+        changed = {name: value for name, value in given.items() if name in names}
+        choices = {slot: changed.get(slot, choice) for slot, choice in self.choices.items()}
+        for slot, choice in choices.items():
+            slot_class(slot, choice)
+        known = slot_options(choices)
+        for name in given.keys() - names - known:
+            raise unknown("option", name, names | known)
+        kept = {name: value for name, value in self.options.items() if name in known}
+        options = {**kept, **{name: value for name, value in given.items() if name not in names}}
+        return replace(self, **changed, options=options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict that `json.dumps` takes; tuples become lists."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """The inverse of `to_dict`; lists become tuples again. ValueError for an unknown key."""
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise unknown("model config key", name, known)
+        return cls(**{name: value if name == "options" else _frozen(value) for name, value in values.items()})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

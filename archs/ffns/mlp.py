@@ -1,0 +1,34 @@
+"""The two-layer perceptron, the baseline ffn."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..init import init_weights
+from ..registry import register_slot
+
+
+@register_slot("ffn", "mlp")
+class MLP(nn.Module):
+    """W₂ GELU(W₁ x + b₁) + b₂ with the exact GELU: (…, dim) → (…, hidden_dim) → (…, dim)."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.up = nn.Linear(dim, hidden_dim, **dd)
+        self.down = nn.Linear(hidden_dim, dim, **dd)
+        self.apply(init_weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward FLOPs a token, whatever the sequence length."""
+        return 2 * (self.up.weight.numel() + self.down.weight.numel())

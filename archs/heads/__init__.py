@@ -1,0 +1,10 @@
+"""Heads: features to logits.
+
+A head is constructed as `Head(dim, num_classes, embedding=None, *, options…, device, dtype)`, where `embedding` is the
+model's token embedding if it has one, and has `logits(x)` (…, dim) → (…, num_classes), `loss(x, labels, reduction)`
+without materialised logits, and `flops_per_token()`.
+"""
+
+from .linear import LinearHead, TiedHead
+
+__all__ = ["LinearHead", "TiedHead"]

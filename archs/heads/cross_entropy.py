@@ -1,0 +1,112 @@
+"""Cross entropy of a linear head over a large vocabulary, in chunks of tokens.
+
+`F.linear_cross_entropy` (torch ≥ 2.14) is not used: its chunked form is as fast in float32, but it ignores autocast and
+adds the targets' part of the weight's gradient by `index_add_`, which is not deterministic on CUDA.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Logits alive at a time: 2²⁴ float32 are 64 MiB, enough rows of a 30 k vocabulary for an efficient matrix product.
+CHUNK_ELEMENTS = 1 << 24
+IGNORE = -100
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, *, reduction: str = "mean") -> Tensor:
+    """Cross entropy of logits x Wᵀ that are never all in memory: equal to `F.cross_entropy(x @ weight.T, labels)`.
+
+    x (…, D), weight (V, D), labels (…) int64 with −100 ignored; reduction "mean" (over labels that count; NaN if none
+    does) or "sum". Gradients are computed chunk by chunk in the forward pass. Products run in x's dtype, or in
+    autocast's; softmax, loss and the weight's gradient in float32 (float64 for float64). Deterministic. Not
+    differentiable twice. ValueError for another reduction or shapes that do not fit.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    if x.shape[:-1] != labels.shape or x.shape[-1] != weight.shape[-1]:
+        shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}"
+        raise ValueError(f"x (…, D), weight (V, D) and labels (…) must fit, got {shapes}")
+    labels = labels.reshape(-1)
+    device = x.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    compute = torch.float64 if x.dtype is torch.float64 else compute
+    differentiate = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    total = _summed(x.reshape(-1, x.shape[-1]), weight, labels, compute, differentiate)[0]
+    return total if reduction == "sum" else total / (labels != IGNORE).sum()
+
+
+@torch.library.custom_op("grassland::linear_cross_entropy", mutates_args=())
+def _summed(
+    x: Tensor, weight: Tensor, labels: Tensor, compute: torch.dtype, differentiate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss of x (N, D) and its gradients by x and weight (empty unless `differentiate`)."""
+    accumulate = torch.float64 if x.dtype is torch.float64 else torch.float32
+    total = x.new_zeros((), dtype=accumulate)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if differentiate else x.new_empty(0)
+    grad_weight = weight.new_zeros(weight.shape if differentiate else 0, dtype=accumulate)
+    matrix = weight.to(compute)
+    # The op's own dtypes hold inside it, not autocast's.
+    with torch.autocast(x.device.type, enabled=False):
+        for rows in _chunks(x.shape[0], weight.shape[0]):
+            features = x[rows].to(compute)
+            losses, grad = _chunk(features @ matrix.t(), labels[rows], accumulate, differentiate)
+            total += losses.sum()
+            if differentiate:
+                grad = grad.to(compute)
+                grad_x[rows] = grad @ matrix
+                _add_product(grad_weight, grad.t(), features)
+    return total, grad_x, grad_weight.to(weight.dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _chunks(tokens: int, vocab: int) -> list[slice]:
+    count = -(-tokens * vocab // CHUNK_ELEMENTS)
+    step = max(1, -(-tokens // max(count, 1)))
+    return [slice(start, start + step) for start in range(0, tokens, step)]
+
+
+def _chunk(logits: Tensor, labels: Tensor, dtype: torch.dtype, differentiate: bool) -> tuple[Tensor, Tensor]:
+    """Losses (n,), and softmax − onehot (n, V), zero in ignored rows; overwrites logits."""
+    logits = logits.to(dtype)
+    counted = labels != IGNORE
+    target = torch.where(counted, labels, 0)[:, None]
+    normaliser = logits.logsumexp(-1, keepdim=True)
+    losses = torch.where(counted, (normaliser - logits.gather(1, target))[:, 0], 0)
+    if differentiate:
+        logits.sub_(normaliser).exp_()
+        logits.scatter_(1, target, logits.gather(1, target) - 1)
+        logits.mul_(counted[:, None])
+    return losses, logits
+
+
+@_summed.register_fake
+def _(
+    x: Tensor, weight: Tensor, labels: Tensor, compute: torch.dtype, differentiate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = x.new_empty((), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
+    if not differentiate:
+        return total, x.new_empty(0), weight.new_empty(0)
+    return total, x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    # Without this, autograd would write zeros of the weight's size for the two outputs that nobody uses.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None
+    grad_x, grad_weight = ctx.saved_tensors
+    return grad_x * grad.to(grad_x.dtype), grad_weight * grad.to(grad_weight.dtype), None, None, None
+
+
+_summed.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,72 @@
+"""Linear heads, with a weight of their own or the token embedding's."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..init import init_weights
+from ..registry import register_slot
+from .cross_entropy import linear_cross_entropy
+
+
+@register_slot("head", "linear")
+class LinearHead(nn.Module):
+    """logits = W x with a weight (num_classes, dim) of its own and no bias."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        embedding: nn.Embedding | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, num_classes, bias=False, device=device, dtype=dtype)
+        self.apply(init_weights)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.proj.weight
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(…, dim) → (…, num_classes)."""
+        return F.linear(x, self.weight)
+
+    def loss(self, x: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross entropy of x (…, dim) against labels (…) int64, −100 ignored, without materialised logits.
+
+        reduction: "mean" over the labels that count (NaN if none does, as in PyTorch) or "sum". A float32 scalar,
+        float64 for float64 input.
+        """
+        return linear_cross_entropy(x, self.weight, labels, reduction=reduction)
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs a token."""
+        return 2 * self.weight.numel()
+
+
+@register_slot("head", "tied")
+class TiedHead(LinearHead):
+    """logits = W x with the token embedding's weight. ValueError without an embedding."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        embedding: nn.Embedding | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        if embedding is None:
+            raise ValueError("head='tied' needs a model with a token embedding; use head='linear'")
+        # In a tuple the embedding is not registered again: a state dict has the weight once, and the tie survives
+        # `to_empty` and `deepcopy`, which a shared Parameter would not.
+        self._tied = (embedding,)
+
+    @property
+    def weight(self) -> Tensor:
+        return self._tied[0].weight

@@ -1,0 +1,154 @@
+"""Checkpoints: a folder with `config.json` and `model.safetensors`, written atomically, read without running code."""
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .registry import assembly_class
+
+FORMAT, VERSION = "grassland", 1
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+
+
+class MissingCheckpointError(CheckpointError, FileNotFoundError):
+    """A checkpoint's file that is not there."""
+
+
+def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Replace a file by `content` (bytes, or a function that writes into a binary file) so that a kill at any instant
+    leaves either the old file or the new one, whole and on disk. Parent folders are made.
+
+    Whatever goes wrong (a full disk, an error in `content`), the old file stays and the temporary one is removed.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_model(model: nn.Module, path: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None) -> None:
+    """Write a model made by `create_model` into the folder `path`; each file atomically, the weights first.
+
+    `config.json` is {"format": "grassland", "version": 1, "model": {…}, **extra}; extra must be JSON-safe. Tensors that
+    the model shares between slots are stored once.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"model must have a ModelConfig as its .config, got {type(model).__name__} without one")
+    header = {"format": FORMAT, "version": VERSION, "model": config.to_dict()}
+    if clash := header.keys() & (extra or {}).keys():
+        raise ValueError(f"extra must not contain {sorted(clash)}")
+    text = json.dumps({**header, **(extra or {})}, indent=2) + "\n"
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    atomic_write(Path(path) / WEIGHTS_FILE, lambda file: file.write(save_tensors(tensors, {"format": "pt"})))
+    atomic_write(Path(path) / CONFIG_FILE, text.encode())
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a checkpoint folder's `config.json`, its format checked; what `save_model` got as extra included.
+
+    Raises CheckpointError (MissingCheckpointError if it is not there) that names the file.
+    """
+    file = Path(path) / CONFIG_FILE
+    try:
+        content = json.loads(_read(file))
+    except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{file}: not a {FORMAT} checkpoint ('format' is missing or different)")
+    if content.get("version") != VERSION:
+        raise CheckpointError(f"{file}: version {content.get('version')!r}, this program reads {VERSION}")
+    if not isinstance(content.get("model"), dict):
+        raise CheckpointError(f"{file}: 'model' is missing")
+    return content
+
+
+def load_model(
+    path: str | os.PathLike[str], *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Any:
+    """Rebuild the model that `save_model` wrote into the folder `path`, in evaluation mode.
+
+    dtype None keeps the stored one. Raises CheckpointError that names the file: missing (MissingCheckpointError, also
+    a FileNotFoundError), corrupt or truncated, or tensors that are missing, unexpected or of the wrong shape.
+    """
+    values = read_config(path)["model"]
+    file = Path(path) / CONFIG_FILE
+    try:
+        cls = assembly_class(values.get("kind", ModelConfig.kind))
+        config = cls.config_class.from_dict(values)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    tensors = _read_tensors(Path(path) / WEIGHTS_FILE)
+    stored = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
+    with torch.device("meta"):
+        _check_tensors(cls(config).state_dict(), tensors, Path(path) / WEIGHTS_FILE)
+    model = cls(config, device=device, dtype=dtype or stored)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError as error:
+        raise MissingCheckpointError(f"{file}: no such file") from error
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_tensors(_read(file))
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: corrupt or truncated ({error})") from error
+
+
+def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:
+    if missing := sorted(expected.keys() - found.keys()):
+        raise CheckpointError(f"{file}: {len(missing)} tensors are missing: {_some(missing)}")
+    if surplus := sorted(found.keys() - expected.keys()):
+        raise CheckpointError(f"{file}: {len(surplus)} unexpected tensors: {_some(surplus)}")
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            shapes = f"{tuple(found[name].shape)}, but {CONFIG_FILE} asks for {tuple(tensor.shape)}"
+            raise CheckpointError(f"{file}: {name} has shape {shapes}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

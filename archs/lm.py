@@ -1,0 +1,222 @@
+"""The language model: embeddings, blocks of a mixer and an ffn in their residuals, a head."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its choices)
+from .config import ModelConfig
+from .generate import Window, checked_lengths, stream
+from .init import init_weights
+from .registry import build_slot, register_assembly
+from .sampling import Sampling
+from .sharing import branches
+
+
+class Block(nn.Module):
+    """A mixer and an ffn, each in its residual: stream → (stream, the ffn's auxiliary loss or None)."""
+
+    def __init__(self, mixer: nn.Module, ffn: nn.Module) -> None:
+        super().__init__()
+        self.mixer: Any = mixer
+        self.ffn: Any = ffn
+
+    def forward(self, x: Tensor, state: Any = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        out = self.ffn(self.mixer(x, state, lengths))
+        return out if isinstance(out, tuple) else (out, None)
+
+
+class LMState:
+    """Decoding state of a batch: the mixers' states, layer by layer, and the number of tokens each row has seen."""
+
+    def __init__(self, layers: list[Any], batch_size: int, device: torch.device) -> None:
+        self.layers = layers
+        self.progress = mixers.MixerState(batch_size, device)
+
+
+@register_assembly("lm")
+class LanguageModel(nn.Module):
+    """A causal language model whose four slots `config` chooses. Learned absolute positions, a final LayerNorm.
+
+    Weights start as N(0, 0.02), biases as zero. With device="meta" nothing is allocated; `to_empty` and
+    `reset_parameters` follow.
+    """
+
+    config_class = ModelConfig
+
+    def __init__(
+        self, config: ModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim, **dd)
+        self.positions = nn.Embedding(config.max_len, config.dim, **dd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks: Any = nn.ModuleList(_blocks(config, dd))
+        self.norm = nn.LayerNorm(config.dim, **dd)
+        self.head: Any = build_slot(
+            "head", config.head, config.dim, config.vocab_size, self.embed, **config.options, **dd
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew."""
+        for child in self.children():
+            child.apply(init_weights)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
+        """Logits (B, L, V) of input_ids (B, L) int64; with labels, their cross entropy as a scalar instead.
+
+        labels (B, L) int64: labels[b, t] is the target of position t — the caller has shifted them — and −100 does
+        not count. The logits are then never materialised. reduction: "mean" over the labels that count, or "sum". In
+        training the ffns' auxiliary losses are added.
+
+        Raises ValueError for more than `max_len` tokens, a wrong shape, or (on the CPU) ids outside the vocabulary.
+        """
+        x, auxiliary = self._features(input_ids)
+        if labels is None:
+            return self.head.logits(x)
+        if labels.shape != input_ids.shape:
+            raise ValueError(f"labels must have input_ids' shape {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
+        _check_range("labels", labels.clamp_min(0), self.config.vocab_size)
+        loss = self.head.loss(x, labels, reduction)
+        return loss + sum(auxiliary) if self.training and auxiliary else loss
+
+    def _features(
+        self, ids: Tensor, state: LMState | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Features (B, T, dim) after the final norm, and the auxiliary losses of the layers that have one."""
+        x = self._embed(ids, state)
+        auxiliary = []
+        x = self.blocks[0].mixer.expand(x)
+        for block, layer in zip(self.blocks, state.layers if state else [None] * len(self.blocks), strict=True):
+            x, extra = block(x, layer, lengths)
+            auxiliary += [] if extra is None else [extra]
+        if state is not None:
+            state.progress.advance(ids.shape[1], lengths)
+        return self.norm(self.blocks[-1].ffn.reduce(x)), auxiliary
+
+    def _embed(self, ids: Tensor, state: LMState | None) -> Tensor:
+        if ids.dim() != 2:
+            raise ValueError(f"input_ids must be (B, L), got {tuple(ids.shape)}")
+        end = ids.shape[1] + (state.progress.extent if state else 0)
+        if end > self.config.max_len:
+            raise ValueError(f"input_ids reach length {end}, but the model has max_len={self.config.max_len} positions")
+        _check_range("input_ids", ids, self.config.vocab_size)
+        if state is None or state.progress.fresh:
+            positions = self.positions.weight[: ids.shape[1]]
+        else:
+            # Padding of a ragged chunk may lie past the last position; what it reads does not matter.
+            positions = self.positions(state.progress.positions(ids.shape[1]).clamp_max(self.config.max_len - 1))
+        return self.dropout(self.embed(ids) + positions)
+
+    def init_state(self, batch_size: int) -> LMState:
+        """A decoding state for `batch_size` sequences of up to `max_len` tokens."""
+        weight = self.embed.weight
+        layers = [
+            block.mixer.branch.init_state(batch_size, self.config.max_len, weight.device, weight.dtype)
+            for block in self.blocks
+        ]
+        return LMState(layers, batch_size, weight.device)
+
+    def decode(self, input_ids: Tensor, state: LMState, lengths: Tensor | None = None) -> Tensor:
+        """Logits (B, V) after each row's last token, for a chunk (B, T) that continues the sequences in `state`.
+
+        The state is updated in place. lengths (B,): how many of the chunk's tokens row b has, at least 1, the rest
+        being right padding; None for all.
+        """
+        x, _ = self._features(input_ids, state, lengths)
+        last = x[:, -1] if lengths is None else x[torch.arange(x.shape[0], device=x.device), lengths - 1]
+        return self.head.logits(last)
+
+    def generate_stream(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_id: int | None = None,
+        prompt_lengths: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Like `generate`, but yields the tokens (B,) of every step as they come; the model is in evaluation mode
+        until the iterator is exhausted or closed."""
+        window = self._window(input_ids, prompt_lengths, max_new_tokens, eos_id or 0)
+        sampling = Sampling(temperature, top_k, top_p)
+        return stream(self, window, max_new_tokens, sampling, eos_id, generator)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_id: int | None = None,
+        prompt_lengths: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue the prompts input_ids (B, T) by at most `max_new_tokens` tokens: (B, T + new).
+
+        Prompts of different length are right-padded, with `prompt_lengths` (B,); each row comes back as its prompt,
+        its continuation, and padding (`eos_id`, or 0 without one), and is what it would be alone. temperature 0 is
+        greedy; `top_k` and `top_p` filter first. A row that has produced `eos_id` is finished; generation stops when
+        all are. Past `max_len` tokens a row goes on from the newest max_len // 2 of them, encoded again from
+        position 0. Uses a decoding state: a token costs the same however long the text (Grassmann) or a pass over the
+        KV cache (attention).
+        """
+        window = self._window(input_ids, prompt_lengths, max_new_tokens, eos_id or 0)
+        steps = stream(self, window, max_new_tokens, Sampling(temperature, top_k, top_p), eos_id, generator)
+        produced = sum(1 for _ in steps)
+        return window.tokens[:, : input_ids.shape[1] + produced]
+
+    def _window(self, prompt: Tensor, lengths: Tensor | None, steps: int, pad_id: int) -> Window:
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"max_new_tokens must be an integer of at least 0, got {steps!r}")
+        if not 0 <= pad_id < self.config.vocab_size:
+            raise ValueError(f"eos_id must be in [0, {self.config.vocab_size}), got {pad_id!r}")
+        return Window(prompt, checked_lengths(prompt, lengths), self.config.max_len, steps, pad_id)
+
+    def num_parameters(self) -> int:
+        """Number of parameters; shared ones count once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, seq_len: int, *, training: bool = False) -> int:
+        """FLOPs a token at a sequence length (a multiply-add is two), counted from the modules, norms and activations
+        left out. Training is taken as three times the forward pass."""
+        layers = [part.branch.flops_per_token(seq_len) for block in self.blocks for part in (block.mixer, block.ffn)]
+        forward = sum(layers) + self.head.flops_per_token()
+        return 3 * forward if training else forward
+
+
+def _blocks(config: ModelConfig, dd: dict[str, Any]) -> Iterator[Block]:
+    """The blocks of a config; sublayers count 0, 1, 2, … through mixers and ffns alternately."""
+    keywords = {"norm": config.norm, "dropout": config.dropout, **dd}
+
+    def slot(name: str, *args: object) -> partial[nn.Module]:
+        return partial(build_slot, name, getattr(config, name), *args, **keywords)
+
+    def layers(name: str, *args: object) -> Iterator[Any]:
+        shared = name in config.share
+        return branches(name, getattr(config, name), config.options, config.depth, shared, slot(name, *args))
+
+    pairs = zip(layers("mixer", config.dim), layers("ffn", config.dim, config.ffn_dim), strict=True)
+    residual = partial(build_slot, "residual", config.residual, **keywords, **config.options)
+    for layer, (mixer, ffn) in enumerate(pairs):
+        yield Block(residual(mixer, config.dim, 2 * layer), residual(ffn, config.dim, 2 * layer + 1))
+
+
+def _check_range(name: str, ids: Tensor, vocab_size: int) -> None:
+    # Looking at values on a GPU would wait for it, and under torch.compile would break the graph.
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    low, high = ids.aminmax()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"{name} must be in [0, {vocab_size}), got values from {int(low)} to {int(high)}")

@@ -1,0 +1,19 @@
+"""Mixers: tokens to tokens, (B, T, dim) → (B, T, dim), causal.
+
+A mixer is constructed as `Mixer(dim, *, options…, device, dtype)` and has
+
+- `forward(x, state=None, lengths=None, **layer_options)`: with a state, x continues the sequences that the state has
+  seen, and the state is updated in place. Rows may be of different length: row b's first `lengths[b]` tokens count,
+  the rest is right padding whose outputs mean nothing.
+- `init_state(batch_size, max_len, device=None, dtype=None, **layer_options)`: a fresh state.
+- `flops_per_token(seq_len, **layer_options)`: forward FLOPs a token, averaged over a sequence.
+- `carries_input`: True if the output already blends the input in, so that post-norm adds no residual.
+- `layer_options`: names of options that a model may give as one entry a layer; the methods above take them too, which
+  is how blocks with different options can share one mixer's weights.
+"""
+
+from .attention import CausalAttention
+from .grassmann import CausalGrassmannMixer
+from .state import MixerState
+
+__all__ = ["CausalAttention", "CausalGrassmannMixer", "MixerState"]

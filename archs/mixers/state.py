@@ -1,0 +1,26 @@
+"""What every mixer's decoding state has in common: how much of each row it has seen."""
+
+import torch
+from torch import Tensor
+
+
+class MixerState:
+    """Progress of a batch of sequences: `seen` (B,) int64 tokens a row, and `extent`, the host's bound on it."""
+
+    def __init__(self, batch_size: int, device: torch.device | str | None = None) -> None:
+        self.seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.extent = 0
+
+    @property
+    def fresh(self) -> bool:
+        """True until the first chunk; known without asking the device."""
+        return self.extent == 0
+
+    def positions(self, length: int) -> Tensor:
+        """Absolute positions (B, length) of the next `length` tokens of every row."""
+        return self.seen[:, None] + torch.arange(length, device=self.seen.device)
+
+    def advance(self, length: int, lengths: Tensor | None) -> None:
+        """Count a chunk of `length` tokens, of which row b has `lengths[b]` (all if None)."""
+        self.seen = self.seen + (length if lengths is None else lengths)
+        self.extent += length

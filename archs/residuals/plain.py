@@ -1,0 +1,63 @@
+"""The plain residual connection with pre- or post-norm."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..registry import register_slot
+
+
+@register_slot("residual", "plain")
+class PlainResidual(nn.Module):
+    """Plain residual around a branch f, with a LayerNorm of its own.
+
+        norm="pre":   x + Dropout(f(LN(x)))
+        norm="post":  LN(x + Dropout(f(x)));  Dropout(LN(f(x))) if f has `carries_input`, because a blending mixer has
+                      x in its output already (arXiv 2512.19428, §3.2)
+
+    x (…, dim); extra positional arguments go to the branch. If the branch returns a tuple, its first entry joins the
+    stream and the rest is passed on.
+    """
+
+    def __init__(
+        self,
+        branch: Callable[..., Any],
+        dim: int,
+        layer_index: int = 0,
+        *,
+        norm: str = "post",
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if norm not in ("pre", "post"):
+            raise ValueError(f"norm must be 'pre' or 'post', got {norm!r}")
+        self.branch = branch
+        self.norm_first = norm == "pre"
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, *args: Any) -> Any:
+        """The stream after the branch, or `(stream, *rest)` if the branch returns a tuple."""
+        out = self.branch(self.norm(x) if self.norm_first else x, *args)
+        if isinstance(out, tuple):
+            return (self._join(x, out[0]), *out[1:])
+        return self._join(x, out)
+
+    def _join(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.norm_first:
+            return x + self.dropout(y)
+        if getattr(self.branch, "carries_input", False):
+            return self.dropout(self.norm(y))
+        return self.norm(x + self.dropout(y))
+
+    def expand(self, x: Tensor) -> Tensor:
+        """(…, dim) to the stream: the same."""
+        return x
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """The stream to (…, dim): the same."""
+        return x

@@ -1,0 +1,55 @@
+"""Building one slot for every layer: options given as a schedule over depth, and weights shared across it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from .registry import slot_class
+
+
+class SharedBranch:
+    """A module as another block sees it: the same weights with that block's own layer options.
+
+    Deliberately not a Module, so that the block which owns the module is the only one to register its weights.
+    """
+
+    def __init__(self, module: nn.Module, options: Mapping[str, Any]) -> None:
+        self.module: Any = module
+        self.options = dict(options)
+
+    @property
+    def carries_input(self) -> bool:
+        return getattr(self.module, "carries_input", False)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.module(*args, **self.options)
+
+    def init_state(self, *args: Any) -> Any:
+        return self.module.init_state(*args, **self.options)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        return self.module.flops_per_token(seq_len, **self.options)
+
+
+def branches(
+    slot: str, name: str, options: Mapping[str, Any], depth: int, share: bool, build: Callable[..., nn.Module]
+) -> Iterator[nn.Module | SharedBranch]:
+    """One branch a layer; `build(**options)` makes the module. With `share`, only the first layer's is built."""
+    schedule = partial(_at_layer, getattr(slot_class(slot, name), "layer_options", ()), options)
+    module = build(**{**options, **schedule(0)})
+    yield module
+    for layer in range(1, depth):
+        yield SharedBranch(module, schedule(layer)) if share else build(**{**options, **schedule(layer)})
+
+
+def _at_layer(names: tuple[str, ...], options: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """The layer options that are set, with a schedule (a sequence of sequences) resolved to its entry for `layer`."""
+    at = {}
+    for name in names:
+        if name in options:
+            value = options[name]
+            nested = isinstance(value, tuple) and len(value) > 0 and all(isinstance(entry, tuple) for entry in value)
+            at[name] = value[layer % len(value)] if nested else value
+    return at

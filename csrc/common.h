@@ -1,0 +1,85 @@
+// Shared by the CPU kernels: stable-ABI tensors, matrix products by ATen, run-time choice of the vector unit.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+// One function body, compiled for AVX-512, AVX2 and the baseline; the loader picks what the CPU has.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#define GRASSLAND_MULTIARCH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define GRASSLAND_MULTIARCH
+#endif
+// A clone inherits vectorisation only from what is inlined into it.
+#define GRASSLAND_INLINE __attribute__((always_inline)) static inline
+
+namespace grassland {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kLanes = 16;
+
+struct bf16 {
+  uint16_t bits;
+};
+
+template <typename T>
+constexpr ScalarType kDtype = ScalarType::Float;
+template <>
+inline constexpr ScalarType kDtype<bf16> = ScalarType::BFloat16;
+
+GRASSLAND_INLINE float to_float(float x) { return x; }
+
+GRASSLAND_INLINE float to_float(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+GRASSLAND_INLINE void from_float(float x, float& out) { out = x; }
+
+// Round to nearest even; a NaN stays a NaN.
+GRASSLAND_INLINE void from_float(float x, bf16& out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+}
+
+inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+inline Tensor zeros(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_zeros(like, sizes, dtype);
+}
+
+inline Tensor rows(const Tensor& x, int64_t begin, int64_t end) {
+  Tensor base = x;
+  return torch::stable::narrow(base, 0, begin, end - begin);
+}
+
+// out = a b
+inline void mm(const Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+
+// out = beta * out + a b
+inline void addmm(const Tensor& out, const Tensor& a, const Tensor& b, double beta) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, 1.0));
+}
+
+}  // namespace grassland

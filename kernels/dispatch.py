@@ -1,0 +1,123 @@
+"""Which backend an op runs on, and why."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "eager", "cpp", "triton", "cuda")
+ENVIRONMENT = "GRASSLAND_BACKEND"
+
+
+class BackendError(RuntimeError):
+    """An explicitly requested backend is not there, or cannot take these inputs."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """What an op offers: its name, its backends and the dtypes that each compiled backend takes."""
+
+    name: str
+    dtypes: dict[str, tuple[torch.dtype, ...]]
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        return tuple(name for name in BACKENDS if name in ("reference", "eager") or name in self.dtypes)
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(name: str, **dtypes: tuple[torch.dtype, ...]) -> Op:
+    """Declares an op and the dtypes of its compiled backends (`cpp=…, triton=…, cuda=…`)."""
+    OPS[name] = Op(name, dtypes)
+    return OPS[name]
+
+
+@functools.cache
+def extension_error() -> str | None:
+    """Why grassland.kernels._C cannot be used, or None. The first call loads it."""
+    if importlib.util.find_spec(f"{__package__}._C") is None:
+        return "the extension is not built: reinstall with a C++ compiler and pip install --no-build-isolation"
+    try:
+        importlib.import_module(f"{__package__}._C")
+    except ImportError as error:
+        return f"the extension is built but does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+@functools.cache
+def has_cuda_kernels() -> bool:
+    return extension_error() is None and hasattr(torch.ops.grassland_cuda, "version")
+
+
+@functools.cache
+def triton_error() -> str | None:
+    """Why Triton kernels cannot be used, or None."""
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run on the CPU, in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def missing(op: Op, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why `op` cannot run on `backend` with tensors of this device type and dtype, or None."""
+    if backend not in op.backends:
+        return f"{op.name} has no {backend} kernel; it has {', '.join(op.backends)}"
+    if backend in ("reference", "eager"):
+        return None
+    home = "cpu" if backend == "cpp" or (backend == "triton" and interpreted()) else "cuda"
+    if device != home:
+        return f"the {backend} backend takes {home} tensors, got {device}"
+    if dtype not in op.dtypes[backend]:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in op.dtypes[backend])
+        return f"the {backend} backend of {op.name} takes {allowed}, got {str(dtype).removeprefix('torch.')}"
+    if backend == "triton":
+        return triton_error()
+    if backend == "cuda" and not has_cuda_kernels():
+        return extension_error() or "the extension was built without CUDA: reinstall where nvcc and a CUDA torch are"
+    return extension_error()
+
+
+def preferred(device: str) -> str:
+    return "triton" if device == "cuda" else "cpp"
+
+
+def pick(op: Op, tensor: Tensor, backend: str | None = None) -> str:
+    """The backend for `op` on `tensor`: the argument, else $GRASSLAND_BACKEND, else the device's best.
+
+    An explicit choice that cannot be met raises BackendError; an implicit one falls back to eager.
+    """
+    explicit = backend or os.environ.get(ENVIRONMENT)
+    device = tensor.device.type
+    if explicit is None:
+        choice = preferred(device)
+        return choice if missing(op, choice, device, tensor.dtype) is None else "eager"
+    if explicit not in BACKENDS:
+        source = "backend" if backend else f"${ENVIRONMENT}"
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {explicit!r}")
+    reason = missing(op, explicit, device, tensor.dtype)
+    if reason is not None:
+        raise BackendError(f"{op.name}: backend {explicit!r} is not available: {reason}")
+    return explicit
+
+
+def describe() -> dict[str, dict[str, str]]:
+    """For each op and device type: the backend a float32 tensor gets, or why not the preferred one."""
+    importlib.import_module(f"{__package__}.plucker")
+    report: dict[str, dict[str, str]] = {}
+    for op in OPS.values():
+        report[op.name] = {}
+        for device in ("cpu", "cuda"):
+            choice = preferred(device)
+            reason = missing(op, choice, device, torch.float32)
+            report[op.name][device] = choice if reason is None else f"eager ({reason})"
+    return report

@@ -1,0 +1,104 @@
+"""Causal Grassmann Plücker mixing (arXiv 2512.19428)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from . import eager, op, reference
+
+__all__ = ["plucker_coordinates", "plucker_mix"]
+
+
+def plucker_coordinates(a: Tensor, b: Tensor) -> Tensor:
+    """Plücker coordinates p_ij = a_i b_j - a_j b_i, i < j, of the plane spanned by a and b.
+
+    Args:
+        a, b: (…, r), any floating dtype, shapes that broadcast.
+
+    Returns:
+        (…, r(r-1)/2) in lexicographic order (0,1), (0,2), …, (r-2,r-1).
+
+    Raises:
+        ValueError: when the last dimensions of `a` and `b` differ or are smaller than 2.
+    """
+    if a.dim() == 0 or b.dim() == 0 or a.shape[-1] != b.shape[-1] or a.shape[-1] < 2:
+        raise ValueError(f"a and b must share a last dimension of at least 2, got {tuple(a.shape)} and {tuple(b.shape)}")
+    return reference.plucker_coordinates(a, b)
+
+
+def plucker_mix(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    offsets: Sequence[int],
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """Mean over the causal offsets of the projected, normalised Plücker coordinates of token pairs.
+
+    g_t = 1/n_t sum_{o <= t} (W p^_{t,t-o} + b), p^ = p / max(|p|, eps), p_ij = z_ti z_sj - z_tj z_si with s = t - o and
+    n_t the number of offsets o <= t; g_t = 0 where n_t = 0. Source: arXiv 2512.19428, section 3.2, with the partner in the
+    past, since pairing with t + o shows a position its own target.
+
+    The backward keeps z and weight alone: O(T r) memory. It is not differentiable again, except with
+    `backend="reference"`. Norms are float32 for half-precision inputs, the projection accumulates in float32.
+
+    Args:
+        z: (B, T, r), r >= 2; float32, bfloat16, float16 or float64, any layout; B and T may be 0.
+        weight: (d, r(r-1)/2), columns in the order of `plucker_coordinates`; the dtype of z, or a half dtype beside
+            a float32 z. Under autocast, half of the autocast dtype.
+        bias: (d,) of the weight's dtype, or None.
+        offsets: positive distances, in tokens; one that occurs twice counts twice.
+        eps: smallest norm that is divided by, > 0.
+        backend: "reference", "eager", "cpp" or "triton"; None picks by $GRASSLAND_BACKEND, then by device.
+
+    Returns:
+        g (B, T, d) in the dtype of `weight`.
+
+    Raises:
+        ValueError, TypeError: naming the argument that is wrong, what it was and what is allowed.
+        grassland.kernels.dispatch.BackendError: when a requested backend is not there.
+    """
+    device = z.device.type
+    if torch.is_autocast_enabled(device) and z.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    steps = _check(z, weight, bias, offsets, eps)
+    chosen = dispatch.pick(op.OP, weight if z.dtype == torch.float32 else z, backend)
+    if chosen == "reference":
+        return reference.plucker_mix(z, weight, bias, steps, eps)
+    return op.plucker_mix(z, weight, bias, steps, float(eps), chosen)
+
+
+def _check(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], eps: float) -> list[int]:
+    if z.dim() != 3 or z.shape[-1] < 2:
+        raise ValueError(f"z must be (B, T, r) with r >= 2, got {tuple(z.shape)}")
+    pairs = z.shape[-1] * (z.shape[-1] - 1) // 2
+    if weight.dim() != 2 or weight.shape[1] != pairs:
+        raise ValueError(f"weight must be (d, {pairs}) for r = {z.shape[-1]}, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if not z.is_floating_point():
+        raise TypeError(f"z must be float32, bfloat16, float16 or float64, got {z.dtype}")
+    if weight.dtype != z.dtype and not (z.dtype == torch.float32 and weight.dtype in op.HALVES):
+        raise TypeError(f"weight must have the dtype of z ({z.dtype}) or be half beside float32, got {weight.dtype}")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise TypeError(f"bias must have the dtype of weight ({weight.dtype}), got {bias.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != z.device:
+            raise ValueError(f"{name} must be on the device of z ({z.device}), got {tensor.device}")
+    if not eps > 0:
+        raise ValueError(f"eps must be > 0, got {eps}")
+    return _check_offsets(offsets)
+
+
+def _check_offsets(offsets: Sequence[int]) -> list[int]:
+    steps = [offsets] if isinstance(offsets, int) else list(offsets)
+    if not steps or any(isinstance(o, bool) or not isinstance(o, int) or o < 1 for o in steps):
+        raise ValueError(f"offsets must be one or more positive integers, got {offsets!r}")
+    return steps

@@ -1,0 +1,65 @@
+"""Shapes and inputs of plucker_mix for tests and benchmarks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..testing import Case, Spec, Tensors, normal
+from . import op, plucker_mix
+
+PAPER_OFFSETS = (1, 2, 4, 8, 12, 16)
+
+
+def make(batch: int, length: int, rank: int, dim: int, bias: bool = True) -> Tensors:
+    pairs = rank * (rank - 1) // 2
+    tensors = {"z": normal(batch, length, rank), "weight": normal(dim, pairs, seed=1) / pairs**0.5}
+    return tensors | ({"bias": normal(dim, seed=2)} if bias else {})
+
+
+def degenerate() -> Tensors:
+    """Repeated tokens, a multiple of the token before, a zero token and a tiny one."""
+    tensors = make(2, 9, 6, 5)
+    z = tensors["z"]
+    z[:, 3], z[:, 4], z[:, 5], z[:, 7] = z[:, 2], z[:, 2] * 2, 0, z[:, 7] * 1e-5
+    return tensors
+
+
+def strided() -> Tensors:
+    """Every input non-contiguous."""
+    tensors = make(2, 10, 8, 6)
+    tensors["z"] = tensors["z"].mT.contiguous().mT
+    tensors["weight"] = tensors["weight"].mT.contiguous().mT
+    tensors["bias"] = normal(12, seed=2)[::2]
+    return tensors
+
+
+CASES = [
+    Case("small", lambda: make(2, 7, 4, 3), {"offsets": [1, 2]}),
+    Case("one-token", lambda: make(3, 1, 4, 3), {"offsets": [1]}),
+    Case("empty-batch", lambda: make(0, 5, 4, 3), {"offsets": [1]}),
+    Case("offset-beyond-length", lambda: make(2, 5, 6, 4), {"offsets": [2, 50]}),
+    Case("offset-repeated", lambda: make(1, 12, 6, 4), {"offsets": [3, 3, 1]}),
+    Case("no-bias", lambda: make(2, 9, 5, 7, bias=False), {"offsets": [1, 4]}),
+    Case("rank-2", lambda: make(2, 9, 2, 3), {"offsets": [1, 3]}),
+    Case("odd-sizes", lambda: make(3, 19, 17, 13), {"offsets": [1, 3, 5]}),
+    Case("large-eps", lambda: make(2, 8, 4, 3), {"offsets": [1, 2], "eps": 2.0}),
+    Case("degenerate", degenerate, {"offsets": [1, 2]}),
+    Case("strided", strided, {"offsets": [1, 2]}),
+    Case("paper-rank", lambda: make(2, 40, 32, 48), {"offsets": list(PAPER_OFFSETS)}),
+]
+
+
+def registered(tensors: Tensors, options: dict[str, Any], backend: str) -> list[tuple[Any, tuple]]:
+    z, weight, bias = tensors["z"], tensors["weight"], tensors.get("bias")
+    offsets, eps = options["offsets"], options.get("eps", 1e-6)
+    grad = torch.ones(*z.shape[:2], weight.shape[0], dtype=weight.dtype, device=weight.device)
+    plain = [t.detach() for t in (grad, z, weight)]
+    return [
+        (op.plucker_mix, (z, weight, bias, offsets, eps, backend)),
+        (op.plucker_mix_backward, (*plain, offsets, eps, [True, True, False], backend)),
+    ]
+
+
+SPEC = Spec("plucker_mix", plucker_mix, CASES, registered)

@@ -1,0 +1,75 @@
+"""Registration of plucker_mix: one opaque op whose backend is an argument, and its backward as an op of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from . import eager
+
+HALVES = (torch.bfloat16, torch.float16)
+OP = dispatch.register("plucker_mix", cpp=(torch.float32, torch.bfloat16), triton=(torch.float32, *HALVES))
+
+
+@torch.library.custom_op("grassland::plucker_mix", mutates_args=())
+def plucker_mix(
+    z: Tensor, weight: Tensor, bias: Tensor | None, offsets: list[int], eps: float, backend: str
+) -> Tensor:
+    if backend == "eager":
+        return eager.plucker_mix(z, weight, bias, offsets, eps)
+    if backend == "triton":
+        from . import fused
+
+        return fused.plucker_mix(z, weight, bias, offsets, eps)
+    z, weight = z.float().contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.grassland_cpp.plucker_mix(z, weight, bias, offsets, eps)
+
+
+@plucker_mix.register_fake
+def _(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: list[int], eps: float, backend: str) -> Tensor:
+    return weight.new_empty(z.shape[0], z.shape[1], weight.shape[0])
+
+
+@torch.library.custom_op("grassland::plucker_mix_backward", mutates_args=())
+def plucker_mix_backward(
+    grad: Tensor, z: Tensor, weight: Tensor, offsets: list[int], eps: float, mask: list[bool], backend: str
+) -> list[Tensor]:
+    """[dz, dweight, dbias]; empty (0,) where `mask` says that it is not needed."""
+    if backend == "eager":
+        found = eager.plucker_mix_backward(grad, z, weight, offsets, eps, mask)
+    elif backend == "triton":
+        from . import fused
+
+        found = fused.plucker_mix_backward(grad, z, weight, offsets, eps, mask)
+    else:
+        z32, grad, w = z.float().contiguous(), grad.contiguous(), weight.contiguous()
+        found = torch.ops.grassland_cpp.plucker_mix_backward(grad, z32, w, offsets, eps, *mask)
+        found = [found[0].to(z.dtype), found[1].to(weight.dtype), found[2].to(weight.dtype)]
+    return [g if needed and g is not None else z.new_empty(0) for g, needed in zip(found, mask, strict=True)]
+
+
+@plucker_mix_backward.register_fake
+def _(
+    grad: Tensor, z: Tensor, weight: Tensor, offsets: list[int], eps: float, mask: list[bool], backend: str
+) -> list[Tensor]:
+    full = [torch.empty_like(z), torch.empty_like(weight), weight.new_empty(weight.shape[0])]
+    return [g if needed else z.new_empty(0) for g, needed in zip(full, mask, strict=True)]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    z, weight, _, ctx.offsets, ctx.eps, ctx.backend = inputs
+    ctx.save_for_backward(z, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    mask = list(ctx.needs_input_grad[:3])
+    found = plucker_mix_backward(grad, *ctx.saved_tensors, ctx.offsets, ctx.eps, mask, ctx.backend)
+    dz, dweight, dbias = (g if needed else None for g, needed in zip(found, mask, strict=True))
+    return dz, dweight, dbias, None, None, None
+
+
+plucker_mix.register_autograd(_backward, setup_context=_setup_context)

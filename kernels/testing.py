@@ -1,0 +1,156 @@
+"""What the tests and benchmarks of every op share: cases, the accuracy rule, poisoned memory, ahead-of-time compilation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one call: `make()` gives float64 CPU tensors by argument name, `options` the other arguments."""
+
+    id: str
+    make: Callable[[], Tensors]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self, dtype: torch.dtype = torch.float64, device: str = "cpu", grad: bool = True) -> Tensors:
+        made = {name: t.to(device, dtype if t.is_floating_point() else t.dtype) for name, t in self.make().items()}
+        return {name: t.requires_grad_(grad and t.is_floating_point()) for name, t in made.items()}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One public op as the tests see it.
+
+    call: the public function, called with the tensors and options of a case and `backend`.
+    registered: for a case's tensors and a backend, the (operator, arguments) pairs that opcheck examines.
+    """
+
+    name: str
+    call: Callable[..., Tensor | tuple[Tensor, ...]]
+    cases: Sequence[Case]
+    registered: Callable[[Tensors, dict[str, Any], str], list[tuple[Any, tuple]]]
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+
+def run(spec: Spec, tensors: Tensors, options: dict[str, Any], backend: str) -> Tensors:
+    """Outputs and, for fixed random output gradients, the gradient of every floating-point input."""
+    out = spec.call(**tensors, **options, backend=backend)
+    outputs = [out] if isinstance(out, Tensor) else list(out)
+    results = {f"out{k}": o.detach() for k, o in enumerate(outputs)}
+    wanted = {name: t for name, t in tensors.items() if t.requires_grad}
+    if wanted:
+        cotangents = [normal(*o.shape, seed=100 + k).to(o.device, o.dtype) for k, o in enumerate(outputs)]
+        grads = torch.autograd.grad(outputs, list(wanted.values()), cotangents)
+        results |= {f"d{name}": g for name, g in zip(wanted, grads, strict=True)}
+    return results
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return torch.linalg.vector_norm(found.cpu().double() - truth).item()
+
+
+def check_backend(spec: Spec, case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Against float64: at most twice the error of eager PyTorch in the same dtype, plus a quarter ulp of the norm."""
+    truth = run(spec, case.tensors(), case.options, "reference")
+    eager = run(spec, case.tensors(dtype, device), case.options, "eager")
+    with poisoned():
+        found = run(spec, case.tensors(dtype, device), case.options, backend)
+    for name, exact in truth.items():
+        if found[name].dtype != eager[name].dtype or found[name].shape != exact.shape:
+            raise AssertionError(f"{spec.name} {case.id} {name}: {found[name].dtype} {tuple(found[name].shape)}")
+        allowed = 2 * error(eager[name], exact) + torch.finfo(dtype).eps / 4 * torch.linalg.vector_norm(exact).item()
+        actual = error(found[name], exact)
+        if not actual <= allowed:
+            raise AssertionError(f"{spec.name} {case.id} {name} on {backend}: error {actual:.3e} > {allowed:.3e}")
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Fills every torch.empty with NaN, so that an element which a kernel forgets to write is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch as the launcher made it, ready to be compiled for a chip that is not here."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list]
+    options: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    def compile(self, backend: str, arch: int | str, warp: int) -> Any:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        source = ASTSource(self.kernel, self.signature, self.constexprs, self.attributes)
+        return triton.compile(source, target=GPUTarget(backend, arch, warp), options=self.options)
+
+
+def record_launches(call: Callable[[], Any]) -> list[Launch]:
+    """Runs `call` with every Triton launch noted down instead of made. The tensors may live on any device."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[Launch] = []
+
+    def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(describe_launch(kernel, args, kwargs))
+
+    original = JITFunction.run
+    JITFunction.run = note
+    try:
+        call()
+    finally:
+        JITFunction.run = original
+    return launches
+
+
+def describe_launch(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constexprs, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        signature[parameter.name] = "constexpr" if parameter.is_constexpr else argument_type(value)
+        if parameter.is_constexpr:
+            constexprs[(index,)] = value
+        elif isinstance(value, Tensor) or (not parameter.do_not_specialize and multiple_of_16(value)):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return Launch(kernel, signature, constexprs, attributes, options)
+
+
+def multiple_of_16(value: Any) -> bool:
+    return isinstance(value, int) and value % 16 == 0
+
+
+def argument_type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+        return "*" + (names | {torch.int64: "i64", torch.float64: "fp64", torch.bool: "i1"})[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"

@@ -1,0 +1,1 @@
+"""Training: one loop for every task. `python -m grassland.train` lists the commands."""

@@ -1,0 +1,158 @@
+"""What it takes to run a training: frozen dataclasses that the command line reads and a checkpoint keeps."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from typing_extensions import Self
+
+# What a resumed run may change without changing the numbers of the steps already made.
+RESUMABLE = frozenset(
+    {"steps", "epochs", "eval_every", "save_every", "log_every", "out", "resume", "tensorboard", "samples"}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The settings that every task shares.
+
+    Raises ValueError that names the setting, its value and what is allowed.
+    """
+
+    model: str
+    """A preset of `grassland.archs.list_models()` or an assembly kind ("lm")."""
+    data: str
+    """Where the data comes from: a name, a file or a folder."""
+    set: tuple[str, ...] = ()
+    """Overrides of the model: `--set dim=128 depth=2 mixer=attention offsets=1,2,4`."""
+    out: str | None = None
+    """Folder of the run; by default a fresh one, runs/MODEL-DATA."""
+    resume: str | None = None
+    """Folder of an interrupted run to continue, with its own settings."""
+    steps: int | None = None
+    """Optimiser steps; or give --epochs."""
+    epochs: float | None = None
+    """Passes over the training data, in place of --steps."""
+    batch_size: int = 32
+    """Sequences (or images) in a micro-batch."""
+    grad_accum: int = 1
+    """Micro-batches in an optimiser step."""
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
+    """Muon takes the hidden matrices and leaves the rest to AdamW."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup: int = 100
+    """Steps of linear warm-up."""
+    decay: float = 0.2
+    """Last fraction of the steps over which wsd decays."""
+    floor: float = 0.1
+    """Where the schedule ends, as a fraction of the peak."""
+    weight_decay: float = 0.01
+    """Decoupled decay of weight matrices; norms, biases and embeddings have none."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's moments; the first one is also the momentum of SGD."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 leaves it as it is."""
+    dtype: Literal["bf16", "float32"] = "float32"
+    """Precision of autocast; weights and optimiser state stay float32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
+    compile: bool = False
+    """torch.compile the model."""
+    seed: int = 0
+    """Seeds initial weights, data order, dropout and samples."""
+    eval_every: int = 200
+    """Steps between validations; 0 validates only at the end."""
+    save_every: int = 200
+    """Steps between resumable checkpoints; 0 saves only at the end and on a signal."""
+    log_every: int = 10
+    """Steps between lines of the log."""
+    samples: int = 2
+    """Samples drawn at the end."""
+    tensorboard: bool = False
+    """Also write TensorBoard events."""
+
+    def __post_init__(self) -> None:
+        if self.resume is None and (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"give either steps or epochs, got steps={self.steps} and epochs={self.epochs}")
+        for name in ("steps", "epochs", "batch_size", "grad_accum", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("lr", "warmup", "weight_decay", "clip", "eval_every", "save_every", "samples", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("decay", "floor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict that `json.dumps` takes."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; lists become tuples again. ValueError for an unknown setting."""
+        unknown = sorted(values.keys() - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown setting {', '.join(unknown)} in the run's config")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    def overrides(self) -> dict[str, Any]:
+        """The parsed `--set` arguments."""
+        return dict(map(_override, self.set))
+
+    def changed(self, other: "RunConfig") -> list[str]:
+        """The settings, other than those a resumed run may change, in which `other` differs."""
+        ours, theirs = self.to_dict(), other.to_dict()
+        return [name for name in ours if name not in RESUMABLE and ours[name] != theirs.get(name)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LMConfig(RunConfig):
+    """A causal language model on text."""
+
+    model: str = "grassmann_lm_6l"
+    """A preset of `grassland.archs.list_models()` or the assembly "lm"."""
+    data: str = "pydoc"
+    """pydoc (embedded), a text or parquet file, a folder with train/valid/test files, or a hub name[:config]."""
+    tokenizer: str = "bpe:4096"
+    """bpe:SIZE trains a byte-level BPE; or a vocab.txt, a tokenizer.json, a folder with one, or a hub name."""
+    seq_len: int = 128
+    """Tokens in a block."""
+    text_column: str = "text"
+    """Column of a parquet file or hub data set."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seq_len <= 0:
+            raise ValueError(f"seq_len must be positive, got {self.seq_len}")
+
+
+def default_lm() -> LMConfig:
+    """A small Grassmann LM on the embedded corpus: a minute or two on two CPU cores."""
+    return LMConfig(
+        set=("dim=128", "ffn_dim=512"), steps=300, batch_size=16, lr=2e-3, warmup=30, eval_every=100, save_every=100
+    )
+
+
+def _override(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"--set takes NAME=VALUE, got {text!r}")
+    return name, _value(value)
+
+
+def _value(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return tuple(map(_value, text.strip(",").split(","))) if "," in text else _word(text)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _word(text: str) -> Any:
+    return {"True": True, "False": False, "None": None}.get(text, text)

@@ -1,0 +1,19 @@
+"""Text as token files: sources, tokenisers, a memory-mapped cache, and the order in which blocks are drawn."""
+
+from .blocks import BlockOrder, block_batch, evaluation_batches, num_blocks
+from .corpus import Corpus, Split, load_corpus
+from .sources import load_text
+from .tokenizer import load_tokenizer, save_tokenizer
+
+__all__ = [
+    "BlockOrder",
+    "Corpus",
+    "Split",
+    "block_batch",
+    "evaluation_batches",
+    "load_corpus",
+    "load_text",
+    "load_tokenizer",
+    "num_blocks",
+    "save_tokenizer",
+]

@@ -1,0 +1,156 @@
+"""A corpus: a tokeniser and a memory-mapped token file for each split, cached by the hash of text and tokeniser."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .sources import SPLITS, content_hash, load_text
+from .tokenizer import load_tokenizer, save_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+HEADER = "header.json"
+# Part of every key: raise it when the layout of a cache entry changes.
+LAYOUT = 1
+
+
+@dataclass(frozen=True)
+class Split:
+    """The tokens of a split, and the whitespace-separated words and UTF-8 bytes of the text they stand for."""
+
+    tokens: NDArray
+    words: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenised text. key: the hash of the text and the tokeniser."""
+
+    name: str
+    key: str
+    tokenizer: "Tokenizer"
+    train: Split
+    valid: Split
+    test: Split
+
+
+def load_corpus(source: str, tokenizer: str, column: str = "text", cache: Path | None = None) -> Corpus:
+    """Read, tokenise and cache a text; see `load_text` and `load_tokenizer` for what `source` and `tokenizer` may be.
+
+    cache: where token files are kept, else $GRASSLAND_CACHE, else ~/.cache/grassland. A damaged entry is rebuilt.
+    """
+    texts = load_text(source, column)
+    cache = cache or cache_folder()
+    text_hash = content_hash(texts)
+    tk = _cached_tokenizer(tokenizer, texts["train"], text_hash, cache)
+    key = _key(text_hash, tk.to_str())
+    entry = cache / "tokens" / key
+    header = _read_header(entry)
+    if header is None:
+        if entry.exists():
+            print(f"cache {entry} is damaged: tokenising again", file=sys.stderr)
+        _build(entry, texts, tk)
+        header = json.loads((entry / HEADER).read_text())
+    splits = {split: _open(entry, split, header) for split in SPLITS}
+    return Corpus(Path(source).name or source, key, tk, **splits)
+
+
+def cache_folder() -> Path:
+    """$GRASSLAND_CACHE, or ~/.cache/grassland."""
+    return Path(os.environ.get("GRASSLAND_CACHE") or "~/.cache/grassland").expanduser()
+
+
+def encode(tokenizer: "Tokenizer", text: str) -> NDArray:
+    """The tokens of a text, encoded line by line, in the smallest of uint16 and uint32 that holds the vocabulary."""
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
+    parts = [np.asarray(ids, dtype) for ids in _encoded_lines(tokenizer, text)]
+    return np.concatenate(parts) if parts else np.empty(0, dtype)
+
+
+def _encoded_lines(tokenizer: "Tokenizer", text: str, lines_a_batch: int = 10_000) -> Iterator[list[int]]:
+    lines = text.splitlines(keepends=True)
+    for start in range(0, len(lines), lines_a_batch):
+        for encoding in tokenizer.encode_batch(lines[start : start + lines_a_batch], add_special_tokens=False):
+            yield encoding.ids
+
+
+def _cached_tokenizer(spec: str, text: str, text_hash: str, cache: Path) -> "Tokenizer":
+    if not spec.startswith("bpe:"):
+        return load_tokenizer(spec)
+    folder = cache / "tokenizers" / _key(text_hash, spec)
+    try:
+        return load_tokenizer(str(folder))
+    except (FileNotFoundError, ValueError):
+        tokenizer = load_tokenizer(spec, text)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokenizer, folder)
+    return tokenizer
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\n".join([str(LAYOUT), *parts]).encode()).hexdigest()[:24]
+
+
+def _build(entry: Path, texts: dict[str, str], tokenizer: "Tokenizer") -> None:
+    """Write the entry beside its place and rename it, so that no one ever sees a part of it."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
+    try:
+        header = {split: _write_split(work / f"{split}.npy", texts[split], tokenizer) for split in SPLITS}
+        (work / HEADER).write_text(json.dumps(header))
+        shutil.rmtree(entry, ignore_errors=True)
+        try:
+            work.replace(entry)
+        except OSError:
+            # Another process may have built the same entry in the meantime; anything else is an error.
+            if _read_header(entry) is None:
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_split(path: Path, text: str, tokenizer: "Tokenizer") -> dict[str, int]:
+    tokens = encode(tokenizer, text)
+    np.save(path, tokens)
+    size, crc = path.stat().st_size, _crc(path)
+    return {"words": len(text.split()), "bytes": len(text.encode()), "tokens": len(tokens), "size": size, "crc32": crc}
+
+
+def _read_header(entry: Path) -> dict | None:
+    """The header of a cache entry, or None if the entry is missing or any of its files isn't what was written."""
+    try:
+        header = json.loads((entry / HEADER).read_text())
+        sound = all(_is_sound(entry / f"{split}.npy", header[split]) for split in SPLITS)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return header if sound else None
+
+
+def _is_sound(path: Path, written: dict) -> bool:
+    return path.stat().st_size == written["size"] and _crc(path) == written["crc32"]
+
+
+def _crc(path: Path, chunk: int = 1 << 24) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(chunk):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _open(entry: Path, split: str, header: dict) -> Split:
+    tokens = np.load(entry / f"{split}.npy", mmap_mode="r", allow_pickle=False)
+    return Split(tokens, header[split]["words"], header[split]["bytes"])

@@ -1,0 +1,169 @@
+"""Where text comes from: CPython's own documentation, local files and folders, data sets of the hub."""
+
+import hashlib
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+SPLITS = ("train", "valid", "test")
+# What the splits are called by those who publish data, in order of preference.
+ALIASES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
+SUFFIXES = (".tokens", ".txt", ".raw", ".parquet")
+# Every 20th piece of a text without splits is held out for validation, and another one for testing.
+HOLDOUT = 20
+
+
+def load_text(source: str, column: str = "text") -> dict[str, str]:
+    """The text of each split ("train", "valid", "test") of a source.
+
+    source: "pydoc" (CPython's `pydoc_data.topics`); a text or parquet file, split here by paragraphs; a folder with
+    one file or more a split (wiki.train.tokens, train.txt, validation-00000.parquet, …), whose missing validation and
+    test splits are held out of train; or a hub data set, "name" or "name:config". column: of parquet files and hub data.
+
+    Raises FileNotFoundError where nothing is found and ValueError for empty text, each naming the source.
+    """
+    path = Path(source).expanduser()
+    if source == "pydoc":
+        texts = {"train": pydoc_text()}
+    elif path.is_dir():
+        texts = _read_folder(path, column)
+    elif path.is_file():
+        texts = {"train": _read_file(path, column)}
+    elif _looks_local(source):
+        raise FileNotFoundError(f"data {source}: no such file or folder")
+    else:
+        texts = _read_hub(source, column)
+    return _complete(texts, source)
+
+
+def pydoc_text() -> str:
+    """The prose of CPython's help topics, without the paragraphs that topics repeat from one another."""
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    paragraphs = (paragraph for name in sorted(topics) for paragraph in topics[name].split("\n\n"))
+    # Repeated paragraphs would put training text into the held-out splits.
+    return "\n\n".join(dict.fromkeys(paragraphs))
+
+
+def content_hash(texts: dict[str, str]) -> str:
+    """A hash of the text of all splits."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        digest.update(f"{split} {len(texts[split])}\n".encode())
+        digest.update(texts[split].encode())
+    return digest.hexdigest()[:32]
+
+
+def _looks_local(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith(SUFFIXES)
+
+
+def _complete(texts: dict[str, str], source: str) -> dict[str, str]:
+    if not texts.get("train", "").strip():
+        raise ValueError(f"data {source}: the training text is empty")
+    for split in ("valid", "test"):
+        if split not in texts:
+            texts["train"], texts[split] = _hold_out(texts["train"])
+        if not texts[split].strip():
+            raise ValueError(f"data {source}: the {split} text is empty")
+    return {split: texts[split] for split in SPLITS}
+
+
+def _hold_out(text: str) -> tuple[str, str]:
+    """Split off every 20th run of paragraphs; a short text gives up its last twentieth instead."""
+    pieces = _pieces(text, 2000)
+    if len(pieces) < HOLDOUT:
+        cut = text.rfind(" ", 0, len(text) - len(text) // HOLDOUT) + 1 or len(text)
+        return text[:cut], text[cut:]
+    held = pieces[HOLDOUT // 2 :: HOLDOUT]
+    kept = [piece for index, piece in enumerate(pieces) if index % HOLDOUT != HOLDOUT // 2]
+    return "".join(kept), "".join(held)
+
+
+def _pieces(text: str, size: int) -> list[str]:
+    """Consecutive pieces of at least `size` characters that end where a paragraph does."""
+    pieces, current, length = [], [], 0
+    for paragraph in text.split("\n\n"):
+        current.append(paragraph + "\n\n")
+        length += len(paragraph)
+        if length >= size:
+            pieces.append("".join(current))
+            current, length = [], 0
+    return pieces + (["".join(current)] if current else [])
+
+
+def _read_folder(folder: Path, column: str) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    texts = {}
+    for split, names in ALIASES.items():
+        found = [path for path in files if _split_of(path.relative_to(folder)) in names]
+        if found:
+            texts[split] = "".join(_read_file(path, column) for path in found)
+    if "train" not in texts:
+        raise FileNotFoundError(f"data {folder}: no train file ({', '.join('*train*' + s for s in SUFFIXES)}) in it")
+    return texts
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a file's name (or else its folder's) tells: wiki.train.tokens, train-00000-of-00001.parquet."""
+    known = {alias for names in ALIASES.values() for alias in names}
+    for part in reversed(path.parts):
+        for word in part.replace("-", ".").replace("_", ".").lower().split("."):
+            if word in known:
+                return word
+    return None
+
+
+def _read_file(path: Path, column: str) -> str:
+    if path.suffix == ".parquet":
+        return _join_rows(_parquet_rows(path, column))
+    try:
+        # newline="" keeps what is in the file: bits per byte are counted on it.
+        with path.open(encoding="utf-8", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _parquet_rows(path: Path, column: str) -> Iterable[str]:
+    try:
+        parquet: Any = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise ValueError(f"data {path}: reading parquet needs pyarrow: pip install 'grassland[train]'") from error
+    try:
+        file = parquet.ParquetFile(path)
+    except Exception as error:  # pyarrow's errors share no base class with a name of their own
+        raise ValueError(f"data {path}: not a readable parquet file ({_first_line(error)})") from error
+    if column not in file.schema_arrow.names:
+        raise ValueError(f"data {path}: no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
+    return file.read([column]).column(column).to_pylist()
+
+
+def _read_hub(source: str, column: str) -> dict[str, str]:
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ImportError as error:
+        hint = "no such file or folder, and hub data needs datasets: pip install 'grassland[train]'"
+        raise FileNotFoundError(f"data {source}: {hint}") from error
+    name, _, config = source.partition(":")
+    try:
+        dataset = datasets.load_dataset(name, config or None)
+    except Exception as error:  # the hub client raises dozens of types, from OSError to its own
+        hint = f"no such file or folder, and not to be had from the hub ({_first_line(error)})"
+        raise FileNotFoundError(f"data {source}: {hint}") from error
+    texts = {}
+    for split, names in ALIASES.items():
+        found = next((name for name in names if name in dataset), None)
+        if found is not None and column not in dataset[found].column_names:
+            raise ValueError(f"data {source}: no column {column!r}; it has {', '.join(dataset[found].column_names)}")
+        if found is not None:
+            texts[split] = _join_rows(dataset[found][column])
+    return texts
+
+
+def _join_rows(rows: Iterable[str]) -> str:
+    return "".join(row if row.endswith("\n") else row + "\n" for row in rows if row is not None)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]

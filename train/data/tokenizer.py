@@ -1,0 +1,89 @@
+"""Tokenisers: trained here, read from a file, or taken from the hub; all of them `tokenizers.Tokenizer`."""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...archs.io import atomic_write
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+FILE = "tokenizer.json"
+
+
+def load_tokenizer(spec: str, text: str = "") -> "Tokenizer":
+    """The tokeniser that `spec` names.
+
+    spec: "bpe:SIZE" trains a byte-level BPE of at most SIZE tokens on `text`; a path to a BERT vocab.txt (lower-case
+    WordPiece), to a tokenizer.json or to a folder with one of these; or a name on the hub.
+
+    Raises FileNotFoundError and ValueError that name the spec.
+    """
+    path = Path(spec).expanduser()
+    if spec.startswith("bpe:"):
+        return train_bpe(text, _bpe_size(spec))
+    if path.is_dir():
+        path = next((path / name for name in (FILE, "vocab.txt") if (path / name).is_file()), path / FILE)
+    if path.is_file():
+        return read_wordpiece(path) if path.suffix == ".txt" else _read_json(path)
+    if spec.startswith((".", "/", "~")) or spec.endswith((".txt", ".json")):
+        raise FileNotFoundError(f"tokenizer {path}: no such file")
+    try:
+        return _tokenizers().Tokenizer.from_pretrained(spec)
+    except Exception as error:  # the hub client's errors have no common base
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise FileNotFoundError(f"tokenizer {spec}: no such file, and not to be had from the hub ({reason})") from error
+
+
+def train_bpe(text: str, size: int) -> "Tokenizer":
+    """A byte-level BPE of at most `size` tokens (256 bytes and the merges that `text` supports), without special ones."""
+    tk = _tokenizers()
+    tokenizer = tk.Tokenizer(tk.models.BPE())
+    tokenizer.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tk.decoders.ByteLevel()
+    trainer = tk.trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=tk.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return tokenizer
+
+
+def read_wordpiece(path: Path) -> "Tokenizer":
+    """BERT's uncased WordPiece tokeniser over the vocabulary in a vocab.txt, without [CLS] and [SEP]."""
+    tk = _tokenizers()
+    words = path.read_text(encoding="utf-8").splitlines()
+    vocab = {word: index for index, word in enumerate(words)}
+    if "[UNK]" not in vocab:
+        raise ValueError(f"tokenizer {path}: not a WordPiece vocabulary, it has no [UNK]")
+    tokenizer = tk.Tokenizer(tk.models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = tk.normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = tk.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tk.decoders.WordPiece(cleanup=False)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
+    """Write tokenizer.json into `folder`, atomically."""
+    atomic_write(folder / FILE, tokenizer.to_str().encode())
+
+
+def _read_json(path: Path) -> "Tokenizer":
+    try:
+        return _tokenizers().Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"tokenizer {path}: not a tokenizer.json ({str(error).splitlines()[0][:200]})") from error
+
+
+def _bpe_size(spec: str) -> int:
+    size = spec.removeprefix("bpe:")
+    if not size.isdigit() or int(size) < 256:
+        raise ValueError(f"tokenizer {spec}: the size of a byte-level BPE is a number from 256 on")
+    return int(size)
+
+
+def _tokenizers() -> Any:
+    try:
+        return importlib.import_module("tokenizers")
+    except ImportError as error:
+        raise ValueError("tokenizers is not installed: pip install 'grassland[train]'") from error

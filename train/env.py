@@ -1,0 +1,93 @@
+"""What this machine and installation offer: versions, devices, which backend each op takes and why."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from typing import Any
+
+import torch
+
+PACKAGES = ("grassland", "torch", "triton", "numpy", "safetensors", "einops")
+EXTRAS = {
+    "train": ("datasets", "tokenizers", "tyro", "tqdm", "matplotlib", "tensorboard"),
+    "vision": ("timm", "torchvision", "scikit-learn"),
+    "hf": ("transformers",),
+    "eval": ("lm-eval",),
+    "flash": ("flash-attn",),
+}
+# Dense tensor-core peaks in bf16 and of float32 (TF32 off), FLOP/s, from NVIDIA's data sheets.
+PEAKS = {
+    "H200": (989e12, 67e12),
+    "H100": (989e12, 67e12),
+    "B200": (2250e12, 80e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "L4": (121e12, 30.3e12),
+    "RTX 4090": (165e12, 82.6e12),
+}
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of python and of what grassland always needs."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads and GPUs."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+    }
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """The peak of a known GPU in FLOP/s for "bf16" or "float32"; None for other devices."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    found = next((peaks for key, peaks in PEAKS.items() if key in name), None)
+    return None if found is None else found[0 if dtype == "bf16" else 1]
+
+
+def report() -> str:
+    """The text of `python -m grassland.train env`."""
+    lines = [f"{name:<14}{value or 'not installed'}" for name, value in versions().items()]
+    lines += [f"{name:<14}{value}" for name, value in machine().items()]
+    for extra, packages in EXTRAS.items():
+        found = ", ".join(f"{name} {version(name) or 'missing'}" for name in packages)
+        lines.append(f"{f'[{extra}]':<14}{found}")
+    return "\n".join([*lines, *_kernels()])
+
+
+def _kernels() -> list[str]:
+    from ..kernels import dispatch
+
+    error = dispatch.extension_error()
+    lines = [f"{'extension':<14}{'grassland.kernels._C is built and loads' if error is None else error}"]
+    for op, devices in dispatch.describe().items():
+        choices = "; ".join(f"{device}: {choice}" for device, choice in devices.items())
+        lines.append(f"{op:<14}{choices}")
+    return lines
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:  # noqa: PTH123
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,52 @@
+"""How well a language model predicts a text: token and word perplexity, bits per byte."""
+
+import math
+
+import torch
+from torch import nn
+
+from .data import Split, evaluation_batches
+
+
+@torch.no_grad()
+def negative_log_likelihood(
+    model: nn.Module, tokens: Split, seq_len: int, batch_size: int, device: torch.device | str = "cpu"
+) -> tuple[float, int]:
+    """The summed −log p (nats) of every token but the first, and their number.
+
+    The text is cut into blocks of `seq_len` without overlap, the remainder included: a token sees what precedes it
+    in its block. Evaluation mode for the time of the call.
+    """
+    training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for inputs, targets in evaluation_batches(tokens.tokens, seq_len, batch_size):
+        total += model(inputs.to(device), labels=targets.to(device), reduction="sum").double()
+    model.train(training)
+    return float(total), len(tokens.tokens) - 1
+
+
+def text_metrics(nll: float, tokens: int, words: int, bytes: int) -> dict[str, float]:
+    """Loss (nats a token), token perplexity, word perplexity and bits per byte from a summed −log p (nats).
+
+    Words are whitespace-separated, bytes UTF-8; both are counted on the text before tokenisation, so that word
+    perplexity and bits per byte compare models with different tokenisers.
+    """
+    return {
+        "loss": nll / tokens,
+        "perplexity": _exp(nll / tokens),
+        "word_perplexity": _exp(nll / words),
+        "bits_per_byte": nll / math.log(2) / bytes,
+    }
+
+
+def evaluate_text(
+    model: nn.Module, split: Split, seq_len: int, batch_size: int, device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """`text_metrics` of a model on a whole split."""
+    nll, count = negative_log_likelihood(model, split, seq_len, batch_size, device)
+    return text_metrics(nll, count, split.words, split.bytes)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,136 @@
+"""What a run says: metrics.jsonl, the live progress line, TensorBoard."""
+
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+# Steps of a process that are not timed: allocation, compilation and caches make them slow.
+UNTIMED_STEPS = 3
+
+
+class MetricsLog:
+    """metrics.jsonl of a run: one JSON object an event, appended as it happens."""
+
+    def __init__(self, folder: Path, offset: int | None = None, tensorboard: bool = False) -> None:
+        """offset: keep only so many bytes of an existing file, the events up to a checkpoint."""
+        self.path = folder / METRICS_FILE
+        if offset is not None and self.path.exists() and self.path.stat().st_size > offset:
+            os.truncate(self.path, offset)
+        # Unbuffered: an event that met a full disk must not be written again when the file is closed.
+        self._file = self.path.open("ab", buffering=0)
+        self._tensorboard = _summary_writer(folder) if tensorboard else None
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        """Append {"event": event, "step": step, **values}."""
+        self._file.write((json.dumps({"event": event, "step": step, **values}) + "\n").encode())
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    self._tensorboard.add_scalar(f"{event}/{name}", value, step)
+
+    def offset(self) -> int:
+        """The size of the file, once all of it is on disk."""
+        os.fsync(self._file.fileno())
+        return self.path.stat().st_size
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The events of a run, without a last line that was cut short. FileNotFoundError names a missing file."""
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    events = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+    return events
+
+
+class Meter:
+    """Steps a second of training alone: what happens while paused, and the first steps of a process, do not count."""
+
+    def __init__(self) -> None:
+        self._warm = 0
+        self._started = time.perf_counter()
+        self.window = [0, 0.0]
+        self.total = [0, 0.0]
+
+    def step(self) -> None:
+        """Count a step."""
+        self._warm += 1
+        if self._warm <= UNTIMED_STEPS:
+            self._started = time.perf_counter()
+        else:
+            self.window[0] += 1
+
+    def pause(self) -> None:
+        """Stop the clock; call it when the device has finished."""
+        if self._warm > UNTIMED_STEPS:
+            self.window[1] += time.perf_counter() - self._started
+
+    def go_on(self) -> None:
+        """Start the clock again."""
+        self._started = time.perf_counter()
+
+    def take(self) -> float | None:
+        """Steps a second since the last call, or None if none has been timed. Call it while paused."""
+        steps, seconds = self.window
+        self.total = [self.total[0] + steps, self.total[1] + seconds]
+        self.window = [0, 0.0]
+        return steps / seconds if steps and seconds > 0 else None
+
+    def average(self) -> float | None:
+        """Steps a second over all that `take` has returned."""
+        return self.total[0] / self.total[1] if self.total[1] > 0 else None
+
+
+class ProgressLine:
+    """One line that is rewritten on a terminal, and a line each time elsewhere."""
+
+    def __init__(self) -> None:
+        self._live = sys.stdout.isatty()
+        self._open = False
+
+    def update(self, text: str) -> None:
+        """Show where the run is."""
+        if self._live:
+            print(f"\r\x1b[2K{text}", end="", flush=True)
+            self._open = True
+        else:
+            print(text, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        if self._open:
+            print()
+            self._open = False
+        print(text, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03 or 02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
+
+
+def _summary_writer(folder: Path) -> Any:
+    try:
+        return importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
+    except ImportError as error:
+        raise ValueError("tensorboard is not installed: pip install 'grassland[train]'") from error

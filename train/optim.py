@@ -1,0 +1,119 @@
+"""One optimiser object for a model: parameters are routed to groups, and groups to the algorithm that suits them."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+OPTIMIZERS = ("adamw", "muon", "sgd")
+
+
+def route(parameter: nn.Parameter, owner: nn.Module) -> str:
+    """The group of a parameter of the module `owner`: "matrix", "decay" or "no_decay".
+
+    A layer decides for its own parameter by setting `parameter.optim_group`. Otherwise vectors (norms, biases) and
+    embeddings are not decayed, matrices are, and of these Muon takes the two-dimensional ones.
+    """
+    marked = getattr(parameter, "optim_group", None)
+    if marked is not None:
+        return marked
+    if parameter.ndim < 2 or isinstance(owner, nn.Embedding):
+        return "no_decay"
+    return "matrix" if parameter.ndim == 2 else "decay"
+
+
+def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The trainable parameters of `model` by group, each once, in the order of `model.named_parameters()`."""
+    embeddings = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Embedding)}
+    groups: dict[str, list[nn.Parameter]] = {"matrix": [], "decay": [], "no_decay": []}
+    for owner, parameter in _owned_parameters(model):
+        # A tied head owns the embedding's weight too: whichever module comes first, it is an embedding.
+        name = route(parameter, embeddings.get(id(parameter), owner))
+        if name not in groups:
+            raise ValueError(f"optim_group must be one of {tuple(groups)}, got {name!r}")
+        groups[name].append(parameter)
+    return groups
+
+
+def build_optimizer(
+    model: nn.Module,
+    name: str = "adamw",
+    lr: float = 1e-3,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.98),
+    eps: float = 1e-8,
+) -> torch.optim.Optimizer:
+    """One optimiser for all trainable parameters of `model`, decaying weight matrices only.
+
+    "adamw" and "sgd" (momentum `betas[0]`) take everything. "muon" takes the two-dimensional hidden matrices with an
+    update scaled to AdamW's typical size, so that one `lr` and `weight_decay` serve both, and AdamW takes the rest.
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {OPTIMIZERS}, got {name!r}")
+    groups = parameter_groups(model)
+    if name == "sgd":
+        groups["decay"] = groups.pop("matrix") + groups["decay"]
+        return torch.optim.SGD(_settings(groups, weight_decay), lr=lr, momentum=betas[0])
+    matrices = groups.pop("matrix")
+    if name == "adamw":
+        groups["decay"] = matrices + groups["decay"]
+    # Measured on 2 cores, 4 M parameters: fused 2 ms, one by one 10 ms, foreach 24 ms.
+    adamw = torch.optim.AdamW(_settings(groups, weight_decay), lr=lr, betas=betas, eps=eps, fused=True)
+    if name == "adamw" or not matrices:
+        return adamw
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return Joined(muon, adamw)
+
+
+class Joined(torch.optim.Optimizer):
+    """Several optimisers over disjoint parameters as one: joint groups and one state dict; the state itself stays in the parts."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+        self._join()
+
+    def _join(self) -> None:
+        # The very dicts of the parts, so that a scheduler that sets a group's lr sets it for the part.
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every part; the closure, if any, is evaluated once, first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state dicts of the parts, in order."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; ValueError if it comes from another set of optimisers."""
+        states = state_dict.get("optimizers", [])
+        if len(states) != len(self.optimizers):
+            raise ValueError(f"the state has {len(states)} optimisers, this optimiser has {len(self.optimizers)}")
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+        self._join()
+
+
+def _owned_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    seen: set[int] = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield module, parameter
+
+
+def _settings(groups: dict[str, list[nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    decays = {"decay": weight_decay, "no_decay": 0.0}
+    return [{"params": params, "weight_decay": decays[name]} for name, params in groups.items() if params]

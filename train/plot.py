@@ -1,0 +1,72 @@
+"""Curves of one run or several, from their metrics.jsonl."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .log import read_metrics
+
+CURVES_FILE = "curves.png"
+Event = dict[str, Any]
+
+
+def plot_runs(folders: Sequence[Path], out: Path) -> None:
+    """Write a PNG with the loss, the validation metric and the throughput of each run against its steps.
+
+    Raises FileNotFoundError for a folder without metrics.jsonl, ValueError if matplotlib is not installed.
+    """
+    runs = {folder.name: read_metrics(folder) for folder in folders}
+    figure_type: Any = _matplotlib("figure").Figure
+    figure = figure_type(figsize=(15, 4.2), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, 3), (_loss, _quality, _throughput), strict=True):
+        for name, events in runs.items():
+            panel(axes, events, name if len(runs) > 1 else "")
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+
+
+def try_plot(folder: Path) -> str:
+    """Plot a run into its folder if that is possible; where the curves are, or why there are none."""
+    try:
+        plot_runs([folder], folder / CURVES_FILE)
+    except ValueError as error:
+        return f"no curves: {error}"
+    return f"curves: {folder / CURVES_FILE}"
+
+
+def _loss(axes: Any, events: list[Event], name: str) -> None:
+    (line,) = axes.plot(*_series(events, "train", "loss"), label=f"{name} train".strip())
+    axes.plot(*_series(events, "valid", "loss"), "o--", ms=3, color=line.get_color(), label=f"{name} valid".strip())
+    axes.set_ylabel("loss")
+
+
+def _quality(axes: Any, events: list[Event], name: str) -> None:
+    metric = next((key for e in events if e["event"] == "valid" for key in ("perplexity", "top1") if key in e), "loss")
+    axes.plot(*_series(events, "valid", metric), "o-", ms=3, label=name or None)
+    axes.set_ylabel(f"validation {metric}")
+    if metric == "perplexity":
+        axes.set_yscale("log")
+
+
+def _throughput(axes: Any, events: list[Event], name: str) -> None:
+    unit = next((key for e in events if e["event"] == "train" for key in e if key.endswith("_per_s")), "tokens_per_s")
+    axes.plot(*_series(events, "train", unit), label=name or None)
+    axes.set_ylabel(unit.replace("_per_s", " a second"))
+    axes.set_ylim(bottom=0)
+
+
+def _series(events: list[Event], event: str, key: str) -> tuple[list[int], list[float]]:
+    has: Callable[[Event], bool] = lambda e: e["event"] == event and e.get(key) is not None  # noqa: E731
+    return [e["step"] for e in events if has(e)], [e[key] for e in events if has(e)]
+
+
+def _matplotlib(module: str) -> Any:
+    try:
+        return importlib.import_module(f"matplotlib.{module}")
+    except ImportError as error:
+        raise ValueError("matplotlib is not installed: pip install 'grassland[train]'") from error

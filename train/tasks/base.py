@@ -1,0 +1,74 @@
+"""What the training loop asks of a task."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import RunConfig
+
+
+class Task(ABC):
+    """A model, the batches it learns from, its loss and how it is judged.
+
+    name: the command. unit: what a batch is counted in ("tokens", "images"). metric: the entry of `evaluate`'s result
+    that picks the best checkpoint, the smaller the better. model: on `device`.
+    """
+
+    name: str
+    unit: str
+    metric: str
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model = model.to(device)
+        self.device = device
+
+    @property
+    @abstractmethod
+    def batches_per_epoch(self) -> float:
+        """Micro-batches in one pass over the training data."""
+
+    @property
+    @abstractmethod
+    def units_per_batch(self) -> int:
+        """Tokens or images in a micro-batch."""
+
+    @property
+    @abstractmethod
+    def flops_per_unit(self) -> float:
+        """FLOPs of training on one token or image, forward and backward."""
+
+    @abstractmethod
+    def batches(self, position: int) -> Iterator[Any]:
+        """The endless stream of micro-batches from the one numbered `position`; the same ones whenever it is asked."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The mean loss, a scalar, of `model` (the task's own, perhaps compiled or wrapped) on a micro-batch."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """The metrics of `model` on "valid" or "test"."""
+
+    @abstractmethod
+    def save(self, folder: Path, config: RunConfig) -> None:
+        """Write all it takes to use the model (weights, sizes, vocabulary) and to rebuild the run into `folder`."""
+
+    @abstractmethod
+    def best_model(self, folder: Path) -> nn.Module:
+        """The model that `save` last wrote into `folder`, on the device."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed: a hash of the data, for instance."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Facts about data and model for the log's first entry."""
+
+    def samples(self, model: nn.Module, count: int, seed: int) -> list[str]:
+        """Output of the model to look at, one text a sample; none unless a task makes some."""
+        return []

@@ -1,0 +1,106 @@
+"""Causal language modelling on a tokenised text."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...archs import create_model, load_model, save_model
+from ..config import LMConfig, RunConfig
+from ..data import BlockOrder, Corpus, block_batch, load_corpus, num_blocks, save_tokenizer
+from ..data.tokenizer import FILE as TOKENIZER_FILE
+from ..evaluate import evaluate_text
+from ..sample import generate_text
+from .base import Task
+
+
+class LanguageModeling(Task):
+    """Next-token prediction in blocks of `config.seq_len` tokens.
+
+    Raises ValueError for a text shorter than one block, and what `load_corpus` and `create_model` raise.
+    """
+
+    name, unit, metric = "lm", "tokens", "loss"
+
+    def __init__(self, config: LMConfig, device: torch.device) -> None:
+        self.config = config
+        self.corpus = _corpus(config)
+        _check_length(self.corpus, config)
+        options = {"max_len": config.seq_len, **config.overrides()}
+        model = create_model(config.model, vocab_size=self.corpus.tokenizer.get_vocab_size(), **options)
+        super().__init__(model, device)
+        self.order = BlockOrder(num_blocks(len(self.corpus.train.tokens), config.seq_len), config.seed)
+
+    @property
+    def batches_per_epoch(self) -> float:
+        return self.order.blocks / self.config.batch_size
+
+    @property
+    def units_per_batch(self) -> int:
+        return self.config.batch_size * self.config.seq_len
+
+    @property
+    def flops_per_unit(self) -> float:
+        return 3 * self.model.flops_per_token(self.config.seq_len)  # type: ignore[operator]
+
+    def batches(self, position: int) -> Iterator[tuple[Tensor, Tensor]]:
+        size = self.config.batch_size
+        while True:
+            blocks = self.order.at(position * size, size)
+            inputs, targets = block_batch(self.corpus.train.tokens, blocks, self.config.seq_len)
+            yield self._to_device(inputs), self._to_device(targets)
+            position += 1
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        inputs, targets = batch
+        return model(inputs, labels=targets)
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        part = self.corpus.valid if split == "valid" else self.corpus.test
+        return evaluate_text(model, part, self.config.seq_len, self.config.batch_size, self.device)
+
+    def save(self, folder: Path, config: RunConfig) -> None:
+        save_tokenizer(self.corpus.tokenizer, folder)
+        save_model(self.model, folder, extra={"task": self.name, "run": config.to_dict()})
+
+    def best_model(self, folder: Path) -> nn.Module:
+        return load_model(folder, device=self.device)
+
+    def identity(self) -> dict[str, Any]:
+        return {"data": self.corpus.key, "vocab_size": self.corpus.tokenizer.get_vocab_size()}
+
+    def describe(self) -> dict[str, Any]:
+        splits = {"train": self.corpus.train, "valid": self.corpus.valid, "test": self.corpus.test}
+        counts = {name: {"tokens": len(s.tokens), "words": s.words, "bytes": s.bytes} for name, s in splits.items()}
+        return {"data": self.corpus.name, **self.identity(), "parameters": self.model.num_parameters(), "splits": counts}  # type: ignore[operator]
+
+    def samples(self, model: nn.Module, count: int, seed: int) -> list[str]:
+        """Continuations of the first words of evenly spaced blocks of the test text."""
+        test = self.corpus.test.tokens
+        starts = np.linspace(0, max(0, len(test) - 8), count + 2, dtype=np.int64)[1:-1]
+        prompts = [self.corpus.tokenizer.decode(test[start : start + 8].tolist()) for start in starts]
+        return [
+            prompt + "".join(generate_text(model, self.corpus.tokenizer, prompt, tokens=60, top_p=0.95, seed=seed))
+            for prompt in prompts
+        ]
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _corpus(config: LMConfig) -> Corpus:
+    # A resumed run reads the vocabulary it has been trained with, whatever has become of the tokeniser's source.
+    tokenizer = str(Path(config.resume) / TOKENIZER_FILE) if config.resume else config.tokenizer
+    return load_corpus(config.data, tokenizer, config.text_column)
+
+
+def _check_length(corpus: Corpus, config: LMConfig) -> None:
+    for name, split, least in (("train", corpus.train, config.seq_len + 1), ("valid", corpus.valid, 2), ("test", corpus.test, 2)):
+        if len(split.tokens) < least:
+            wanted = f"a block of seq_len={config.seq_len} and its target" if name == "train" else "a prediction"
+            raise ValueError(f"data {config.data}: the {name} text has {len(split.tokens)} tokens, too few for {wanted}")
