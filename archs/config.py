@@ -46,6 +46,8 @@ class ModelConfig:
             raise ValueError(f"norm must be one of {NORMS}, got {self.norm!r}")
         if isinstance(self.share, str) or not set(self.share) <= set(SHAREABLE):
             raise ValueError(f"share must be a tuple of names from {SHAREABLE}, got {self.share!r}")
+        if not isinstance(self.options, Mapping):
+            raise ValueError(f"options must be a mapping of option names to values, got {self.options!r}")
         object.__setattr__(self, "share", tuple(self.share))
         object.__setattr__(self, "options", {name: _frozen(value) for name, value in self.options.items()})
         self._check_options()
@@ -79,7 +81,7 @@ class ModelConfig:
         for slot, choice in choices.items():
             slot_class(slot, choice)
         known = slot_options(choices)
-        for name in given.keys() - names - known:
+        for name in sorted(given.keys() - names - known):
             raise unknown("option", name, names | known)
         kept = {name: value for name, value in self.options.items() if name in known}
         options = {**kept, **{name: value for name, value in given.items() if name not in names}}

@@ -128,7 +128,7 @@ def load_model(
 def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingCheckpointError(f"{file}: no such file") from error
 
 

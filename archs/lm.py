@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its choices)
 from .config import ModelConfig
 from .generate import Window, checked_lengths, stream
+from .heads.cross_entropy import IGNORE
 from .init import init_weights
 from .registry import build_slot, register_assembly
 from .sampling import Sampling
@@ -82,7 +83,7 @@ class LanguageModel(nn.Module):
             return self.head.logits(x)
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels must have input_ids' shape {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
-        _check_range("labels", labels.clamp_min(0), self.config.vocab_size)
+        _check_range("labels", labels, self.config.vocab_size, ignore=IGNORE)
         loss = self.head.loss(x, labels, reduction)
         return loss + sum(auxiliary) if self.training and auxiliary else loss
 
@@ -213,9 +214,12 @@ def _blocks(config: ModelConfig, dd: dict[str, Any]) -> Iterator[Block]:
         yield Block(residual(mixer, config.dim, 2 * layer), residual(ffn, config.dim, 2 * layer + 1))
 
 
-def _check_range(name: str, ids: Tensor, vocab_size: int) -> None:
+def _check_range(name: str, ids: Tensor, vocab_size: int, ignore: int | None = None) -> None:
     # Looking at values on a GPU would wait for it, and under torch.compile would break the graph.
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    ids = ids if ignore is None else ids[ids != ignore]
+    if ids.numel() == 0:
         return
     low, high = ids.aminmax()
     if low < 0 or high >= vocab_size:

@@ -59,6 +59,31 @@ GRASSLAND_INLINE void from_float(float x, bf16& out) {
   out.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 }
 
+// e^x to about one ulp for |x| <= 87, clamped beyond: x = n ln 2 + r, |r| <= ln 2 / 2, e^r by its Taylor polynomial.
+GRASSLAND_INLINE float exp_approx(float x) {
+  x = std::min(std::max(x, -87.0f), 87.0f);
+  const float n = std::nearbyint(x * 1.44269504f);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.0f / 5040.0f;
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = (p * r) * r + r + 1.0f;
+  const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, sizeof(scale));
+  return p * scale;
+}
+
+GRASSLAND_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_approx(-x)); }
+
+template <typename T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
 inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, sizes, dtype);
 }

@@ -225,11 +225,6 @@ Shape shape_of(const Tensor& z, const Tensor& weight) {
   return {z.size(0) * z.size(1), z.size(1), z.size(2), weight.size(1), weight.size(0)};
 }
 
-template <typename T>
-T* data(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
-}
-
 // Adds the bias where at least one offset is valid; elsewhere the wedge is zero and so is the output.
 template <typename T>
 void add_bias(const Tensor& out, const T* bias, int64_t first_valid, const Shape& s) {

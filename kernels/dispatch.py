@@ -13,6 +13,7 @@ from torch import Tensor
 
 BACKENDS = ("reference", "eager", "cpp", "triton", "cuda")
 ENVIRONMENT = "GRASSLAND_BACKEND"
+PACKAGES = ("plucker",)
 
 
 class BackendError(RuntimeError):
@@ -91,28 +92,34 @@ def preferred(device: str) -> str:
     return "triton" if device == "cuda" else "cpp"
 
 
-def pick(op: Op, tensor: Tensor, backend: str | None = None) -> str:
-    """The backend for `op` on `tensor`: the argument, else $GRASSLAND_BACKEND, else the device's best.
+def requested(backend: str | None) -> str:
+    """The backend asked for by argument or by $GRASSLAND_BACKEND, "" for none. Safe to trace."""
+    name = backend or os.environ.get(ENVIRONMENT, "")
+    if name and name not in BACKENDS:
+        source = "backend" if backend else f"${ENVIRONMENT}"
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
 
-    An explicit choice that cannot be met raises BackendError; an implicit one falls back to eager.
+
+def pick(op: Op, tensor: Tensor, backend: str = "") -> str:
+    """The backend that runs `op` on `tensor`: the requested one, else the device's best.
+
+    A request that cannot be met raises BackendError; without one, eager is the fallback. Called inside the opaque op.
     """
-    explicit = backend or os.environ.get(ENVIRONMENT)
     device = tensor.device.type
-    if explicit is None:
+    if not backend:
         choice = preferred(device)
         return choice if missing(op, choice, device, tensor.dtype) is None else "eager"
-    if explicit not in BACKENDS:
-        source = "backend" if backend else f"${ENVIRONMENT}"
-        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {explicit!r}")
-    reason = missing(op, explicit, device, tensor.dtype)
+    reason = missing(op, backend, device, tensor.dtype)
     if reason is not None:
-        raise BackendError(f"{op.name}: backend {explicit!r} is not available: {reason}")
-    return explicit
+        raise BackendError(f"{op.name}: backend {backend!r} is not available: {reason}")
+    return backend
 
 
 def describe() -> dict[str, dict[str, str]]:
     """For each op and device type: the backend a float32 tensor gets, or why not the preferred one."""
-    importlib.import_module(f"{__package__}.plucker")
+    for package in PACKAGES:
+        importlib.import_module(f"{__package__}.{package}")
     report: dict[str, dict[str, str]] = {}
     for op in OPS.values():
         report[op.name] = {}

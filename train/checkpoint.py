@@ -13,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from ..archs.io import CheckpointError, MissingCheckpointError, atomic_write
+from ..archs import CheckpointError, MissingCheckpointError, atomic_write, read_config
+from ..archs.io import CONFIG_FILE
+from .config import RunConfig
 
 STATE_FILE = "state.safetensors"
 FORMAT = "grassland-state-1"
@@ -47,11 +49,17 @@ def load_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: corrupt or truncated ({error}); {advice}") from error
 
 
+def save_run_config(folder: Path, config: RunConfig) -> None:
+    """Replace the run's settings in `folder`'s config.json, atomically, and leave the rest of it."""
+    content = {**read_config(folder), "run": config.to_dict()}
+    atomic_write(folder / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
+
+
 def rng_state() -> dict[str, Any]:
     """The states of the global generators of python, numpy and torch, the GPUs' included."""
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),
+        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -62,7 +70,7 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Put the generators where `rng_state` found them."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     # A run may go on with another number of GPUs; each there gets its own state back.
     for device, cuda in enumerate(state.get("cuda", [])[: torch.cuda.device_count()]):
@@ -122,6 +130,6 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def _checksum(tree: str, tensors: Mapping[str, Tensor]) -> int:
     crc = zlib.crc32(tree.encode())
     for name in sorted(tensors):
-        data = tensors[name].reshape(-1).view(torch.uint8).numpy() if tensors[name].numel() else b""
+        data: Any = tensors[name].reshape(-1).view(torch.uint8).numpy() if tensors[name].numel() else b""
         crc = zlib.crc32(data, crc)
     return crc

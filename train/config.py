@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from typing_extensions import Self
 
@@ -31,9 +31,9 @@ class RunConfig:
     resume: str | None = None
     """Folder of an interrupted run to continue, with its own settings."""
     steps: int | None = None
-    """Optimiser steps; or give --epochs."""
+    """Optimiser steps."""
     epochs: float | None = None
-    """Passes over the training data, in place of --steps."""
+    """Passes over the training data; counts in place of --steps."""
     batch_size: int = 32
     """Sequences (or images) in a micro-batch."""
     grad_accum: int = 1
@@ -76,8 +76,8 @@ class RunConfig:
     """Also write TensorBoard events."""
 
     def __post_init__(self) -> None:
-        if self.resume is None and (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"give either steps or epochs, got steps={self.steps} and epochs={self.epochs}")
+        if self.steps is None and self.epochs is None:
+            raise ValueError("give steps or epochs")
         for name in ("steps", "epochs", "batch_size", "grad_accum", "log_every"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -85,13 +85,17 @@ class RunConfig:
         for name in ("lr", "warmup", "weight_decay", "clip", "eval_every", "save_every", "samples", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        hints = get_type_hints(type(self))
+        for name in ("optimizer", "schedule", "dtype"):
+            if getattr(self, name) not in get_args(hints[name]):
+                raise ValueError(f"{name} must be one of {get_args(hints[name])}, got {getattr(self, name)!r}")
         for name in ("decay", "floor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict that `json.dumps` takes."""
-        return asdict(self)
+        """A plain dict that `json.dumps` takes. Where a run was resumed from is no part of what it is."""
+        return {**asdict(self), "resume": None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -99,7 +103,8 @@ class RunConfig:
         unknown = sorted(values.keys() - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"unknown setting {', '.join(unknown)} in the run's config")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**settings)
 
     def overrides(self) -> dict[str, Any]:
         """The parsed `--set` arguments."""

@@ -4,12 +4,13 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointError, load_state, rng_state, save_state, set_rng_state
+from .checkpoint import CheckpointError, load_state, rng_state, save_run_config, save_state, set_rng_state
 from .config import RunConfig
 from .env import machine, peak_flops, versions
 from .log import Meter, MetricsLog, ProgressLine, duration
@@ -35,7 +36,7 @@ class Trainer:
         self.steps = total_steps(config, task.batches_per_epoch)
         self.optimizer = build_optimizer(task.model, config.optimizer, config.lr, config.weight_decay, config.betas)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
-        self.model = torch.compile(task.model) if config.compile else task.model
+        self.model: Any = torch.compile(task.model) if config.compile else task.model
         self.meter, self.line = Meter(), ProgressLine()
         self.step = self.position = self.saved_step = self.validated_step = 0
         self.best, self.best_step, self.elapsed = math.inf, 0, 0.0
@@ -132,12 +133,12 @@ class Trainer:
         self.saved_step = self.step
         self.meter.go_on()
 
-    def interrupt(self, signal: int) -> int:
+    def interrupt(self, number: int) -> int:
         """Save and leave."""
         self.save()
+        self.line.say(f"stopped by {Signals(number).name}, saved at step {self.step}: {self.resume_command()}")
         try_plot(self.folder)
-        self.line.say(f"stopped by {_signal_name(signal)}, saved at step {self.step}: {self.resume_command()}")
-        return 128 + signal
+        return 128 + number
 
     def finish(self) -> int:
         """Judge the best model on the test split, show samples and curves."""
@@ -172,9 +173,8 @@ class Trainer:
     def _resume(self) -> MetricsLog:
         state = load_state(self.folder)
         if state["identity"] != self.task.identity():
-            raise CheckpointError(
-                f"{self.folder}: saved for data and vocabulary {state['identity']}, but now they are {self.task.identity()}"
-            )
+            now = self.task.identity()
+            raise CheckpointError(f"{self.folder}: saved for the data {state['identity']}, but now it is {now}")
         self.task.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.position = state["step"], state["position"]
@@ -182,6 +182,7 @@ class Trainer:
         self.pending = [entry.to(self.task.device) for entry in state["pending"]]
         self.saved_step = self.step
         set_rng_state(state["rng"])
+        save_run_config(self.folder, self.config)
         log = MetricsLog(self.folder, state["metrics_offset"], self.config.tensorboard)
         log.write("resume", self.step, steps=self.steps, versions=versions(), machine=machine())
         return log
@@ -244,3 +245,7 @@ def total_steps(config: RunConfig, batches_per_epoch: float) -> int:
     if config.epochs is None:
         return config.steps or 0
     return math.ceil(config.epochs * batches_per_epoch / config.grad_accum)
+
+
+def _format(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())

@@ -69,7 +69,7 @@ def build_optimizer(
 
 
 class Joined(torch.optim.Optimizer):
-    """Several optimisers over disjoint parameters as one: joint groups and one state dict; the state itself stays in the parts."""
+    """Several optimisers over disjoint parameters as one: joint groups, one state dict. The parts keep the state."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers = optimizers

@@ -5,7 +5,9 @@ import math
 SCHEDULES = ("cosine", "wsd", "constant")
 
 
-def multiplier(step: int, steps: int, schedule: str, *, warmup: int = 0, decay: float = 0.2, floor: float = 0.0) -> float:
+def multiplier(
+    step: int, steps: int, schedule: str, *, warmup: int = 0, decay: float = 0.2, floor: float = 0.0
+) -> float:
     """The factor on the base learning rate at `step` (counted from 0) of `steps`.
 
     Every schedule rises linearly over `warmup` steps, reaching 1 at step `warmup - 1`. "cosine" then falls to `floor`

@@ -69,7 +69,7 @@ def plucker_mix(
         dtype = torch.get_autocast_dtype(device)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     steps = _check(z, weight, bias, offsets, eps)
-    chosen = dispatch.pick(op.OP, weight if z.dtype == torch.float32 else z, backend)
+    chosen = dispatch.requested(backend)
     if chosen == "reference":
         return reference.plucker_mix(z, weight, bias, steps, eps)
     return op.plucker_mix(z, weight, bias, steps, float(eps), chosen)

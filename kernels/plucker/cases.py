@@ -42,7 +42,7 @@ CASES = [
     Case("offset-beyond-length", lambda: make(2, 5, 6, 4), {"offsets": [2, 50]}),
     Case("offset-repeated", lambda: make(1, 12, 6, 4), {"offsets": [3, 3, 1]}),
     Case("no-bias", lambda: make(2, 9, 5, 7, bias=False), {"offsets": [1, 4]}),
-    Case("rank-2", lambda: make(2, 9, 2, 3), {"offsets": [1, 3]}),
+    Case("rank-2", lambda: make(2, 9, 2, 24), {"offsets": [1, 3]}),
     Case("odd-sizes", lambda: make(3, 19, 17, 13), {"offsets": [1, 3, 5]}),
     Case("large-eps", lambda: make(2, 8, 4, 3), {"offsets": [1, 2], "eps": 2.0}),
     Case("degenerate", degenerate, {"offsets": [1, 2]}),
@@ -62,4 +62,11 @@ def registered(tensors: Tensors, options: dict[str, Any], backend: str) -> list[
     ]
 
 
-SPEC = Spec("plucker_mix", plucker_mix, CASES, registered)
+SPEC = Spec(
+    "plucker_mix",
+    plucker_mix,
+    CASES,
+    registered,
+    representative=Case("paper", lambda: make(2, 256, 32, 256), {"offsets": list(PAPER_OFFSETS)}),
+    backends=("cpp", "triton"),
+)

@@ -241,9 +241,9 @@ def operand(dtype: torch.dtype) -> tl.dtype:
 
 
 def rows_block(rank: int) -> dict[str, int]:
-    """Tile of the kernels that hold whole rows of z: about 4096 numbers."""
+    """Tile of the kernels that hold whole rows of z: about 1024 numbers, which the unrolled loop over offsets keeps in registers."""
     padded = max(triton.next_power_of_2(rank), 16)
-    return {"R": rank, "RP": padded, "BM": max(16, 4096 // padded)}
+    return {"R": rank, "RP": padded, "BM": max(16, 1024 // padded)}
 
 
 def pack(weight: Tensor, rank: int) -> Tensor:

@@ -18,6 +18,7 @@ OP = dispatch.register("plucker_mix", cpp=(torch.float32, torch.bfloat16), trito
 def plucker_mix(
     z: Tensor, weight: Tensor, bias: Tensor | None, offsets: list[int], eps: float, backend: str
 ) -> Tensor:
+    backend = dispatch.pick(OP, weight, backend)
     if backend == "eager":
         return eager.plucker_mix(z, weight, bias, offsets, eps)
     if backend == "triton":
@@ -39,6 +40,7 @@ def plucker_mix_backward(
     grad: Tensor, z: Tensor, weight: Tensor, offsets: list[int], eps: float, mask: list[bool], backend: str
 ) -> list[Tensor]:
     """[dz, dweight, dbias]; empty (0,) where `mask` says that it is not needed."""
+    backend = dispatch.pick(OP, weight, backend)
     if backend == "eager":
         found = eager.plucker_mix_backward(grad, z, weight, offsets, eps, mask)
     elif backend == "triton":

@@ -19,7 +19,8 @@ def load_text(source: str, column: str = "text") -> dict[str, str]:
 
     source: "pydoc" (CPython's `pydoc_data.topics`); a text or parquet file, split here by paragraphs; a folder with
     one file or more a split (wiki.train.tokens, train.txt, validation-00000.parquet, …), whose missing validation and
-    test splits are held out of train; or a hub data set, "name" or "name:config". column: of parquet files and hub data.
+    test splits are held out of train; or a hub data set, "name" or "name:config".
+    column: where parquet files and hub data keep the text.
 
     Raises FileNotFoundError where nothing is found and ValueError for empty text, each naming the source.
     """

@@ -37,7 +37,7 @@ def load_tokenizer(spec: str, text: str = "") -> "Tokenizer":
 
 
 def train_bpe(text: str, size: int) -> "Tokenizer":
-    """A byte-level BPE of at most `size` tokens (256 bytes and the merges that `text` supports), without special ones."""
+    """A byte-level BPE of at most `size` tokens: 256 bytes and the merges that `text` supports, no special tokens."""
     tk = _tokenizers()
     tokenizer = tk.Tokenizer(tk.models.BPE())
     tokenizer.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -75,7 +75,8 @@ class LanguageModeling(Task):
     def describe(self) -> dict[str, Any]:
         splits = {"train": self.corpus.train, "valid": self.corpus.valid, "test": self.corpus.test}
         counts = {name: {"tokens": len(s.tokens), "words": s.words, "bytes": s.bytes} for name, s in splits.items()}
-        return {"data": self.corpus.name, **self.identity(), "parameters": self.model.num_parameters(), "splits": counts}  # type: ignore[operator]
+        parameters = self.model.num_parameters()  # type: ignore[operator]
+        return {"data": self.corpus.name, **self.identity(), "parameters": parameters, "splits": counts}
 
     def samples(self, model: nn.Module, count: int, seed: int) -> list[str]:
         """Continuations of the first words of evenly spaced blocks of the test text."""
@@ -100,7 +101,8 @@ def _corpus(config: LMConfig) -> Corpus:
 
 
 def _check_length(corpus: Corpus, config: LMConfig) -> None:
-    for name, split, least in (("train", corpus.train, config.seq_len + 1), ("valid", corpus.valid, 2), ("test", corpus.test, 2)):
-        if len(split.tokens) < least:
-            wanted = f"a block of seq_len={config.seq_len} and its target" if name == "train" else "a prediction"
-            raise ValueError(f"data {config.data}: the {name} text has {len(split.tokens)} tokens, too few for {wanted}")
+    least = {"train": config.seq_len + 1, "valid": 2, "test": 2}
+    for name, split in (("train", corpus.train), ("valid", corpus.valid), ("test", corpus.test)):
+        if (count := len(split.tokens)) < least[name]:
+            wanted = f"one block of seq_len={config.seq_len} and its target" if name == "train" else "one prediction"
+            raise ValueError(f"data {config.data}: the {name} text is too short: {count} tokens, too few for {wanted}")

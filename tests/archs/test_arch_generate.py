@@ -1,0 +1,142 @@
+"""Generation: sampling options, ragged batches, streaming, the sliding window."""
+
+import pytest
+import torch
+from grassland.archs import create_model
+from grassland.archs.sampling import Sampling
+
+SIZES = {"vocab_size": 23, "max_len": 16, "dim": 16, "depth": 2, "ffn_dim": 24, "dtype": torch.float64}
+
+
+@pytest.fixture(params=["grassmann", "attention"])
+def model(request):
+    torch.manual_seed(0)
+    options = {"rank": 5, "offsets": ((1,), (3, 4))} if request.param == "grassmann" else {"num_heads": 2}
+    model = create_model("lm", mixer=request.param, dropout=0.5, **options, **SIZES)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def prompt(*shape):
+    return torch.randint(SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(3))
+
+
+def greedy_by_full_passes(model, ids, steps):
+    """What `generate` documents, without a state: past max_len a row keeps the newest half."""
+    start = 0
+    with torch.no_grad():
+        for _ in range(steps):
+            if ids.shape[1] - start > SIZES["max_len"]:
+                start = ids.shape[1] - SIZES["max_len"] // 2
+            ids = torch.cat([ids, model(ids[:, start:])[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+def test_greedy_equals_full_passes_within_and_past_the_window(model):
+    ids = prompt(1, 5)
+    found = model.train().generate(ids, 40, temperature=0)
+    assert model.training
+    assert torch.equal(found, greedy_by_full_passes(model.eval(), ids, 40))
+
+
+def test_a_prompt_longer_than_the_window_continues_from_its_end(model):
+    ids = prompt(1, 30)
+    found = model.generate(ids, 3, temperature=0)
+    assert torch.equal(found[:, 30:], model.generate(ids[:, 14:], 3, temperature=0)[:, 16:])
+
+
+def test_a_ragged_batch_gives_what_each_prompt_gives_alone(model):
+    ids, lengths = prompt(4, 9), torch.tensor([2, 9, 5, 1])
+    ids[0, 2:] = -1  # whatever stands in the padding does not matter
+    together = model.generate(ids, 30, temperature=0, prompt_lengths=lengths)
+    for row, length in enumerate(lengths.tolist()):
+        alone = model.generate(ids[row : row + 1, :length], 30, temperature=0)
+        assert torch.equal(together[row, : length + 30], alone[0])
+        assert (together[row, length + 30 :] == 0).all()
+
+
+def test_stream_yields_what_generate_returns(model):
+    ids = prompt(2, 4)
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    whole = model.generate(ids, 20, top_k=5, temperature=0.8, generator=generators[0])
+    pieces = list(model.generate_stream(ids, 20, top_k=5, temperature=0.8, generator=generators[1]))
+    assert torch.equal(whole[:, 4:], torch.stack(pieces, dim=1))
+    assert not torch.equal(whole, model.generate(ids, 20, generator=torch.Generator().manual_seed(6)))
+
+
+def test_closing_a_stream_restores_training_mode(model):
+    steps = model.train().generate_stream(prompt(1, 3), 5)
+    next(steps)
+    assert torch.is_grad_enabled()
+    steps.close()
+    assert model.training
+
+
+def test_eos_ends_a_row_and_then_the_batch(model):
+    ids = prompt(2, 3)
+    free = model.generate(ids, 12, temperature=0)[:, 3:]
+    eos = int(free[0, 4])
+    ended = model.generate(ids, 12, temperature=0, eos_id=eos)[:, 3:]
+    for row in range(2):
+        hits = (free[row] == eos).nonzero()
+        stop = int(hits[0]) if len(hits) else 11
+        stop = min(stop, ended.shape[1] - 1)
+        assert torch.equal(ended[row, : stop + 1], free[row, : stop + 1])
+        assert (ended[row, stop + 1 :] == eos).all()
+    only = model.generate(ids[:1], 12, temperature=0, eos_id=eos)
+    assert only.shape[1] == 3 + int((free[0] == eos).nonzero()[0]) + 1
+
+
+def test_no_new_tokens_returns_the_prompt(model):
+    ids = prompt(2, 3)
+    assert torch.equal(model.generate(ids, 0), ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": -1}, ("temperature", "-1")),
+        ({"temperature": float("nan")}, ("temperature", "nan")),
+        ({"top_k": 0}, ("top_k", "0")),
+        ({"top_p": 0.0}, ("top_p", "0.0")),
+        ({"top_p": 1.5}, ("top_p", "1.5")),
+        ({"eos_id": 23}, ("eos_id", "23")),
+        ({"prompt_lengths": torch.tensor([0, 2])}, ("prompt_lengths", "[0, 2]")),
+        ({"prompt_lengths": torch.tensor([1, 4])}, ("prompt_lengths", "[1, 4]")),
+        ({"max_new_tokens": -1}, ("max_new_tokens", "-1")),
+    ],
+)
+def test_bad_options_name_themselves_before_the_first_step(model, options, words):
+    with pytest.raises(ValueError) as caught:
+        model.generate_stream(prompt(2, 3), **{"max_new_tokens": 1, **options})
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+LOGITS = torch.tensor([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]]).log()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]]),
+        ({"temperature": 0.5}, [[0.25, 0.0625, 0.0225, 0.01], [0.01, 0.04, 0.09, 0.16]]),
+        ({"top_k": 2}, [[0.5, 0.25, 0, 0], [0, 0, 0.3, 0.4]]),
+        ({"top_k": 9}, [[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]]),
+        ({"top_p": 0.45}, [[1, 0, 0, 0], [0, 0, 0.3, 0.4]]),
+        ({"top_p": 0.8}, [[0.5, 0.25, 0.15, 0], [0, 0.2, 0.3, 0.4]]),
+        ({"top_p": 1e-9}, [[1, 0, 0, 0], [0, 0, 0, 1]]),
+        ({"top_k": 2, "top_p": 0.6}, [[1, 0, 0, 0], [0, 0, 0.3, 0.4]]),
+    ],
+)
+def test_sampled_distribution(options, expected):
+    expected = torch.tensor(expected, dtype=torch.float32)
+    found = Sampling(**options).probabilities(LOGITS)
+    torch.testing.assert_close(found, expected / expected.sum(-1, keepdim=True))
+
+
+def test_draws_follow_the_distribution():
+    generator = torch.Generator().manual_seed(0)
+    draws = Sampling(top_k=2)(LOGITS[:1].expand(4000, -1), generator)
+    assert set(draws.tolist()) == {0, 1}
+    assert (draws == 0).float().mean().item() == pytest.approx(2 / 3, abs=0.03)

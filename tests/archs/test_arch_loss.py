@@ -1,0 +1,109 @@
+"""The chunked cross entropy against `F.cross_entropy` of materialised logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from grassland.archs import linear_cross_entropy
+from grassland.archs.heads import cross_entropy
+
+
+@pytest.fixture(params=[1 << 24, 40], ids=["one-chunk", "many-chunks"], autouse=True)
+def chunk_elements(request, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", request.param)
+
+
+def inputs(tokens=11, dim=6, vocab=17, dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, dim, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, dim, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(vocab, (tokens,), generator=g)
+    labels[::4] = -100
+    return x, weight, labels
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_and_gradients_in_float64(reduction):
+    x, weight, labels = inputs()
+    expected = F.cross_entropy(x @ weight.T, labels, reduction=reduction)
+    loss = linear_cross_entropy(x, weight, labels, reduction=reduction)
+    torch.testing.assert_close(loss, expected, atol=1e-13, rtol=0)
+    wanted = torch.autograd.grad(3 * expected, (x, weight))
+    found = torch.autograd.grad(3 * loss, (x, weight))
+    torch.testing.assert_close(found, wanted, atol=1e-13, rtol=0)
+
+
+def test_gradients_pass_gradcheck():
+    x, weight, labels = inputs(5, 3, 4)
+    torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, labels), (x, weight))
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_a_frozen_input_gets_no_gradient(frozen):
+    x, weight, labels = inputs()
+    (x if frozen == "x" else weight).requires_grad_(False)
+    linear_cross_entropy(x, weight, labels).backward()
+    assert (x.grad is None) == (frozen == "x")
+    assert (weight.grad is None) == (frozen == "weight")
+
+
+def test_bfloat16_errs_no_more_than_twice_plain_bfloat16():
+    x, weight, labels = inputs(64, 16, 50, torch.bfloat16)
+    exact_x, exact_w = (t.detach().double().requires_grad_() for t in (x, weight))
+    exact = F.cross_entropy(exact_x @ exact_w.T, labels)
+    exact.backward()
+    plain_x, plain_w = (t.detach().clone().requires_grad_() for t in (x, weight))
+    plain = F.cross_entropy(plain_x @ plain_w.T, labels)
+    plain.backward()
+    loss = linear_cross_entropy(x, weight, labels)
+    loss.backward()
+    assert loss.dtype is torch.float32 and weight.grad.dtype is torch.bfloat16
+    assert abs(loss.double() - exact) <= 2 * abs(plain.double() - exact) + 1e-3
+    for found, eager, wanted in ((x, plain_x, exact_x), (weight, plain_w, exact_w)):
+        error, bound = ((t.grad.double() - wanted.grad).abs().max() for t in (found, eager))
+        assert error <= 2 * bound + 1e-6
+
+
+def test_autocast_multiplies_in_bfloat16_and_sums_in_float32():
+    x, weight, labels = inputs(64, 16, 50, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(x, weight, labels)
+    loss.backward()
+    rounded_x, rounded_w = (t.detach().bfloat16().float().requires_grad_() for t in (x, weight))
+    expected = F.cross_entropy((rounded_x.bfloat16() @ rounded_w.bfloat16().T).float(), labels)
+    expected.backward()
+    assert loss.dtype is torch.float32 and weight.grad.dtype is torch.float32
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(weight.grad, rounded_w.grad, atol=2e-3, rtol=2e-2)
+
+
+def test_two_runs_agree_bitwise():
+    runs = []
+    for _ in range(2):
+        x, weight, labels = inputs(50, 8, 30, torch.float32)
+        linear_cross_entropy(x, weight, labels).backward()
+        runs.append((x.grad, weight.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_nothing_to_predict_is_nan_as_in_pytorch():
+    x, weight, labels = inputs()
+    assert linear_cross_entropy(x, weight, torch.full_like(labels, -100)).isnan()
+    assert linear_cross_entropy(x[:0], weight, labels[:0], reduction="sum") == 0
+
+
+def test_extreme_logits_stay_finite():
+    x, weight, labels = inputs(dtype=torch.float32)
+    loss = linear_cross_entropy(x * 1e4, weight, labels)
+    loss.backward()
+    assert loss.isfinite() and x.grad.isfinite().all()
+
+
+def test_op_is_registered_as_pytorch_wants():
+    x, weight, labels = inputs(dtype=torch.float32)
+    torch.library.opcheck(cross_entropy._summed, (x, weight, labels, torch.float32, True))
+
+
+def test_shapes_that_do_not_fit_are_named():
+    x, weight, labels = inputs()
+    with pytest.raises(ValueError, match=r"labels \(10,\)"):
+        linear_cross_entropy(x, weight, labels[:-1])

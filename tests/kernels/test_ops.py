@@ -1,0 +1,112 @@
+"""Rungs 1 and 2, the same for every op: derivatives, registration, compilation, accuracy, determinism."""
+
+import pytest
+import torch
+
+from grassland.kernels import dispatch
+from grassland.kernels.testing import Case, check_backend, poisoned, run, specs
+
+CASES = [pytest.param(spec, case, id=f"{spec.name}-{case.id}") for spec in specs() for case in spec.cases]
+SPECS = [pytest.param(spec, id=spec.name) for spec in specs()]
+DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")]
+needs_extension = pytest.mark.skipif(dispatch.extension_error() is not None, reason=str(dispatch.extension_error()))
+
+
+def first(spec) -> Case:
+    return spec.cases[0]
+
+
+@pytest.mark.parametrize(("spec", "case"), CASES)
+def test_eager_equals_reference_in_float64(spec, case):
+    truth = run(spec, case.tensors(), case.options, "reference")
+    found = run(spec, case.tensors(), case.options, "eager")
+    for name, exact in truth.items():
+        torch.testing.assert_close(found[name], exact, rtol=1e-10, atol=1e-12 * max(1.0, float(exact.norm())), msg=name)
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_gradcheck(spec, backend):
+    tensors = first(spec).tensors()
+    names = [name for name, t in tensors.items() if t.requires_grad]
+
+    def call(*values):
+        return spec.call(**(tensors | dict(zip(names, values, strict=True))), **first(spec).options, backend=backend)
+
+    assert torch.autograd.gradcheck(call, [tensors[name] for name in names])
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("spec", "case"), CASES)
+def test_cpp_accuracy(spec, case, dtype):
+    check_backend(spec, case, "cpp", dtype)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=needs_extension)])
+@pytest.mark.parametrize("spec", SPECS)
+def test_opcheck(spec, backend):
+    for operator, arguments in spec.registered(first(spec).tensors(torch.float32), first(spec).options, backend):
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=needs_extension)])
+@pytest.mark.parametrize("spec", SPECS)
+def test_compiles_to_one_graph(spec, backend):
+    case = first(spec)
+    tensors = case.tensors(torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **t: spec.call(**t, **case.options, backend=backend), fullgraph=True)
+    wanted = [t for t in tensors.values() if t.requires_grad]
+    outputs = []
+    for function in (compiled, lambda **t: spec.call(**t, **case.options, backend=backend)):
+        out = function(**tensors)
+        out = [out] if isinstance(out, torch.Tensor) else list(out)
+        outputs.append([*out, *torch.autograd.grad(sum(o.square().sum() for o in out), wanted)])
+    for a, b in zip(*outputs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_bitwise_determinism(spec, dtype):
+    case = spec.representative
+    with poisoned():
+        runs = [run(spec, case.tensors(dtype), case.options, "cpp") for _ in range(2)]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+@needs_extension
+@pytest.mark.parametrize("spec", SPECS)
+def test_expanded_gradient(spec):
+    """The gradient of a sum has stride 0 everywhere."""
+    case = first(spec)
+    grads = []
+    for expand in (True, False):
+        tensors = case.tensors(torch.float32)
+        out = spec.call(**tensors, **case.options, backend="cpp")
+        out = [out] if isinstance(out, torch.Tensor) else list(out)
+        cotangents = [torch.ones(()).expand(o.shape) if expand else torch.ones(o.shape) for o in out]
+        grads.append(torch.autograd.grad(out, [t for t in tensors.values() if t.requires_grad], cotangents))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize(("spec", "case"), CASES)
+def test_gpu_accuracy(spec, case, backend, dtype):
+    if backend not in spec.backends:
+        pytest.skip(f"{spec.name} has no {backend} kernel")
+    check_backend(spec, case, backend, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_gpu_representative(spec, dtype):
+    check_backend(spec, spec.representative, "triton", dtype, "cuda")
+    runs = [run(spec, spec.representative.tensors(dtype, "cuda"), spec.representative.options, "triton") for _ in "ab"]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])

@@ -1,0 +1,71 @@
+"""Rungs 3 and 4: the Triton kernels in the interpreter, and compiled ahead of time for chips that are not here."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from grassland.kernels.testing import Launch, record_launches, resource_usage, run, specs
+
+pytest.importorskip("triton")
+SPECS = [pytest.param(spec, id=spec.name) for spec in specs() if "triton" in spec.backends]
+# Shared memory that one program may use, in bytes: NVIDIA's compute capabilities 8.0, 9.0 and 10.0, AMD's MI300.
+TARGETS = {"sm_80": ("cuda", 80, 32, 166912), "sm_90": ("cuda", 90, 32, 232448), "sm_100": ("cuda", 100, 32, 232448)}
+AMD = ("hip", "gfx942", 64, 65536)
+# The instruction that feeds the tensor cores, by chip.
+MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_interpreter(spec, dtype):
+    script = Path(__file__).with_name("interpret.py")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, script, spec.name, dtype], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": ok") == len(spec.cases)
+
+
+@functools.cache
+def launches(name: str, dtype: torch.dtype) -> list[Launch]:
+    """Every launch of forward and backward at a realistic shape. The recorder stands in for the GPU."""
+    spec = next(spec for spec in specs() if spec.name == name)
+    case = spec.representative
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grassland.kernels.dispatch.missing", lambda *_: None)
+        return record_launches(lambda: run(spec, case.tensors(dtype), case.options, "triton"))
+
+
+@pytest.mark.parametrize("chip", TARGETS)
+@pytest.mark.parametrize("spec", SPECS)
+def test_compiles_for_nvidia(spec, chip):
+    backend, arch, warp, limit = TARGETS[chip]
+    recorded = launches(spec.name, torch.bfloat16)
+    assert recorded
+    assembly = ""
+    for launch in recorded:
+        compiled = launch.compile(backend, arch, warp)
+        assert compiled.metadata.shared <= limit, launch.name
+        usage = resource_usage(compiled.asm["cubin"])
+        assert usage["LOCAL"] == 0 and usage["STACK"] == 0, f"{launch.name} spills: {usage}"
+        assembly += compiled.asm["ptx"]
+    assert not spec.gemm or MATRIX[chip] in assembly
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_float32_compiles_for_hopper(spec):
+    for launch in launches(spec.name, torch.float32):
+        compiled = launch.compile(*TARGETS["sm_90"][:3])
+        assert compiled.metadata.shared <= TARGETS["sm_90"][3], launch.name
+        usage = resource_usage(compiled.asm["cubin"])
+        assert usage["LOCAL"] == 0, f"{launch.name} spills: {usage}"
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_compiles_for_amd(spec):
+    for launch in launches(spec.name, torch.bfloat16):
+        assert launch.compile(*AMD[:3]).metadata.shared <= AMD[3], launch.name

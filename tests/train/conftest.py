@@ -1,0 +1,59 @@
+import random
+from dataclasses import replace
+
+import pytest
+
+from grassland.train.config import LMConfig
+
+SUBJECTS = "the cat|a dog|every bird|my neighbour|an old tree|the naïve reader".split("|")
+VERBS = "sees|likes|follows|remembers|draws|counts".split("|")
+OBJECTS = "the moon|a river|three stones|the garden|nothing at all|its own shadow".split("|")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("GRASSLAND_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def text():
+    draw = random.Random(0)
+    sentences = [f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)} {draw.choice(OBJECTS)}." for _ in range(300)]
+    return "".join(f"{sentence}{' ' if index % 5 else chr(10) * 2}" for index, sentence in enumerate(sentences))
+
+
+@pytest.fixture
+def text_file(tmp_path, text):
+    path = tmp_path / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def config(text_file):
+    """A run of 12 steps that takes a second, with everything random that a run can have."""
+    return LMConfig(
+        model="lm",
+        set=("dim=16", "depth=2", "ffn_dim=32", "rank=4", "offsets=1,2", "dropout=0.1"),
+        data=str(text_file),
+        tokenizer="bpe:280",
+        seq_len=16,
+        batch_size=4,
+        steps=12,
+        warmup=3,
+        lr=1e-2,
+        log_every=1,
+        eval_every=4,
+        save_every=4,
+        samples=1,
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def variant(config):
+    """`config` with some settings changed."""
+    return lambda **changes: replace(config, **changes)

@@ -1,0 +1,40 @@
+import math
+
+import pytest
+
+from grassland.train.schedule import multiplier
+
+
+@pytest.mark.parametrize("step", [0, 4, 9])
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_warmup_is_linear_and_reaches_one(schedule, step):
+    assert multiplier(step, 100, schedule, warmup=10, floor=0.1) == (step + 1) / 10
+
+
+@pytest.mark.parametrize("step", [10, 33, 55, 99, 100])
+def test_cosine_follows_its_formula(step):
+    expected = 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 10) / 90)) / 2
+    assert multiplier(step, 100, "cosine", warmup=10, floor=0.1) == pytest.approx(expected, abs=1e-15)
+
+
+def test_wsd_is_stable_then_falls_linearly_to_the_floor():
+    factors = [multiplier(step, 100, "wsd", warmup=10, decay=0.2, floor=0.1) for step in range(101)]
+    assert factors[9:81] == [1.0] * 72
+    assert factors[90] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert factors[100] == pytest.approx(0.1)
+    drops = [a - b for a, b in zip(factors[80:100], factors[81:101], strict=True)]
+    assert drops == pytest.approx([0.9 / 20] * 20)
+
+
+def test_constant_stays_after_the_warmup():
+    assert {multiplier(step, 50, "constant", warmup=5) for step in range(5, 50)} == {1.0}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_a_warmup_longer_than_the_run_never_passes_one(schedule):
+    assert all(0 < multiplier(step, 10, schedule, warmup=20) <= 0.5 for step in range(10))
+
+
+def test_unknown_schedule_is_named():
+    with pytest.raises(ValueError, match="'linear'"):
+        multiplier(0, 10, "linear")

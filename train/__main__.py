@@ -1,0 +1,192 @@
+"""python -m grassland.train COMMAND: train, sample, plot, and look at the installation."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .config import LMConfig, RunConfig, default_lm
+
+C = TypeVar("C", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Continue a prompt with a trained language model."""
+
+    folder: Path
+    """Folder of the run."""
+    prompt: str = "\n"
+    """Text to continue."""
+    tokens: int = 200
+    """How many tokens to add."""
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_k: int | None = None
+    """Choose among the k likeliest tokens."""
+    top_p: float | None = None
+    """Choose among the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the choice."""
+
+
+@dataclass(frozen=True)
+class PlotOptions:
+    """Curves of one run or several in one picture."""
+
+    folders: tuple[Path, ...]
+    """Folders of the runs."""
+    out: Path = Path("curves.png")
+    """The PNG to write."""
+
+
+def lm(arguments: list[str]) -> int:
+    """train a causal language model on text"""
+    config = read_run_config(LMConfig, default_lm(), arguments, "lm")
+    from .start import run
+    from .tasks.lm import LanguageModeling
+
+    return run(LanguageModeling, config)
+
+
+def sample(arguments: list[str]) -> int:
+    """continue a prompt with a trained language model"""
+    options = read_options(SampleOptions, arguments, "sample")
+    from .sample import generate_text, load_run
+
+    model, tokenizer = load_run(options.folder)
+    choice = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+    pieces = generate_text(model, tokenizer, options.prompt, tokens=options.tokens, seed=options.seed, **choice)
+    print(options.prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def plot(arguments: list[str]) -> int:
+    """curves of one run or several in one picture"""
+    options = read_options(PlotOptions, arguments, "plot")
+    from .plot import plot_runs
+
+    plot_runs(options.folders, options.out)
+    print(options.out)
+    return 0
+
+
+def env(arguments: list[str]) -> int:
+    """versions, devices, what was built, and the backend that each op takes"""
+    if arguments:
+        raise ValueError(f"env takes no arguments, got {' '.join(arguments)}")
+    from .env import report
+
+    print(report())
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"lm": lm, "sample": sample, "plot": plot, "env": env}
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command; the process's exit code. What the user can mend is one line on stderr, and 2."""
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        # A RuntimeError of torch's own is a defect to be seen in full; those of grassland are messages to the user.
+        if os.environ.get("GRASSLAND_DEBUG") == "1" or _is_defect(error):
+            raise
+        print(f"error: {describe(error)}", file=sys.stderr)
+        return 2
+
+
+def describe(error: Exception) -> str:
+    """The error in one line that names the file, if it is about one."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_options(kind: type[Any], arguments: list[str], command: str) -> Any:
+    """A dataclass from command-line arguments; fields without a default are positional."""
+    tyro = _tyro()
+    return tyro.cli(kind, args=arguments, prog=_program(command), config=(tyro.conf.PositionalRequiredArgs,))
+
+
+def read_run_config(kind: type[C], default: C, arguments: list[str], command: str) -> C:
+    """The settings of a run from command-line arguments over `default`, or over those of the run to be resumed.
+
+    Raises ValueError if a resumed run is to change what must stay, CheckpointError if it cannot be read.
+    """
+    folder = _argument(arguments, "--resume")
+    stored = None if folder is None else _stored_config(kind, Path(folder))
+    if stored is not None:
+        # What is given on the command line counts over what is stored: steps over stored epochs, too.
+        epochs = stored.epochs if _argument(arguments, "--steps") is None or stored.steps is None else None
+        default = replace(stored, resume=folder, epochs=epochs)
+    config = _tyro().cli(kind, args=arguments, default=default, prog=_program(command))
+    if stored is not None and (changed := stored.changed(config)):
+        raise ValueError(f"{folder}: a resumed run keeps its {', '.join(changed)}; start a new one with --out instead")
+    return config
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise ValueError(f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
+    return COMMANDS[name](rest)
+
+
+def _usage() -> str:
+    commands = "\n".join(f"  {name:<8}{command.__doc__}" for name, command in COMMANDS.items())
+    return f"usage: python -m grassland.train COMMAND [--help | options]\n\n{commands}"
+
+
+def _stored_config(kind: type[C], folder: Path) -> C:
+    from ..archs import CheckpointError, read_config
+
+    values = read_config(folder).get("run")
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{folder / 'config.json'}: no settings of a run in it, nothing to resume")
+    try:
+        return kind.from_dict(values)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _argument(arguments: list[str], name: str) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument == name and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _is_defect(error: Exception) -> bool:
+    if not isinstance(error, RuntimeError):
+        return False
+    return not type(error).__module__.startswith(__package__.rpartition(".")[0] if __package__ else "grassland")
+
+
+def _program(command: str) -> str:
+    return f"python -m grassland.train {command}"
+
+
+def _tyro() -> Any:
+    try:
+        return importlib.import_module("tyro")
+    except ImportError as error:
+        raise ValueError("tyro is not installed: pip install 'grassland[train]'") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
