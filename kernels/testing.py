@@ -60,7 +60,8 @@ class Spec:
 
 def specs() -> list[Spec]:
     """The specs of all ops."""
-    return [importlib.import_module(f"{__package__}.{name}.cases").SPEC for name in dispatch.PACKAGES]
+    modules = [importlib.import_module(f"{__package__}.{name}.cases") for name in dispatch.PACKAGES]
+    return [spec for module in modules for spec in module.SPECS]
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -73,8 +74,8 @@ def run(
 ) -> Tensors:
     """Outputs and, for fixed random output gradients, the gradient of every floating-point input."""
     out = spec.call(**tensors, **options, backend=backend)
-    outputs = [out] if isinstance(out, Tensor) else list(out)
-    results = {f"out{k}": o.detach() for k, o in enumerate(outputs)}
+    outputs: list[Tensor] = [out] if isinstance(out, Tensor) else list(out)
+    results: Tensors = {f"out{k}": o.detach() for k, o in enumerate(outputs)}
     wanted = {name: t for name, t in tensors.items() if t.requires_grad}
     if wanted:
         cotangents = [normal(*o.shape, seed=100 + k).to(rounded).to(o.device, o.dtype) for k, o in enumerate(outputs)]
@@ -188,7 +189,7 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     """REG, STACK, SHARED, LOCAL… of the kernel in a cubin, by the cuobjdump inside triton. LOCAL and STACK are spills."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

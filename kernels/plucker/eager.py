@@ -112,3 +112,20 @@ def plucker_mix_backward(
     if mask[2]:
         dbias = (grad * (counts(z.shape[1], offsets, grad) > 0)).sum((0, 1))
     return dz, dweight, dbias
+
+
+def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, alpha); [x; g] is never written."""
+    from_x, from_g = weight.chunk(2, dim=1)
+    alpha = torch.sigmoid(F.linear(x.to(g.dtype), from_x) + F.linear(g, from_g, bias))
+    return (alpha * x + (1 - alpha) * g).to(x.dtype), alpha
+
+
+def gated_blend_backward(
+    grad: Tensor, x: Tensor, g: Tensor, weight: Tensor, alpha: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dg, dlogit); the gradient of the weight is dlogit^T [x; g]."""
+    from_x, from_g = weight.chunk(2, dim=1)
+    through = alpha * grad
+    dlogit = (through * (1 - alpha) * (x - g)).to(g.dtype)
+    return (through + dlogit @ from_x).to(x.dtype), (grad - through + dlogit @ from_g).to(g.dtype), dlogit

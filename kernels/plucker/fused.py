@@ -323,3 +323,52 @@ def plucker_mix_backward(
     if mask[2]:
         dbias = grad[:, min(offsets) :].sum((0, 1), dtype=torch.float32).to(weight.dtype)
     return dz, dweight, dbias
+
+
+@triton.jit
+def blend_kernel(x, g, logit, bias, out, alpha, total, dim, BLOCK: tl.constexpr):
+    # alpha = sigmoid(logit + b), out = g + alpha (x - g)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = at < total
+    b = tl.load(bias + at % dim, mask=keep, other=0.0).to(tl.float32)
+    a = tl.sigmoid(tl.load(logit + at, mask=keep, other=0.0).to(tl.float32) + b)
+    xv = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
+    gv = tl.load(g + at, mask=keep, other=0.0).to(tl.float32)
+    tl.store(alpha + at, a, mask=keep)
+    tl.store(out + at, gv + a * (xv - gv), mask=keep)
+
+
+@triton.jit
+def blend_backward_kernel(grad, x, g, alpha, dx, dg, dlogit, total, BLOCK: tl.constexpr):
+    # dx = alpha dout, dg = (1 - alpha) dout, dlogit = dout (x - g) alpha (1 - alpha)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = at < total
+    d = tl.load(grad + at, mask=keep, other=0.0).to(tl.float32)
+    a = tl.load(alpha + at, mask=keep, other=0.0).to(tl.float32)
+    xv = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
+    gv = tl.load(g + at, mask=keep, other=0.0).to(tl.float32)
+    through = a * d
+    tl.store(dx + at, through, mask=keep)
+    tl.store(dg + at, d - through, mask=keep)
+    tl.store(dlogit + at, through * (1 - a) * (xv - gv), mask=keep)
+
+
+def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    dim, rows = weight.shape[0], g.view(-1, weight.shape[0])
+    logit = x.view(-1, dim).to(g.dtype) @ weight[:, :dim].T
+    logit = torch.addmm(logit, rows, weight[:, dim:].T)
+    out, alpha = torch.empty_like(x), torch.empty_like(g)
+    if x.numel():
+        blend_kernel[(triton.cdiv(x.numel(), 1024),)](x, g, logit, bias, out, alpha, x.numel(), dim, BLOCK=1024)
+    return out, alpha
+
+
+def gated_blend_backward(
+    grad: Tensor, x: Tensor, g: Tensor, weight: Tensor, alpha: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dg, dlogit = torch.empty_like(x), torch.empty_like(g), torch.empty_like(g)
+    if x.numel():
+        grid = (triton.cdiv(x.numel(), 1024),)
+        blend_backward_kernel[grid](grad, x, g, alpha, dx, dg, dlogit, x.numel(), BLOCK=1024)
+    from_x, from_g = weight.chunk(2, dim=1)
+    return dx + dlogit @ from_x, torch.addmm(dg, dlogit, from_g), dlogit
