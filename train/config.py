@@ -118,7 +118,10 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LMConfig(RunConfig):
-    """A causal language model on text."""
+    """A causal language model on text.
+
+    Without --model: a small Grassmann LM on the embedded corpus, about a minute on two CPU cores.
+    """
 
     model: str = "grassmann_lm_6l"
     """A preset of `grassland.archs.list_models()` or the assembly "lm"."""
@@ -128,6 +131,8 @@ class LMConfig(RunConfig):
     """bpe:SIZE trains a byte-level BPE; or a vocab.txt, a tokenizer.json, a folder with one, or a hub name."""
     seq_len: int = 128
     """Tokens in a block."""
+    lr: float = 3e-4
+    """Peak learning rate."""
     text_column: str = "text"
     """Column of a parquet file or hub data set."""
 
@@ -135,6 +140,11 @@ class LMConfig(RunConfig):
         super().__post_init__()
         if self.seq_len <= 0:
             raise ValueError(f"seq_len must be positive, got {self.seq_len}")
+
+
+def named_lm() -> LMConfig:
+    """A model that the user names: as its preset says, with AdamW at a rate that post-norm models bear."""
+    return LMConfig(steps=1000)
 
 
 def default_lm() -> LMConfig:

@@ -66,11 +66,11 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 def report() -> str:
     """The text of `python -m grassland.train env`."""
-    lines = [f"{name:<14}{value or 'not installed'}" for name, value in versions().items()]
-    lines += [f"{name:<14}{value}" for name, value in machine().items()]
+    lines = [f"{name:<16}{value or 'not installed'}" for name, value in versions().items()]
+    lines += [f"{name:<16}{value}" for name, value in machine().items()]
     for extra, packages in EXTRAS.items():
         found = ", ".join(f"{name} {version(name) or 'missing'}" for name in packages)
-        lines.append(f"{f'[{extra}]':<14}{found}")
+        lines.append(f"{f'[{extra}]':<16}{found}")
     return "\n".join([*lines, *_kernels()])
 
 
@@ -78,10 +78,10 @@ def _kernels() -> list[str]:
     from ..kernels import dispatch
 
     error = dispatch.extension_error()
-    lines = [f"{'extension':<14}{'grassland.kernels._C is built and loads' if error is None else error}"]
+    lines = [f"{'extension':<16}{'grassland.kernels._C is built and loads' if error is None else error}"]
     for op, devices in dispatch.describe().items():
         choices = "; ".join(f"{device}: {choice}" for device, choice in devices.items())
-        lines.append(f"{op:<14}{choices}")
+        lines.append(f"{op:<16}{choices}")
     return lines
 
 

@@ -73,6 +73,14 @@ def test_settings_come_from_the_command_line():
     assert LMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_a_model_that_is_named_is_the_preset_and_not_the_small_default(fail, monkeypatch):
+    seen = []
+    monkeypatch.setattr("grassland.train.start.run", lambda task, config: seen.append(config) or 0)
+    assert main(["lm"]) == main(["lm", "--model", "transformer_lm_6l", "--lr", "0.1"]) == 0
+    assert seen[0].overrides()["dim"] == 128 and seen[0].optimizer == "muon"
+    assert (seen[1].set, seen[1].optimizer, seen[1].lr) == ((), "adamw", 0.1)
+
+
 @pytest.mark.parametrize(
     "arguments, named",
     [

@@ -162,12 +162,17 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(variant, tmp_path, m
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
+    def save_on_a_full_disk(self):
+        with monkeypatch.context() as patch:
+            if self.step == 8:
+                patch.setattr("os.fsync", full)
+            save(self)
+
+    save = Trainer.save
+    full_disk = "No space left on device at step 8; the checkpoint of step 4 is intact"
     with monkeypatch.context() as patch:
-        save = Trainer.save
-        patch.setattr(Trainer, "save", lambda self: (self.step == 8 and patch.setattr("os.fsync", full), save(self))[1])
-        with pytest.raises(
-            TrainingError, match="No space left on device at step 8; the checkpoint of step 4 is intact"
-        ):
+        patch.setattr(Trainer, "save", save_on_a_full_disk)
+        with pytest.raises(TrainingError, match=full_disk):
             run(LanguageModeling, variant(out=str(folder)))
     assert load_state(folder)["step"] == 4
     load_model(folder)
