@@ -42,6 +42,9 @@ def backend_after_install(wheel, target):
     """Which backend an installed wheel picks on the CPU, asked in a process that sees nothing of this tree."""
     assert pip("install", "--no-deps", "--target", target, wheel).returncode == 0
     code = (
+        # An editable install in this environment adds its own folders to every namespace: take it out of the way.
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)];"
+        "sys.path = [p for p in sys.path if '__editable__' not in p];"
         "import grassland.kernels.dispatch as d, grassland.archs as a, grassland.train;"
         "assert d.__file__.startswith({target!r}), d.__file__;"
         "print(d.describe()['plucker_mix']['cpu'], '|', a.create_model('grassmann_lm_6l', depth=1).num_parameters())"
