@@ -48,7 +48,15 @@ def extension() -> dict:
     except ImportError:
         return skip("torch is not importable here: install torch first, then use pip install --no-build-isolation")
     cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None and bool(sources(".cu"))
-    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", *ABI_FLAGS]
+    flags = [
+        "-O3",
+        "-std=c++17",
+        "-fvisibility=hidden",
+        "-fopenmp-simd",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        *ABI_FLAGS,
+    ]
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     ext = kind(
         "grassland.kernels._C",

@@ -15,9 +15,7 @@ OP = dispatch.register("plucker_mix", cpp=(torch.float32, torch.bfloat16), trito
 
 
 @torch.library.custom_op("grassland::plucker_mix", mutates_args=())
-def plucker_mix(
-    z: Tensor, weight: Tensor, bias: Tensor | None, offsets: list[int], eps: float, backend: str
-) -> Tensor:
+def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: list[int], eps: float, backend: str) -> Tensor:
     backend = dispatch.pick(OP, weight, backend)
     if backend == "eager":
         return eager.plucker_mix(z, weight, bias, offsets, eps)

@@ -1,12 +1,11 @@
 """Rung 3, run by test_triton.py in a process of its own: every case of one op in Triton's interpreter.
 
-    TRITON_INTERPRET=1 python tests/kernels/interpret.py OP DTYPE
+TRITON_INTERPRET=1 python tests/kernels/interpret.py OP DTYPE
 """
 
 import sys
 
 import torch
-
 from grassland.kernels.testing import check_backend, specs
 
 name, dtype = sys.argv[1], getattr(torch, sys.argv[2])

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from grassland.kernels import dispatch
 from grassland.kernels.testing import Case, check_backend, poisoned, run, specs
 

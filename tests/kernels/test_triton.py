@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from grassland.kernels.testing import Launch, record_launches, resource_usage, run, specs
 
 pytest.importorskip("triton")
