@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 python tests/kernels/interpret.py OP DTYPE
 import sys
 
 import torch
+
 from grassland.kernels.testing import check_backend, specs
 
 name, dtype = sys.argv[1], getattr(torch, sys.argv[2])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from grassland.kernels import dispatch
 
 triton = pytest.importorskip("triton")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from grassland.kernels.testing import Launch, record_launches, resource_usage, run, specs
 
 pytest.importorskip("triton")
