@@ -23,7 +23,7 @@ def missing(*_):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The plucker benchmark on a tiny setting, without the rival that compiles for a minute, with one that is absent."""
+    """The plucker benchmark on a tiny setting, without the rival that compiles for a minute, and with an absent one."""
     module = importlib.import_module("grassland.kernels.plucker.rivals")
     if dispatch.extension_error():
         pytest.skip(dispatch.extension_error())
