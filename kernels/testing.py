@@ -59,8 +59,9 @@ class Spec:
 
 
 def specs() -> list[Spec]:
-    """The specs of all ops."""
-    return [importlib.import_module(f"{__package__}.{name}.cases").SPEC for name in dispatch.PACKAGES]
+    """The specs of all ops: a package's cases.py has one SPEC, or a list of SPECS."""
+    cases = [importlib.import_module(f"{__package__}.{name}.cases") for name in dispatch.PACKAGES]
+    return [spec for module in cases for spec in getattr(module, "SPECS", None) or [module.SPEC]]
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
