@@ -52,8 +52,7 @@ GRASSLAND_INLINE void mix(Vec* x, const float* q) {
 // X' of one token; `out` has rows of `stride`.
 template <int N, typename T, typename O>
 GRASSLAND_INLINE void post_token(const T* x, const T* y, const float* h, int64_t dim, int64_t stride, O* out) {
-  for (int64_t c = 0; c < dim; c += kLanes) {
-    const int64_t live = std::min(kLanes, dim - c);
+  for_each_vector(dim, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
     Vec v[N];
     for (int s = 0; s < N; ++s) v[s] = load(x + s * dim + c, live);
     mix<N>(v, h + 2 * N);
@@ -66,32 +65,38 @@ GRASSLAND_INLINE void post_token(const T* x, const T* y, const float* h, int64_t
       else
         store_rounded<T>(v[s], reinterpret_cast<float*>(out) + s * stride + c);
     }
-  }
+  });
 }
 
-// z without r: kGroup columns of the projection for kForward tokens, and |X|^2.
+template <typename T>
+GRASSLAND_INLINE float square_norm(const T* x, int64_t size) {
+  Vec sum = {};
+  for_each_vector(size, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+    const Vec v = load(x + c, live);
+    sum += v * v;
+  });
+  return total(sum);
+}
+
+// z without r: kGroup columns of the projection for kForward tokens.
 template <int N, typename T>
-GRASSLAND_INLINE void project_group(const T* const* x, const float* weight, const Shape& s, float* products,
-                                    float* squares) {
-  Vec sum[kForward][kGroup] = {}, square[kForward] = {};
-  for (int64_t k = 0; k < N; ++k)
-    for (int64_t c = 0; c < s.dim; c += kLanes) {
-      const int64_t live = std::min(kLanes, s.dim - c);
-      const float* w = weight + k * s.padded_dim + c;
+GRASSLAND_INLINE void project_group(const T* const* x, const float* weight, const Shape& s, float* products) {
+  Vec sum[kForward][kGroup] = {};
+  for (int64_t k = 0; k < N; ++k) {
+    const float* w = weight + k * s.padded_dim;
+    const T* row[kForward];
+    for (int64_t t = 0; t < kForward; ++t) row[t] = x[t] + k * s.dim;
+    for_each_vector(s.dim, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
       Vec v[kForward];
-      for (int64_t t = 0; t < kForward; ++t) {
-        v[t] = load(x[t] + k * s.dim + c, live);
-        if (squares != nullptr) square[t] += v[t] * v[t];
-      }
+      for (int64_t t = 0; t < kForward; ++t) v[t] = load(row[t] + c, live);
       for (int64_t j = 0; j < kGroup; ++j) {
-        const Vec column = load_full(w + j * s.row());
+        const Vec column = load_full(w + j * s.row() + c);
         for (int64_t t = 0; t < kForward; ++t) sum[t][j] += column * v[t];
       }
-    }
-  for (int64_t t = 0; t < kForward; ++t) {
-    for (int64_t j = 0; j < kGroup; ++j) products[t * s.padded_columns + j] = total(sum[t][j]);
-    if (squares != nullptr) squares[t] = total(square[t]);
+    });
   }
+  for (int64_t t = 0; t < kForward; ++t)
+    for (int64_t j = 0; j < kGroup; ++j) products[t * s.padded_columns + j] = total(sum[t][j]);
 }
 
 // Columns of the coefficients: sigmoid, twice sigmoid for the n of h_post.
@@ -102,13 +107,9 @@ template <int N, typename T>
 GRASSLAND_INLINE void pre_block(const Rows<T>& a, const Shape& s, const T* x, int64_t begin, int64_t end, float* products) {
   const T* row[kForward];
   for (int64_t t = 0; t < kForward; ++t) row[t] = x + std::min(begin + t, end - 1) * N * s.dim;
-  float squares[kForward];
-  for (int64_t j = 0; j < s.padded_columns; j += kGroup) {
-    const float* w = a.weight + j * s.row();
-    project_group<N>(row, w, s, products + j, j == 0 ? squares : nullptr);
-  }
+  for (int64_t j = 0; j < s.padded_columns; j += kGroup) project_group<N>(row, a.weight + j * s.row(), s, products + j);
   for (int64_t t = 0; t < end - begin; ++t) {
-    const float r = 1.0f / std::max(std::sqrt(squares[t]), s.eps);
+    const float r = 1.0f / std::max(std::sqrt(square_norm(row[t], N * s.dim)), s.eps);
     float *h = a.after_out + (begin + t) * s.columns, *saved = a.saved_out + (begin + t) * (s.columns + 1);
     for (int64_t j = 0; j < s.columns; ++j) {
       saved[j] = r * products[t * s.padded_columns + j];
@@ -116,12 +117,11 @@ GRASSLAND_INLINE void pre_block(const Rows<T>& a, const Shape& s, const T* x, in
     }
     saved[s.columns] = r;
     T* u = a.u + (begin + t) * s.dim;
-    for (int64_t c = 0; c < s.dim; c += kLanes) {
-      const int64_t live = std::min(kLanes, s.dim - c);
+    for_each_vector(s.dim, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
       Vec sum = {};
       for (int k = 0; k < N; ++k) sum += h[k] * load(row[t] + k * s.dim + c, live);
       store(sum, u + c, live);
-    }
+    });
   }
 }
 
@@ -144,8 +144,7 @@ GRASSLAND_INLINE void post_backward_token(const Rows<T>& a, const Shape& s, int6
   const T *x = a.x + token * N * s.dim, *y = a.y + token * s.dim;
   const float *h = a.h + token * s.columns, *q = h + 2 * N;
   Vec along_y[N] = {}, along_x[kStages] = {};
-  for (int64_t c = 0; c < s.dim; c += kLanes) {
-    const int64_t live = std::min(kLanes, s.dim - c);
+  for_each_vector(s.dim, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
     Vec v[N], g[N], entering[kStages][N / 2], dy = {};
     const Vec branch = load(y + c, live);
     for (int k = 0; k < N; ++k) {
@@ -178,7 +177,7 @@ GRASSLAND_INLINE void post_backward_token(const Rows<T>& a, const Shape& s, int6
     }
     for (int k = 0; k < N; ++k) store(g[k], a.dx + (token * N + k) * s.dim + c, live);
     store(dy, a.dy + token * s.dim + c, live);
-  }
+  });
   float* dh = a.dh + token * s.columns;
   for (int k = 0; k < N; ++k) {
     dh[k] = 0;
@@ -187,16 +186,16 @@ GRASSLAND_INLINE void post_backward_token(const Rows<T>& a, const Shape& s, int6
   for (int64_t k = 0; k < kStages; ++k) dh[2 * N + k] = total(along_x[k]);
 }
 
-// The gradient g of the logits of one token, times r into `scaled`, and the factor of X in dX: -r^2 <g, z>, 0 where the norm
+// The gradient g of the logits of one token, times r into every kBackward-th of `scaled`, and the factor of X in dX: -r^2 <g, z>, 0 where the norm
 // is clamped. `x` is the padded row of X.
 template <int N, typename T>
 GRASSLAND_INLINE float logits_backward(const Rows<T>& a, const Shape& s, int64_t token, const float* x, float* scaled) {
   Vec along[N] = {};
   const T* du = a.du + token * s.dim;
-  for (int64_t c = 0; c < s.dim; c += kLanes) {
-    const Vec g = load(du + c, std::min(kLanes, s.dim - c));
+  for_each_vector(s.dim, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+    const Vec g = load(du + c, live);
     for (int k = 0; k < N; ++k) along[k] += g * load_full(x + k * s.padded_dim + c);
-  }
+  });
   const float *h = a.after + token * s.columns, *saved = a.saved + token * (s.columns + 1);
   const float* dh = a.dafter + token * s.columns;
   const float r = saved[s.columns];
@@ -206,9 +205,8 @@ GRASSLAND_INLINE float logits_backward(const Rows<T>& a, const Shape& s, int64_t
     const float g = (dh[j] + direct) * h[j] * (1.0f - h[j] / top(j, N));
     a.dbias[j] += g;
     inner += g * saved[j];
-    scaled[j] = r * g;
+    scaled[j * kBackward] = r * g;
   }
-  for (int64_t j = s.columns; j < s.padded_columns; ++j) scaled[j] = 0;
   return r < 1.0f / s.eps ? -r * r * inner : 0.0f;
 }
 
@@ -217,8 +215,8 @@ template <int N, typename T, typename O>
 GRASSLAND_INLINE void streams_backward(const Rows<T>& a, const Shape& s, int64_t begin, int64_t end, const float* x,
                                        const float* scaled, const float* shrink, O* out, int64_t stride) {
   for (int64_t k = 0; k < N; ++k)
-    for (int64_t c = 0; c < s.dim; c += kLanes) {
-      const int64_t live = std::min(kLanes, s.dim - c), at = k * s.padded_dim + c;
+    for_each_vector(s.dim, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+      const int64_t at = k * s.padded_dim + c;
       Vec v[kBackward], d[kBackward];
       for (int64_t t = 0; t < kBackward; ++t) {
         v[t] = load_full(x + t * s.row() + at);
@@ -228,26 +226,28 @@ GRASSLAND_INLINE void streams_backward(const Rows<T>& a, const Shape& s, int64_t
         const Vec w = load_full(a.weight + j * s.row() + at);
         Vec dw = load_full(a.dweight + j * s.row() + at);
         for (int64_t t = 0; t < kBackward; ++t) {
-          const float g = scaled[t * s.padded_columns + j];
+          const float g = scaled[j * kBackward + t];
           d[t] += g * w;
           dw += g * v[t];
         }
         store_full(dw, a.dweight + j * s.row() + at);
       }
-      for (int64_t t = 0; t < end - begin; ++t) {
+      // A bound that is not a constant would keep d out of the registers.
+      for (int64_t t = 0; t < kBackward; ++t) {
+        if (begin + t >= end) continue;
         const int64_t token = begin + t;
         d[t] += a.after[token * s.columns + k] * load(a.du + token * s.dim + c, live);
         if (a.dfollowing != nullptr) d[t] += load(a.dfollowing + (token * N + k) * s.dim + c, live);
         store(d[t], out + (t * N + k) * stride + c, live);
       }
-    }
+    });
 }
 
 // Tokens begin … end of the backward of pre, or of post and pre together: then X' is computed again.
 template <int N, typename T>
 GRASSLAND_INLINE void backward_body(const Rows<T>& a, const Shape& s, int64_t begin, int64_t end, bool post) {
   std::vector<float> following(kBackward * s.row()), grad(post ? kBackward * s.row() : 0);
-  std::vector<float> scaled(kBackward * s.padded_columns);
+  std::vector<float> scaled(s.columns * kBackward);
   for (int64_t base = begin; base < end; base += kBackward) {
     const int64_t stop = std::min(base + kBackward, end);
     float shrink[kBackward] = {};
@@ -259,9 +259,10 @@ GRASSLAND_INLINE void backward_body(const Rows<T>& a, const Shape& s, int64_t be
         post_token<N>(x, a.y + (base + t) * s.dim, a.h + (base + t) * s.columns, s.dim, s.padded_dim, row);
       else
         for (int64_t k = 0; k < N; ++k)
-          for (int64_t c = 0; c < s.dim; c += kLanes)
-            store_full(load(x + k * s.dim + c, std::min(kLanes, s.dim - c)), row + k * s.padded_dim + c);
-      shrink[t] = logits_backward<N>(a, s, base + t, row, scaled.data() + t * s.padded_columns);
+          for_each_vector(s.dim, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+            store_full(load(x + k * s.dim + c, live), row + k * s.padded_dim + c);
+          });
+      shrink[t] = logits_backward<N>(a, s, base + t, row, scaled.data() + t);
     }
     if (!post) {
       streams_backward<N>(a, s, base, stop, following.data(), scaled.data(), shrink, a.dx + base * N * s.dim, s.dim);

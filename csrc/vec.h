@@ -73,6 +73,17 @@ GRASSLAND_INLINE void store_rounded(const Vec& v, float* p) {
   store_full(std::is_same_v<T, float> ? v : widen(narrow_halves(v)), p);
 }
 
+// f(c, live) for each vector of a row; `live` is a constant in all but the last, so that only that one has a tail.
+template <typename F>
+GRASSLAND_INLINE void for_each_vector(int64_t size, F&& f) {
+  int64_t c = 0;
+  for (; c + kLanes <= size; c += kLanes) f(c, std::integral_constant<int64_t, kLanes>{});
+  if (c < size) f(c, size - c);
+}
+
+// Before the body of a lambda: one that is not inlined would be compiled for the baseline.
+#define GRASSLAND_INLINE_LAMBDA __attribute__((always_inline))
+
 GRASSLAND_INLINE float total(const Vec& v) {
   float part[kLanes];
   __builtin_memcpy(part, &v, sizeof(part));
