@@ -170,7 +170,8 @@ def kronecker_matrix(h: Tensor, streams: int, *, factors: Sequence[int] | None =
     sizes = kronecker_factors(streams, factors)
     if h.shape[-1] != kronecker_columns(sizes):
         raise ValueError(f"h must be (…, {kronecker_columns(sizes)}) for factors {sizes}, got {tuple(h.shape)}")
-    return reference.mixing_matrix(_tokens(h, 1), sizes).view(*h.shape[:-1], streams, streams)
+    with _no_autocast(h):
+        return reference.mixing_matrix(_tokens(h, 1), sizes).view(*h.shape[:-1], streams, streams)
 
 
 def _tokens(x: Tensor, kept: int) -> Tensor:
