@@ -26,6 +26,10 @@ struct Shape {
   int64_t tokens, streams, dim, columns, padded_dim, padded_columns;
   float eps;
   int64_t row() const { return streams * padded_dim; }
+  // Rows of scratch start in different sets of the cache, also where the row is a multiple of a page.
+  int64_t scratch() const { return row() + kLanes; }
+  // Where the packed weight has the columns of stream k from channel c on: kLanes of them a column, one after the other.
+  int64_t packed(int64_t k, int64_t c) const { return (k * padded_dim + c) * padded_columns; }
 };
 
 // What the three forwards and backwards read and write; which of them, says the function.
@@ -83,14 +87,13 @@ template <int N, typename T>
 GRASSLAND_INLINE void project_group(const T* const* x, const float* weight, const Shape& s, float* products) {
   Vec sum[kForward][kGroup] = {};
   for (int64_t k = 0; k < N; ++k) {
-    const float* w = weight + k * s.padded_dim;
     const T* row[kForward];
     for (int64_t t = 0; t < kForward; ++t) row[t] = x[t] + k * s.dim;
     for_each_vector(s.dim, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
       Vec v[kForward];
       for (int64_t t = 0; t < kForward; ++t) v[t] = load(row[t] + c, live);
       for (int64_t j = 0; j < kGroup; ++j) {
-        const Vec column = load_full(w + j * s.row() + c);
+        const Vec column = load_full(weight + s.packed(k, c) + j * kLanes);
         for (int64_t t = 0; t < kForward; ++t) sum[t][j] += column * v[t];
       }
     });
@@ -107,7 +110,7 @@ template <int N, typename T>
 GRASSLAND_INLINE void pre_block(const Rows<T>& a, const Shape& s, const T* x, int64_t begin, int64_t end, float* products) {
   const T* row[kForward];
   for (int64_t t = 0; t < kForward; ++t) row[t] = x + std::min(begin + t, end - 1) * N * s.dim;
-  for (int64_t j = 0; j < s.padded_columns; j += kGroup) project_group<N>(row, a.weight + j * s.row(), s, products + j);
+  for (int64_t j = 0; j < s.padded_columns; j += kGroup) project_group<N>(row, a.weight + j * kLanes, s, products + j);
   for (int64_t t = 0; t < end - begin; ++t) {
     const float r = 1.0f / std::max(std::sqrt(square_norm(row[t], N * s.dim)), s.eps);
     float *h = a.after_out + (begin + t) * s.columns, *saved = a.saved_out + (begin + t) * (s.columns + 1);
@@ -186,8 +189,8 @@ GRASSLAND_INLINE void post_backward_token(const Rows<T>& a, const Shape& s, int6
   for (int64_t k = 0; k < kStages; ++k) dh[2 * N + k] = total(along_x[k]);
 }
 
-// The gradient g of the logits of one token, times r into every kBackward-th of `scaled`, and the factor of X in dX: -r^2 <g, z>, 0 where the norm
-// is clamped. `x` is the padded row of X.
+// The gradient g of the logits of one token, times r into every kBackward-th of `scaled`, and the factor of X in dX:
+// -r^2 <g, z>, 0 where the norm is clamped. `x` is the padded row of X.
 template <int N, typename T>
 GRASSLAND_INLINE float logits_backward(const Rows<T>& a, const Shape& s, int64_t token, const float* x, float* scaled) {
   Vec along[N] = {};
@@ -210,27 +213,29 @@ GRASSLAND_INLINE float logits_backward(const Rows<T>& a, const Shape& s, int64_t
   return r < 1.0f / s.eps ? -r * r * inner : 0.0f;
 }
 
-// dX = h_pre du + (r g) W + shrink X + what else flows into X, for a block of tokens; dW += (r g) X, both in one pass over W.
+// dX = h_pre du + (r g) W + shrink X + what else flows into X, for a block of tokens; dW += (r g) X, both in one pass
+// over W.
 template <int N, typename T, typename O>
 GRASSLAND_INLINE void streams_backward(const Rows<T>& a, const Shape& s, int64_t begin, int64_t end, const float* x,
                                        const float* scaled, const float* shrink, O* out, int64_t stride) {
   for (int64_t k = 0; k < N; ++k)
     for_each_vector(s.dim, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-      const int64_t at = k * s.padded_dim + c;
+      const float* weight = a.weight + s.packed(k, c);
+      float* dweight = a.dweight + s.packed(k, c);
       Vec v[kBackward], d[kBackward];
       for (int64_t t = 0; t < kBackward; ++t) {
-        v[t] = load_full(x + t * s.row() + at);
+        v[t] = load_full(x + t * s.scratch() + k * s.padded_dim + c);
         d[t] = shrink[t] * v[t];
       }
       for (int64_t j = 0; j < s.columns; ++j) {
-        const Vec w = load_full(a.weight + j * s.row() + at);
-        Vec dw = load_full(a.dweight + j * s.row() + at);
+        const Vec w = load_full(weight + j * kLanes);
+        Vec dw = load_full(dweight + j * kLanes);
         for (int64_t t = 0; t < kBackward; ++t) {
           const float g = scaled[j * kBackward + t];
           d[t] += g * w;
           dw += g * v[t];
         }
-        store_full(dw, a.dweight + j * s.row() + at);
+        store_full(dw, dweight + j * kLanes);
       }
       // A bound that is not a constant would keep d out of the registers.
       for (int64_t t = 0; t < kBackward; ++t) {
@@ -246,7 +251,7 @@ GRASSLAND_INLINE void streams_backward(const Rows<T>& a, const Shape& s, int64_t
 // Tokens begin … end of the backward of pre, or of post and pre together: then X' is computed again.
 template <int N, typename T>
 GRASSLAND_INLINE void backward_body(const Rows<T>& a, const Shape& s, int64_t begin, int64_t end, bool post) {
-  std::vector<float> following(kBackward * s.row()), grad(post ? kBackward * s.row() : 0);
+  std::vector<float> following(kBackward * s.scratch()), grad(post ? kBackward * s.row() : 0);
   std::vector<float> scaled(s.columns * kBackward);
   for (int64_t base = begin; base < end; base += kBackward) {
     const int64_t stop = std::min(base + kBackward, end);
@@ -254,7 +259,7 @@ GRASSLAND_INLINE void backward_body(const Rows<T>& a, const Shape& s, int64_t be
     std::fill(scaled.begin(), scaled.end(), 0.0f);
     for (int64_t t = 0; t < stop - base; ++t) {
       const T* x = a.x + (base + t) * N * s.dim;
-      float* row = following.data() + t * s.row();
+      float* row = following.data() + t * s.scratch();
       if (post)
         post_token<N>(x, a.y + (base + t) * s.dim, a.h + (base + t) * s.columns, s.dim, s.padded_dim, row);
       else
@@ -335,13 +340,24 @@ Shape shape_of(const Tensor& x, double eps) {
   return s;
 }
 
-// The weight (columns, n C) with zero columns and channels up to whole groups and vectors.
+// The weight (columns, n C) as the kernels read it, with zeros up to whole groups of columns and whole vectors.
 Tensor pack(const Tensor& weight, const Shape& s) {
-  if (s.padded_columns == s.columns && s.padded_dim == s.dim) return weight;
-  Tensor packed = zeros(weight, {s.padded_columns, s.row()}, ScalarType::Float);
-  for (int64_t row = 0; row < s.columns * s.streams; ++row)
-    std::memcpy(data<float>(packed) + row * s.padded_dim, data<float>(weight) + row * s.dim, s.dim * sizeof(float));
+  Tensor packed = zeros(weight, {s.row(), s.padded_columns}, ScalarType::Float);
+  for (int64_t j = 0; j < s.columns; ++j)
+    for (int64_t k = 0; k < s.streams; ++k)
+      for (int64_t c = 0; c < s.dim; c += kLanes)
+        std::memcpy(data<float>(packed) + s.packed(k, c) + j * kLanes,
+                    data<float>(weight) + (j * s.streams + k) * s.dim + c,
+                    std::min(kLanes, s.dim - c) * sizeof(float));
   return packed;
+}
+
+void unpack(const float* packed, const Shape& s, float* weight) {
+  for (int64_t j = 0; j < s.columns; ++j)
+    for (int64_t k = 0; k < s.streams; ++k)
+      for (int64_t c = 0; c < s.dim; c += kLanes)
+        std::memcpy(weight + (j * s.streams + k) * s.dim + c, packed + s.packed(k, c) + j * kLanes,
+                    std::min(kLanes, s.dim - c) * sizeof(float));
 }
 
 template <typename T>
@@ -391,7 +407,7 @@ std::tuple<Tensor, Tensor> backward(const Rows<T>& a, const Tensor& weight, cons
   if (s.tokens == 0) return {dweight, dbias};
   const Tensor packed = pack(weight, s);
   const Blocks blocks(s.tokens);
-  const int64_t matrix = s.columns * s.row();
+  const int64_t matrix = s.padded_columns * s.row();
   const Tensor parts = empty(weight, {blocks.count, matrix}, ScalarType::Float);
   const Tensor bias_parts = zeros(weight, {blocks.count, s.columns}, ScalarType::Float);
   torch::stable::parallel_for(0, blocks.count, 1, [&](int64_t first, int64_t last) {
@@ -404,10 +420,11 @@ std::tuple<Tensor, Tensor> backward(const Rows<T>& a, const Tensor& weight, cons
       backward_rows(mine, s, b * blocks.size, std::min((b + 1) * blocks.size, s.tokens), post);
     }
   });
-  torch::stable::parallel_for(0, s.columns * s.streams, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      add_blocks(data<float>(parts) + row * s.padded_dim, blocks.count, matrix, s.dim, data<float>(dweight) + row * s.dim);
+  const Tensor sum = empty(weight, {matrix}, ScalarType::Float);
+  torch::stable::parallel_for(0, matrix, 1 << 12, [&](int64_t begin, int64_t end) {
+    add_blocks(data<float>(parts) + begin, blocks.count, matrix, end - begin, data<float>(sum) + begin);
   });
+  unpack(data<float>(sum), s, data<float>(dweight));
   add_blocks(data<float>(bias_parts), blocks.count, s.columns, s.columns, data<float>(dbias));
   return {dweight, dbias};
 }
