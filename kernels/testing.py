@@ -1,4 +1,4 @@
-"""What the tests and benchmarks of every op share: cases, the accuracy rule, poisoned memory, ahead-of-time compilation."""
+"""What the tests of every op share: cases, the accuracy rule, poisoned memory, ahead-of-time compilation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import re
 import subprocess
 import tempfile
+import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,9 +60,9 @@ class Spec:
 
 
 def specs() -> list[Spec]:
-    """The specs of all ops: a package's cases.py has one SPEC, or a list of SPECS."""
-    cases = [importlib.import_module(f"{__package__}.{name}.cases") for name in dispatch.PACKAGES]
-    return [spec for module in cases for spec in getattr(module, "SPECS", None) or [module.SPEC]]
+    """The specs of all ops."""
+    modules = [importlib.import_module(f"{__package__}.{name}.cases") for name in dispatch.PACKAGES]
+    return [spec for module in modules for spec in module.SPECS]
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -74,8 +75,8 @@ def run(
 ) -> Tensors:
     """Outputs and, for fixed random output gradients, the gradient of every floating-point input."""
     out = spec.call(**tensors, **options, backend=backend)
-    outputs = [out] if isinstance(out, Tensor) else list(out)
-    results = {f"out{k}": o.detach() for k, o in enumerate(outputs)}
+    outputs: list[Tensor] = [out] if isinstance(out, Tensor) else list(out)
+    results: Tensors = {f"out{k}": o.detach() for k, o in enumerate(outputs)}
     wanted = {name: t for name, t in tensors.items() if t.requires_grad}
     if wanted:
         cotangents = [normal(*o.shape, seed=100 + k).to(rounded).to(o.device, o.dtype) for k, o in enumerate(outputs)]
@@ -149,12 +150,8 @@ def record_launches(call: Callable[[], Any]) -> list[Launch]:
     def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(describe_launch(kernel, args, kwargs))
 
-    original = JITFunction.run
-    JITFunction.run = note
-    try:
+    with unittest.mock.patch.object(JITFunction, "run", note):
         call()
-    finally:
-        JITFunction.run = original
     return launches
 
 
@@ -186,14 +183,16 @@ def argument_type(value: Any) -> str:
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED, LOCAL… of the kernel in a cubin, by the cuobjdump inside triton. LOCAL and STACK are spills."""
+    """REG, STACK, LOCAL (both spills), SHARED… of the kernel in a cubin, by the cuobjdump inside triton."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
     usage = re.findall(r"\b([A-Z]+):(\d+)", text)
     if not usage:
         raise RuntimeError(f"cuobjdump printed no resource usage: {text}")

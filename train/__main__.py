@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .config import LMConfig, RunConfig, default_lm
+from .config import LMConfig, RunConfig, default_lm, named_lm
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -45,7 +45,8 @@ class PlotOptions:
 
 def lm(arguments: list[str]) -> int:
     """train a causal language model on text"""
-    config = read_run_config(LMConfig, default_lm(), arguments, "lm")
+    recipe = default_lm() if _argument(arguments, "--model") is None else named_lm()
+    config = read_run_config(LMConfig, recipe, arguments, "lm")
     from .start import run
     from .tasks.lm import LanguageModeling
 

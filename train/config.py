@@ -118,7 +118,10 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LMConfig(RunConfig):
-    """A causal language model on text."""
+    """A causal language model on text.
+
+    Without --model: a small Grassmann LM on the embedded corpus, about a minute on two CPU cores.
+    """
 
     model: str = "grassmann_lm_6l"
     """A preset of `grassland.archs.list_models()` or the assembly "lm"."""
@@ -128,6 +131,8 @@ class LMConfig(RunConfig):
     """bpe:SIZE trains a byte-level BPE; or a vocab.txt, a tokenizer.json, a folder with one, or a hub name."""
     seq_len: int = 128
     """Tokens in a block."""
+    lr: float = 3e-4
+    """Peak learning rate."""
     text_column: str = "text"
     """Column of a parquet file or hub data set."""
 
@@ -137,10 +142,22 @@ class LMConfig(RunConfig):
             raise ValueError(f"seq_len must be positive, got {self.seq_len}")
 
 
+def named_lm() -> LMConfig:
+    """A model that the user names: as its preset says, with AdamW at a rate that post-norm models bear."""
+    return LMConfig(steps=1000)
+
+
 def default_lm() -> LMConfig:
-    """A small Grassmann LM on the embedded corpus: a minute or two on two CPU cores."""
+    """A small Grassmann LM on the embedded corpus: about a minute on two CPU cores."""
     return LMConfig(
-        set=("dim=128", "ffn_dim=512"), steps=300, batch_size=16, lr=2e-3, warmup=30, eval_every=100, save_every=100
+        set=("dim=128", "ffn_dim=512", "norm=pre", "dropout=0.1"),
+        optimizer="muon",
+        lr=5e-3,
+        batch_size=8,
+        steps=400,
+        warmup=40,
+        eval_every=100,
+        save_every=100,
     )
 
 

@@ -1,14 +1,9 @@
 """What this machine and installation offer: versions, devices, which backend each op takes and why."""
 
-import importlib.metadata
-import importlib.util
-import os
-import platform
-from typing import Any
-
 import torch
 
-PACKAGES = ("grassland", "torch", "triton", "numpy", "safetensors", "einops")
+from ..kernels.machine import machine, version, versions
+
 EXTRAS = {
     "train": ("datasets", "tokenizers", "tyro", "tqdm", "matplotlib", "tensorboard"),
     "vision": ("timm", "torchvision", "scikit-learn"),
@@ -28,33 +23,6 @@ PEAKS = {
 }
 
 
-def version(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of python and of what grassland always needs."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def machine() -> dict[str, Any]:
-    """Processor, threads and GPUs."""
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-        "cuda": torch.version.cuda,
-    }
-
-
 def peak_flops(device: torch.device, dtype: str) -> float | None:
     """The peak of a known GPU in FLOP/s for "bf16" or "float32"; None for other devices."""
     if device.type != "cuda":
@@ -66,11 +34,11 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
 
 def report() -> str:
     """The text of `python -m grassland.train env`."""
-    lines = [f"{name:<14}{value or 'not installed'}" for name, value in versions().items()]
-    lines += [f"{name:<14}{value}" for name, value in machine().items()]
+    lines = [f"{name:<16}{value or 'not installed'}" for name, value in versions().items()]
+    lines += [f"{name:<16}{value}" for name, value in machine().items()]
     for extra, packages in EXTRAS.items():
         found = ", ".join(f"{name} {version(name) or 'missing'}" for name in packages)
-        lines.append(f"{f'[{extra}]':<14}{found}")
+        lines.append(f"{f'[{extra}]':<16}{found}")
     return "\n".join([*lines, *_kernels()])
 
 
@@ -78,16 +46,8 @@ def _kernels() -> list[str]:
     from ..kernels import dispatch
 
     error = dispatch.extension_error()
-    lines = [f"{'extension':<14}{'grassland.kernels._C is built and loads' if error is None else error}"]
+    lines = [f"{'extension':<16}{'grassland.kernels._C is built and loads' if error is None else error}"]
     for op, devices in dispatch.describe().items():
         choices = "; ".join(f"{device}: {choice}" for device, choice in devices.items())
-        lines.append(f"{op:<14}{choices}")
+        lines.append(f"{op:<16}{choices}")
     return lines
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:  # noqa: PTH123
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

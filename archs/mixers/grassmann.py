@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.plucker import plucker_coordinates, plucker_mix
+from ...kernels.plucker import gated_blend, plucker_coordinates, plucker_mix
 from ..init import init_weights
 from ..registry import register_slot
 from .state import MixerState
@@ -49,7 +49,7 @@ class CausalGrassmannMixer(nn.Module):
 
     rank: r ≥ 2; K = r(r−1)/2 coordinates, the columns of `plucker.weight` (dim, K) in the order (0,1), (0,2), ….
     offsets: the Δs, positive integers. A model also takes one entry a layer, `((1,), (2,), (4,))`, of which layer i
-    has entry i modulo their number. eps: lower bound of ‖p‖. backend: of `plucker_mix`; None chooses by device.
+    has entry i modulo their number. eps: lower bound of ‖p‖. backend: of the kernels; None chooses by device.
     ValueError names a bad argument.
     """
 
@@ -94,10 +94,7 @@ class CausalGrassmannMixer(nn.Module):
         g = self._mix(z, offsets) if state is None else self._continue(z, state, lengths, offsets)
         if self.out_proj is not None:
             g = self.out_proj(g)
-        # The gate's matrix in two halves: [x; g] is never written.
-        from_x, from_g = self.gate.weight.split(self.dim, dim=1)
-        alpha = torch.sigmoid(F.linear(x, from_x) + F.linear(g, from_g, self.gate.bias))
-        return alpha * x + (1 - alpha) * g
+        return gated_blend(x, g, self.gate.weight, self.gate.bias, backend=self.backend)
 
     def _mix(self, z: Tensor, offsets: Sequence[int]) -> Tensor:
         weight, bias = self.plucker.weight, self.plucker.bias

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from . import eager, op, reference
+from . import blend, op, reference
 
-__all__ = ["plucker_coordinates", "plucker_mix"]
+__all__ = ["gated_blend", "plucker_coordinates", "plucker_mix"]
 
 
 def plucker_coordinates(a: Tensor, b: Tensor) -> Tensor:
@@ -26,7 +26,9 @@ def plucker_coordinates(a: Tensor, b: Tensor) -> Tensor:
         ValueError: when the last dimensions of `a` and `b` differ or are smaller than 2.
     """
     if a.dim() == 0 or b.dim() == 0 or a.shape[-1] != b.shape[-1] or a.shape[-1] < 2:
-        raise ValueError(f"a and b must share a last dimension of at least 2, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(
+            f"a and b must share a last dimension of at least 2, got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
     return reference.plucker_coordinates(a, b)
 
 
@@ -41,9 +43,9 @@ def plucker_mix(
 ) -> Tensor:
     """Mean over the causal offsets of the projected, normalised Plücker coordinates of token pairs.
 
-    g_t = 1/n_t sum_{o <= t} (W p^_{t,t-o} + b), p^ = p / max(|p|, eps), p_ij = z_ti z_sj - z_tj z_si with s = t - o and
-    n_t the number of offsets o <= t; g_t = 0 where n_t = 0. Source: arXiv 2512.19428, section 3.2, with the partner in the
-    past, since pairing with t + o shows a position its own target.
+    g_t = 1/n_t sum_{o <= t} (W p^_{t,t-o} + b), p^ = p / max(|p|, eps), p_ij = z_ti z_sj - z_tj z_si with s = t - o
+    and n_t the number of offsets o <= t; g_t = 0 where n_t = 0. Source: arXiv 2512.19428, section 3.2, with the
+    partner in the past, since pairing with t + o shows a position its own target.
 
     The backward keeps z and weight alone: O(T r) memory. It is not differentiable again, except with
     `backend="reference"`. Norms are float32 for half-precision inputs, the projection accumulates in float32.
@@ -75,6 +77,52 @@ def plucker_mix(
     return op.plucker_mix(z, weight, bias, steps, float(eps), chosen)
 
 
+def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
+    """alpha x + (1 - alpha) g with the gate alpha = sigmoid(W [x; g] + b): how Grassmann mixing joins its input.
+
+    [x; g] is never written; the backward keeps x, g, the weight and alpha. Source: arXiv 2512.19428, section 3.2.
+
+    Args:
+        x: (…, d); float32, bfloat16, float16 or float64, any layout.
+        g: (…, d), the dtype of x, or a half dtype beside a float32 x.
+        weight: (d, 2 d), bias: (d,), of the dtype of g. Under autocast g, weight and bias are cast to its dtype.
+        backend: "reference", "eager", "cpp" or "triton"; None picks by $GRASSLAND_BACKEND, then by device.
+
+    Returns:
+        (…, d) in the dtype of x.
+
+    Raises:
+        ValueError, TypeError: naming the argument that is wrong, what it was and what is allowed.
+        grassland.kernels.dispatch.BackendError: when a requested backend is not there.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        g, weight, bias = g.to(dtype), weight.to(dtype), bias.to(dtype)
+    _check_blend(x, g, weight, bias)
+    chosen = dispatch.requested(backend)
+    if chosen == "reference":
+        return reference.gated_blend(x, g, weight, bias)
+    return blend.gated_blend(x, g, weight, bias, chosen)[0]
+
+
+def _check_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> None:
+    dim = x.shape[-1] if x.dim() else 0
+    if x.dim() == 0 or g.shape != x.shape:
+        raise ValueError(f"g must have the shape of x, (…, d), got x {tuple(x.shape)} and g {tuple(g.shape)}")
+    for name, tensor, shape in (("weight", weight, (dim, 2 * dim)), ("bias", bias, (dim,))):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {shape} for d = {dim}, got {tuple(tensor.shape)}")
+        if tensor.dtype != g.dtype:
+            raise TypeError(f"{name} must have the dtype of g ({g.dtype}), got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x ({x.device}), got {tensor.device}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if g.dtype != x.dtype and not (x.dtype == torch.float32 and g.dtype in op.HALVES):
+        raise TypeError(f"g must have the dtype of x ({x.dtype}) or be half beside float32, got {g.dtype}")
+
+
 def _check(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], eps: float) -> list[int]:
     if z.dim() != 3 or z.shape[-1] < 2:
         raise ValueError(f"z must be (B, T, r) with r >= 2, got {tuple(z.shape)}")
@@ -98,7 +146,7 @@ def _check(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int
 
 
 def _check_offsets(offsets: Sequence[int]) -> list[int]:
-    steps = [offsets] if isinstance(offsets, int) else list(offsets)
+    steps = list(offsets)
     if not steps or any(isinstance(o, bool) or not isinstance(o, int) or o < 1 for o in steps):
         raise ValueError(f"offsets must be one or more positive integers, got {offsets!r}")
     return steps

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ..testing import Case, Spec, Tensors, normal
-from . import op, plucker_mix
+from . import blend as gate
+from . import gated_blend, op, plucker_mix
 
 PAPER_OFFSETS = (1, 2, 4, 8, 12, 16)
 
@@ -62,11 +63,51 @@ def registered(tensors: Tensors, options: dict[str, Any], backend: str) -> list[
     ]
 
 
-SPEC = Spec(
-    "plucker_mix",
-    plucker_mix,
-    CASES,
-    registered,
-    representative=Case("paper", lambda: make(2, 256, 32, 256), {"offsets": list(PAPER_OFFSETS)}),
-    backends=("cpp", "triton"),
-)
+def blend(rows: tuple[int, ...], dim: int) -> Tensors:
+    x, g = normal(*rows, dim), normal(*rows, dim, seed=1)
+    return {"x": x, "g": g, "weight": normal(dim, 2 * dim, seed=2) / dim**0.5, "bias": normal(dim, seed=3)}
+
+
+def blend_strided() -> Tensors:
+    tensors = blend((2, 6), 5)
+    return tensors | {name: tensors[name].mT.contiguous().mT for name in ("x", "g", "weight")}
+
+
+BLEND_CASES = [
+    Case("small", lambda: blend((2, 5), 4)),
+    Case("one-row", lambda: blend((1,), 3)),
+    Case("empty-batch", lambda: blend((0, 3), 4)),
+    Case("odd-sizes", lambda: blend((2, 3, 7), 13)),
+    Case("saturated", lambda: {name: t * 30 for name, t in blend((4, 9), 6).items()}),
+    Case("strided", blend_strided),
+]
+
+
+def blend_registered(tensors: Tensors, options: dict[str, Any], backend: str) -> list[tuple[Any, tuple]]:
+    x, g, weight, bias = tensors.values()
+    plain = [t.detach() for t in (torch.ones_like(x), x, g, weight, torch.sigmoid(g))]
+    return [
+        (gate.gated_blend, (x, g, weight, bias, backend)),
+        (gate.gated_blend_backward, (*plain, backend)),
+    ]
+
+
+SPECS = [
+    Spec(
+        "plucker_mix",
+        plucker_mix,
+        CASES,
+        registered,
+        representative=Case("paper", lambda: make(2, 256, 32, 256), {"offsets": list(PAPER_OFFSETS)}),
+        backends=("cpp", "triton", "cuda"),
+    ),
+    Spec(
+        "gated_blend",
+        gated_blend,
+        BLEND_CASES,
+        blend_registered,
+        representative=Case("paper", lambda: blend((2, 256), 256)),
+        backends=("cpp", "triton"),
+        gemm=False,
+    ),
+]

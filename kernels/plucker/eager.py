@@ -3,8 +3,8 @@
 All pairs of token t share z_t, the wedge is bilinear and a normaliser is a number: the mean of the normalised wedges is
 one wedge, z_t ^ y_t with y_t = 1/n_t sum_o delta_o / max(|z_t ^ z_{t-o}|, eps). One projection serves all offsets.
 
-delta_o = z_{t-o} - (<z_t, z_{t-o}>/|z_t|^2) z_t spans the same plane with z_t as z_{t-o} does. z_{t-o} in its place is the
-same wedge on paper, but a pair that is nearly parallel then has a large component along z_t that drowns the others.
+delta_o = z_{t-o} - (<z_t, z_{t-o}>/|z_t|^2) z_t spans the same plane with z_t as z_{t-o} does. z_{t-o} in its place is
+the same wedge on paper, but then a nearly parallel pair has a large component along z_t that drowns the others.
 """
 
 from __future__ import annotations
@@ -112,3 +112,20 @@ def plucker_mix_backward(
     if mask[2]:
         dbias = (grad * (counts(z.shape[1], offsets, grad) > 0)).sum((0, 1))
     return dz, dweight, dbias
+
+
+def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, alpha); [x; g] is never written."""
+    from_x, from_g = weight.chunk(2, dim=1)
+    alpha = torch.sigmoid(F.linear(x.to(g.dtype), from_x) + F.linear(g, from_g, bias))
+    return (alpha * x + (1 - alpha) * g).to(x.dtype), alpha
+
+
+def gated_blend_backward(
+    grad: Tensor, x: Tensor, g: Tensor, weight: Tensor, alpha: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dg, dlogit); the gradient of the weight is dlogit^T [x; g]."""
+    from_x, from_g = weight.chunk(2, dim=1)
+    through = alpha * grad
+    dlogit = (through * (1 - alpha) * (x - g)).to(g.dtype)
+    return (through + dlogit @ from_x).to(x.dtype), (grad - through + dlogit @ from_g).to(g.dtype), dlogit

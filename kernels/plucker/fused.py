@@ -4,6 +4,10 @@ Pairs are ordered by cyclic shift: entry q = (s-1) r + i is z_i y_j - z_j y_i wi
 once, in contiguous loads; the weight is packed into this order first, with sign -1 where i + s wraps around.
 """
 
+# Triton's constexpr parameters take plain values, and its language is not quite Python's.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -56,7 +60,9 @@ def lexicographic(q, R: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def average_kernel(z, y, tokens, length, eps, OFFSETS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr):
+def average_kernel(
+    z, y, tokens, length, eps, OFFSETS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr
+):
     # y_t = 1/n_t sum_o delta_o / max(N_o, eps)
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     cols = tl.arange(0, RP)
@@ -142,9 +148,7 @@ def wedge_backward_kernel(
         dp = tl.zeros((BM, RP), tl.float32)
         for start in range(0, dim, BN):
             n = start + tl.arange(0, BN)
-            g = tl.load(
-                grad + rows[:, None] * dim + n[None, :], mask=keep[:, None] & (n < dim)[None, :], other=0.0
-            )
+            g = tl.load(grad + rows[:, None] * dim + n[None, :], mask=keep[:, None] & (n < dim)[None, :], other=0.0)
             w = tl.load(packed + q[None, :] * dim + n[:, None], mask=live[None, :] & (n < dim)[:, None], other=0.0)
             dp = matmul(g, w, dp, DTYPE)
         ahead = tl.where(i < R, (i + s) % R, RP)
@@ -219,7 +223,14 @@ def weight_gradient_kernel(
 
 @triton.jit
 def reduce_kernel(
-    partial, dweight, dim, SPLITS: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr
+    partial,
+    dweight,
+    dim,
+    SPLITS: tl.constexpr,
+    R: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BQ: tl.constexpr,
+    BN: tl.constexpr,
 ):
     # dW in the public order: the splits added in a fixed order, the columns put back
     q = tl.program_id(0) * BQ + tl.arange(0, BQ)
@@ -241,7 +252,7 @@ def operand(dtype: torch.dtype) -> tl.dtype:
 
 
 def rows_block(rank: int) -> dict[str, int]:
-    """Tile of the kernels that hold whole rows of z: about 1024 numbers, which the unrolled loop over offsets keeps in registers."""
+    """Tile of the kernels that hold whole rows of z: so small that the unrolled offsets stay in registers."""
     padded = max(triton.next_power_of_2(rank), 16)
     return {"R": rank, "RP": padded, "BM": max(16, 1024 // padded)}
 
@@ -323,3 +334,52 @@ def plucker_mix_backward(
     if mask[2]:
         dbias = grad[:, min(offsets) :].sum((0, 1), dtype=torch.float32).to(weight.dtype)
     return dz, dweight, dbias
+
+
+@triton.jit
+def blend_kernel(x, g, logit, bias, out, alpha, total, dim, BLOCK: tl.constexpr):
+    # alpha = sigmoid(logit + b), out = g + alpha (x - g)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = at < total
+    b = tl.load(bias + at % dim, mask=keep, other=0.0).to(tl.float32)
+    a = tl.sigmoid(tl.load(logit + at, mask=keep, other=0.0).to(tl.float32) + b)
+    xv = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
+    gv = tl.load(g + at, mask=keep, other=0.0).to(tl.float32)
+    tl.store(alpha + at, a, mask=keep)
+    tl.store(out + at, gv + a * (xv - gv), mask=keep)
+
+
+@triton.jit
+def blend_backward_kernel(grad, x, g, alpha, dx, dg, dlogit, total, BLOCK: tl.constexpr):
+    # dx = alpha dout, dg = (1 - alpha) dout, dlogit = dout (x - g) alpha (1 - alpha)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = at < total
+    d = tl.load(grad + at, mask=keep, other=0.0).to(tl.float32)
+    a = tl.load(alpha + at, mask=keep, other=0.0).to(tl.float32)
+    xv = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
+    gv = tl.load(g + at, mask=keep, other=0.0).to(tl.float32)
+    through = a * d
+    tl.store(dx + at, through, mask=keep)
+    tl.store(dg + at, d - through, mask=keep)
+    tl.store(dlogit + at, through * (1 - a) * (xv - gv), mask=keep)
+
+
+def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    dim, rows = weight.shape[0], g.view(-1, weight.shape[0])
+    logit = x.view(-1, dim).to(g.dtype) @ weight[:, :dim].T
+    logit = torch.addmm(logit, rows, weight[:, dim:].T)
+    out, alpha = torch.empty_like(x), torch.empty_like(g)
+    if x.numel():
+        blend_kernel[(triton.cdiv(x.numel(), 1024),)](x, g, logit, bias, out, alpha, x.numel(), dim, BLOCK=1024)
+    return out, alpha
+
+
+def gated_blend_backward(
+    grad: Tensor, x: Tensor, g: Tensor, weight: Tensor, alpha: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dg, dlogit = torch.empty_like(x), torch.empty_like(g), torch.empty_like(g)
+    if x.numel():
+        grid = (triton.cdiv(x.numel(), 1024),)
+        blend_backward_kernel[grid](grad, x, g, alpha, dx, dg, dlogit, x.numel(), BLOCK=1024)
+    from_x, from_g = weight.chunk(2, dim=1)
+    return dx + dlogit @ from_x, torch.addmm(dg, dlogit, from_g), dlogit

@@ -36,3 +36,12 @@ def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequenc
         count = count + valid
     # 5. average over the offsets that exist at t
     return (total / count.clamp_min(1)).to(weight.dtype)
+
+
+def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, g.dtype)
+    # 1. alpha = sigmoid(W [x; g] + b)
+    logit = torch.cat([x.to(dtype), g.to(dtype)], dim=-1) @ weight.to(dtype).T + bias.to(dtype)
+    alpha = torch.sigmoid(logit)
+    # 2. h = alpha x + (1 - alpha) g
+    return (alpha * x + (1 - alpha) * g).to(x.dtype)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from grassland.archs import ModelConfig, create_model, list_models, model_config, register_model, register_slot
 
 TINY = {"vocab_size": 16, "max_len": 8, "dim": 8, "depth": 2, "ffn_dim": 16}

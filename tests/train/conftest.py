@@ -5,9 +5,9 @@ import pytest
 
 from grassland.train.config import LMConfig
 
-SUBJECTS = "the cat|a dog|every bird|my neighbour|an old tree|the naïve reader".split("|")
-VERBS = "sees|likes|follows|remembers|draws|counts".split("|")
-OBJECTS = "the moon|a river|three stones|the garden|nothing at all|its own shadow".split("|")
+SUBJECTS = ["the cat", "a dog", "every bird", "my neighbour", "an old tree", "the naïve reader"]
+VERBS = ["sees", "likes", "follows", "remembers", "draws", "counts"]
+OBJECTS = ["the moon", "a river", "three stones", "the garden", "nothing at all", "its own shadow"]
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +16,12 @@ def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     monkeypatch.setenv("GRASSLAND_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    """What survives a kill doesn't depend on fsync, and on a busy disk it takes most of a test's time."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 @pytest.fixture

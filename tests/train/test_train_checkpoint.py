@@ -55,7 +55,7 @@ def test_what_a_file_without_code_cannot_hold_is_refused(tmp_path):
 
 def test_random_generators_go_on_where_they_were(tmp_path):
     def draw():
-        return random.random(), np.random.rand(), torch.rand(3).tolist()
+        return random.random(), np.random.rand(), torch.rand(3).tolist()  # noqa: NPY002
 
     draw()
     save_state(tmp_path, rng_state())
@@ -77,7 +77,7 @@ def test_a_truncated_state_is_an_error_that_names_it(tmp_path, state, keep):
 def test_any_flipped_byte_is_an_error_that_names_the_file(tmp_path, state):
     save_state(tmp_path, state)
     content = (tmp_path / STATE_FILE).read_bytes()
-    for place in random.Random(0).sample(range(len(content)), 60) + [len(content) - 1]:
+    for place in [*random.Random(0).sample(range(len(content)), 60), len(content) - 1]:
         damaged = bytearray(content)
         damaged[place] ^= 0x5A
         (tmp_path / STATE_FILE).write_bytes(damaged)

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -105,9 +106,9 @@ def test_metrics_say_what_they_should(variant, tmp_path):
     folder = tmp_path / "run"
     run(LanguageModeling, variant(out=str(folder), log_every=2, grad_accum=2))
     events = read_metrics(folder)
-    assert [e["event"] for e in events][0] == "start" and [e["event"] for e in events][-2:] == ["test", "end"]
+    assert [events[index]["event"] for index in (0, -2, -1)] == ["start", "test", "end"]
     start, end = events[0], events[-1]
-    assert start["versions"]["torch"] == torch.__version__ and start["machine"]["cores"] == os.cpu_count()
+    assert torch.__version__.startswith(start["versions"]["torch"]) and start["machine"]["cores"] == os.cpu_count()
     assert start["parameters"] == load_model(folder).num_parameters()
     train = [e for e in events if e["event"] == "train"]
     assert [e["step"] for e in train] == [2, 4, 6, 8, 10, 12]
@@ -119,7 +120,7 @@ def test_metrics_say_what_they_should(variant, tmp_path):
     blocks = (start["splits"]["train"]["tokens"] - 1) // 16
     assert train[-1]["epoch"] == pytest.approx(12 * 2 * 4 / blocks)
     assert [e["step"] for e in events if e["event"] == "valid"] == [4, 8, 12]
-    assert [a["elapsed_s"] <= b["elapsed_s"] for a, b in zip(train, train[1:], strict=False)] == [True] * 5
+    assert [a["elapsed_s"] <= b["elapsed_s"] for a, b in itertools.pairwise(train)] == [True] * 5
     assert len(end["samples"]) == 1 and len(end["samples"][0]) > 10
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -147,9 +148,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(varian
     folder = tmp_path / "run"
     loss = LanguageModeling.loss
     calls = iter(range(1000))
-    monkeypatch.setattr(
-        LanguageModeling, "loss", lambda *a: loss(*a) * (float("nan") if next(calls) == 13 else 1.0)
-    )
+    monkeypatch.setattr(LanguageModeling, "loss", lambda *a: loss(*a) * (float("nan") if next(calls) == 13 else 1.0))
     with pytest.raises(TrainingError, match=r"loss nan.* at step 7 \(micro-batch 12, .*checkpoint of step 4 is intact"):
         run(LanguageModeling, variant(out=str(folder), grad_accum=2, log_every=8))
     assert load_state(folder)["step"] == 4
@@ -164,12 +163,17 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(variant, tmp_path, m
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
+    def save_on_a_full_disk(self):
+        with monkeypatch.context() as patch:
+            if self.step == 8:
+                patch.setattr("os.fsync", full)
+            save(self)
+
+    save = Trainer.save
+    full_disk = "No space left on device at step 8; the checkpoint of step 4 is intact"
     with monkeypatch.context() as patch:
-        save = Trainer.save
-        patch.setattr(
-            Trainer, "save", lambda self: (self.step == 8 and patch.setattr("os.fsync", full), save(self))[1]
-        )
-        with pytest.raises(TrainingError, match="No space left on device at step 8; the checkpoint of step 4 is intact"):
+        patch.setattr(Trainer, "save", save_on_a_full_disk)
+        with pytest.raises(TrainingError, match=full_disk):
             run(LanguageModeling, variant(out=str(folder)))
     assert load_state(folder)["step"] == 4
     load_model(folder)
@@ -179,7 +183,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(variant, tmp_path, m
 def test_other_data_and_other_settings_are_refused(variant, text_file, tmp_path):
     folder = tmp_path / "run"
     run(LanguageModeling, variant(out=str(folder)))
-    with pytest.raises(ValueError, match="keeps its lr, batch_size"):
+    with pytest.raises(ValueError, match="keeps its batch_size, lr;"):
         read_run_config(LMConfig, default_lm(), ["--resume", str(folder), "--batch-size", "2", "--lr", "1"], "lm")
     text_file.write_text(text_file.read_text() * 2)
     with pytest.raises(CheckpointError, match="saved for the data"):

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -22,7 +23,7 @@ def test_wsd_is_stable_then_falls_linearly_to_the_floor():
     assert factors[9:81] == [1.0] * 72
     assert factors[90] == pytest.approx(0.1 + 0.9 * 0.5)
     assert factors[100] == pytest.approx(0.1)
-    drops = [a - b for a, b in zip(factors[80:100], factors[81:101], strict=True)]
+    drops = [a - b for a, b in itertools.pairwise(factors[80:101])]
     assert drops == pytest.approx([0.9 / 20] * 20)
 
 

@@ -63,7 +63,8 @@ class LanguageModeling(Task):
         return evaluate_text(model, part, self.config.seq_len, self.config.batch_size, self.device)
 
     def save(self, folder: Path, config: RunConfig) -> None:
-        save_tokenizer(self.corpus.tokenizer, folder)
+        if not (folder / TOKENIZER_FILE).exists():
+            save_tokenizer(self.corpus.tokenizer, folder)
         save_model(self.model, folder, extra={"task": self.name, "run": config.to_dict()})
 
     def best_model(self, folder: Path) -> nn.Module:
@@ -83,9 +84,10 @@ class LanguageModeling(Task):
         test = self.corpus.test.tokens
         starts = np.linspace(0, max(0, len(test) - 8), count + 2, dtype=np.int64)[1:-1]
         prompts = [self.corpus.tokenizer.decode(test[start : start + 8].tolist()) for start in starts]
+        choice = {"tokens": 60, "temperature": 0.8, "top_p": 0.95}
         return [
-            prompt + "".join(generate_text(model, self.corpus.tokenizer, prompt, tokens=60, top_p=0.95, seed=seed))
-            for prompt in prompts
+            prompt + "".join(generate_text(model, self.corpus.tokenizer, prompt, seed=seed + index, **choice))
+            for index, prompt in enumerate(prompts)
         ]
 
     def _to_device(self, tensor: Tensor) -> Tensor:

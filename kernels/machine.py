@@ -1,0 +1,69 @@
+"""What a measurement ran on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("grassland", "torch", "triton", "numpy", "safetensors", "einops")
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of python and of what grassland always needs."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads and GPUs."""
+    return {
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "driver": driver(),
+        "cuda": torch.version.cuda,
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def driver() -> str | None:
+    """The NVIDIA driver's version, where there is a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return answer(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+
+
+def commit() -> str | None:
+    """The commit of the source tree, with "+" if it has changes; None outside a repository."""
+    folder = str(Path(__file__).parent)
+    found = answer(["git", "-C", folder, "rev-parse", "--short", "HEAD"])
+    return found and found + ("+" if answer(["git", "-C", folder, "status", "--porcelain", "-uno"]) else "")
+
+
+def answer(command: list[str]) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None

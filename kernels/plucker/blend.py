@@ -1,0 +1,85 @@
+"""Registration of gated_blend, as op.py does it for plucker_mix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from . import eager
+from .op import HALVES
+
+OP = dispatch.register("gated_blend", cpp=(torch.float32, torch.bfloat16), triton=(torch.float32, *HALVES))
+
+
+@torch.library.custom_op("grassland::gated_blend", mutates_args=())
+def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """(out, alpha), contiguous."""
+    backend = dispatch.pick(OP, g, backend)
+    if backend == "eager":
+        out, alpha = eager.gated_blend(x, g, weight, bias)
+        return out.contiguous(), alpha.contiguous()
+    x, g, weight, bias = (t.contiguous() for t in (x, g, weight, bias))
+    if backend == "triton":
+        from . import fused
+
+        return fused.gated_blend(x, g, weight, bias)
+    rows = x.flatten(0, -2)
+    found = torch.ops.grassland_cpp.gated_blend(rows, rows.to(g.dtype), g.flatten(0, -2), weight, bias)
+    return found[0].view_as(x), found[1].view_as(x)
+
+
+@gated_blend.register_fake
+def _(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), g.new_empty(g.shape)
+
+
+@torch.library.custom_op("grassland::gated_blend_backward", mutates_args=())
+def gated_blend_backward(
+    grad: Tensor, x: Tensor, g: Tensor, weight: Tensor, alpha: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dg, dweight, dbias)."""
+    backend = dispatch.pick(OP, g, backend)
+    grad, x, g, weight = (t.contiguous() for t in (grad, x, g, weight))
+    dim = weight.shape[0]
+    grads, xs, gs, alphas = (t.view(-1, dim) for t in (grad, x, g, alpha))
+    if backend == "eager":
+        dx, dg, dlogit = eager.gated_blend_backward(grads, xs, gs, weight, alphas)
+    elif backend == "triton":
+        from . import fused
+
+        dx, dg, dlogit = fused.gated_blend_backward(grads, xs, gs, weight, alphas)
+    else:
+        dx, dg, dlogit = torch.ops.grassland_cpp.gated_blend_backward(grads, xs, gs, weight, alphas)
+        if dx.dtype != dlogit.dtype:
+            dx += dlogit @ weight[:, :dim]
+    dweight = torch.empty_like(weight)
+    torch.mm(dlogit.T, xs.to(g.dtype), out=dweight[:, :dim])
+    torch.mm(dlogit.T, gs, out=dweight[:, dim:])
+    total = torch.promote_types(g.dtype, torch.float32)
+    return dx.view_as(x), dg.view_as(g), dweight, dlogit.sum(0, dtype=total).to(g.dtype)
+
+
+@gated_blend_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, g: Tensor, weight: Tensor, alpha: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), g.new_empty(g.shape), weight.new_empty(weight.shape), g.new_empty(weight.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, g, weight, _, ctx.backend = inputs
+    ctx.save_for_backward(x, g, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
+    if grad is None:
+        return None, None, None, None, None
+    return *gated_blend_backward(grad, *ctx.saved_tensors, ctx.backend), None
+
+
+gated_blend.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,176 @@
+"""What Grassmann mixing is measured against: the whole mixer, from reduce to blend, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dispatch
+from ..bench import Benchmark, Rival, Setting, Step, Unavailable, with_gradients
+from ..testing import normal
+from . import eager, gated_blend, plucker_mix, reference
+from .cases import PAPER_OFFSETS
+
+Values = dict[str, Any]
+Mixer = Callable[..., Tensor]
+
+
+def setting(name: str, batch: int, length: int, dim: int = 256, rank: int = 32) -> Setting:
+    return Setting(name, {"batch": batch, "length": length, "dim": dim, "rank": rank, "offsets": list(PAPER_OFFSETS)})
+
+
+SETTINGS = [
+    setting("B8 L256", 8, 256),
+    setting("B1 L2048", 1, 2048),
+    setting("B2 L4096", 2, 4096),
+]
+
+
+def inputs(v: Values, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """x, then the mixer's weights: reduce, Plücker projection, gate."""
+    dim, rank = v["dim"], v["rank"]
+    pairs = rank * (rank - 1) // 2
+    shapes = [(rank, dim), (rank,), (dim, pairs), (dim,), (dim, 2 * dim), (dim,)]
+    weights = [normal(*shape, seed=k, scale=shape[-1] ** -0.5) for k, shape in enumerate(shapes)]
+    x = normal(v["batch"], v["length"], dim, seed=9)
+    return [t.to(device, dtype).requires_grad_() for t in (x, *weights)]
+
+
+def mixer(mix: Mixer, blend: Mixer, v: Values) -> Mixer:
+    """The mixer as a function of `inputs`, from its two parts."""
+
+    def run(x: Tensor, wr: Tensor, br: Tensor, wp: Tensor, bp: Tensor, wg: Tensor, bg: Tensor) -> Tensor:
+        return blend(x, mix(F.linear(x, wr, br), wp, bp, v["offsets"], 1e-6), wg, bg)
+
+    return run
+
+
+def fused_mix(backend: str) -> Mixer:
+    def run(z: Tensor, weight: Tensor, bias: Tensor, offsets: list[int], eps: float) -> Tensor:
+        return plucker_mix(z, weight, bias, offsets=offsets, eps=eps, backend=backend)
+
+    return run
+
+
+def best(device: torch.device) -> str:
+    return dispatch.preferred(device.type)
+
+
+def build_ours(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    backend = best(device)
+
+    def blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return gated_blend(x, g, weight, bias, backend=backend)
+
+    return with_gradients(mixer(fused_mix(backend), blend, v), inputs(v, dtype, device))
+
+
+def eager_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return eager.gated_blend(x, g, weight, bias)[0]
+
+
+def build_literal(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    return with_gradients(mixer(reference.plucker_mix, reference.gated_blend, v), inputs(v, dtype, device))
+
+
+def build_collapsed(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    return with_gradients(mixer(eager.plucker_mix, eager_blend, v), inputs(v, dtype, device))
+
+
+def build_compiled(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    compiled = torch.compile(mixer(eager.plucker_mix, eager_blend, v))
+    try:
+        return with_gradients(compiled, inputs(v, dtype, device))
+    except BackendCompilerFailed as error:
+        raise Unavailable(str(error).splitlines()[0]) from error
+
+
+def build_attention(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    """A causal attention sublayer of equal width: qkv, SDPA with heads of 64, output projection."""
+    dim, heads = v["dim"], v["dim"] // 64
+    weights = [normal(3 * dim, dim), normal(3 * dim), normal(dim, dim), normal(dim)]
+    x = normal(v["batch"], v["length"], dim, seed=9)
+
+    def run(x: Tensor, wi: Tensor, bi: Tensor, wo: Tensor, bo: Tensor) -> Tensor:
+        q, k, value = F.linear(x, wi, bi).view(*x.shape[:2], 3, heads, 64).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, value, is_causal=True)
+        return F.linear(mixed.transpose(1, 2).reshape(x.shape), wo, bo)
+
+    tensors = [(t * dim**-0.5).to(device, dtype).requires_grad_() for t in (x, *weights)]
+    return without_check(with_gradients(run, tensors))
+
+
+def build_convolution(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    """Causal depthwise convolution over the same offsets, then the same gate: what a mixer costs without wedges."""
+    dim, offsets = v["dim"], v["offsets"]
+    x, *_, wg, bg = inputs(v, dtype, device)
+    taps = normal(len(offsets), dim, seed=3).to(device, dtype).requires_grad_()
+
+    def run(x: Tensor, taps: Tensor, wg: Tensor, bg: Tensor) -> Tensor:
+        g = torch.zeros_like(x)
+        for tap, offset in zip(taps, offsets, strict=True):
+            g = g + tap * eager.shift(x, offset)
+        return eager_blend(x, g, wg, bg)
+
+    return without_check(with_gradients(run, [x, taps, wg, bg]))
+
+
+def build_roof(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    """The mixer's matrix products and nothing else, three for each in forward and backward."""
+    x, wr, _, wp, _, wg, _ = (t.detach() for t in inputs(v, dtype, device))
+    rows = x.flatten(0, 1)
+    operands = []
+    for weight in (wr, wp, *wg.chunk(2, dim=1)):
+        a = normal(rows.shape[0], weight.shape[1]).to(device, dtype)
+        g = normal(rows.shape[0], weight.shape[0]).to(device, dtype)
+        operands.append((a, weight.contiguous(), g))
+
+    def forward() -> list[Tensor]:
+        return [a @ w.T for a, w, _ in operands]
+
+    def both() -> list[Tensor]:
+        return forward() + [g @ w for _, w, g in operands] + [g.T @ a for a, _, g in operands]
+
+    return {"forward": forward, "forward+backward": both}
+
+
+def without_check(steps: dict[str, Step]) -> dict[str, Step]:
+    """A rival that computes another function has nothing to compare."""
+    return {mode: step for mode, step in steps.items() if mode != "check"}
+
+
+def flops(v: Values, mode: str) -> float:
+    dim, rank = v["dim"], v["rank"]
+    matrices = dim * rank + dim * rank * (rank - 1) // 2 + 2 * dim * dim
+    return 2.0 * matrices * v["batch"] * v["length"] * (3 if "backward" in mode else 1)
+
+
+def moved(v: Values, mode: str, itemsize: int) -> float:
+    """x in, the mixture out; in the backward its gradient in, that of x out, and x again."""
+    return float(v["batch"] * v["length"] * v["dim"] * itemsize * (5 if "backward" in mode else 2))
+
+
+BENCHMARK = Benchmark(
+    name="plucker",
+    title="Grassmann mixer (reduce to blend), six offsets",
+    ours="grassland",
+    settings=SETTINGS,
+    rivals=[
+        Rival("grassland", build_ours),
+        Rival("literal eager", build_literal),
+        Rival("collapsed eager", build_collapsed),
+        Rival("torch.compile, collapsed", build_compiled),
+        Rival("causal SDPA sublayer", build_attention),
+        Rival("depthwise convolution", build_convolution),
+        Rival("GEMM roof", build_roof),
+    ],
+    flops=flops,
+    moved=moved,
+    tolerance={torch.float32: 1e-4, torch.bfloat16: 5e-2},
+)

@@ -1,0 +1,38 @@
+"""What users of the package and of its neighbours rely on: the namespace, lean imports, examples that run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("transformers", "datasets", "tokenizers", "timm", "torchvision", "triton", "matplotlib", "tyro", "sklearn")
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_kernels_is_a_namespace():
+    """A regular package called kernels on sys.path would shadow Hugging Face's and break import transformers."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("module", ["grassland.archs", "grassland.kernels.plucker", "grassland.train"])
+def test_import_is_lean(module):
+    code = (
+        "import sys, torch; before = set(sys.modules)\n"
+        f"import {module}\n"
+        f"print([name for name in {HEAVY!r} if name in set(sys.modules) - before], torch.cuda.is_initialized())"
+    )
+    done = python(code)
+    assert done.stdout.strip() == "[] False", done.stdout + done.stderr
+
+
+def test_readme_examples_run():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    done = python("\n".join(blocks))
+    assert done.returncode == 0, done.stderr

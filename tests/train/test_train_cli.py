@@ -1,0 +1,195 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from grassland.train.__main__ import main, read_run_config
+from grassland.train.config import LMConfig, default_lm
+from grassland.train.start import run
+from grassland.train.tasks import LanguageModeling
+
+SMALL = ["--set", "dim=16", "depth=1", "ffn_dim=16", "rank=4", "offsets=1,2"]
+
+
+@pytest.fixture
+def fail(capsys):
+    """Runs a command that must fail in one line; that line."""
+
+    def failing(*arguments):
+        assert main([str(argument) for argument in arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+
+    return failing
+
+
+@pytest.fixture
+def lm(text_file):
+    """The arguments of a tiny run."""
+    small = ["--data", text_file, "--tokenizer", "bpe:280", "--seq-len", "16", "--batch-size", "2", "--steps", "2"]
+    return ["lm", "--model", "lm", *SMALL, *small]
+
+
+@pytest.fixture
+def trained(variant, tmp_path):
+    folder = tmp_path / "trained"
+    assert run(LanguageModeling, variant(out=str(folder), steps=2, samples=0)) == 0
+    return folder
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_lm_trains_and_sample_and_plot_use_the_folder_alone(lm, text_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main([str(argument) for argument in [*lm, "--out", folder]]) == 0
+    text_file.unlink()
+    command = ["sample", str(folder), "--prompt", "the cat sees", "--tokens", "12", "--top-k", "20", "--seed", "3"]
+    outputs = []
+    for seed in ("3", "3", "4"):
+        capsys.readouterr()
+        assert main([*command[:-1], seed]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0].startswith("the cat sees") and len(outputs[0]) > len("the cat sees") + 5
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert main(["plot", str(folder), str(folder), "--out", str(tmp_path / "both.png")]) == 0
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_env_reports_versions_and_backends(capsys):
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert "torch" in out and "plucker_mix" in out and "cpu:" in out
+
+
+def test_settings_come_from_the_command_line():
+    arguments = ["--lr", "0.5", "--betas", "0.8", "0.95", "--set", "dim=8", "offsets=1,2", "share=mixer,", "--compile"]
+    config = read_run_config(LMConfig, default_lm(), arguments, "lm")
+    assert (config.lr, config.betas, config.compile) == (0.5, (0.8, 0.95), True)
+    assert config.overrides() == {"dim": 8, "offsets": (1, 2), "share": ("mixer",)}
+    assert LMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_model_that_is_named_is_the_preset_and_not_the_small_default(fail, monkeypatch):
+    seen = []
+    monkeypatch.setattr("grassland.train.start.run", lambda task, config: seen.append(config) or 0)
+    assert main(["lm"]) == main(["lm", "--model", "transformer_lm_6l", "--lr", "0.1"]) == 0
+    assert seen[0].overrides()["dim"] == 128 and seen[0].optimizer == "muon"
+    assert (seen[1].set, seen[1].optimizer, seen[1].lr) == ((), "adamw", 0.1)
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--data", "/nowhere/text.txt"], "/nowhere/text.txt: no such file"),
+        (["--tokenizer", "/nowhere/vocab.txt"], "/nowhere/vocab.txt: no such file"),
+        (["--tokenizer", "bpe:12"], "bpe:12"),
+        (["--model", "grassman_lm_6l"], "'grassman_lm_6l'; did you mean 'grassmann_lm_6l'"),
+        (["--set", "mixer=atention"], "'atention'"),
+        (["--set", "dimm=8"], "'dimm'"),
+        (["--set", "dim"], "NAME=VALUE, got 'dim'"),
+        (["--seq-len", "100000"], "too short: "),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "toaster"], "toaster"),
+        (["--resume", "/nowhere/run"], "/nowhere/run/config.json: no such file"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_bad_settings_are_one_line_that_names_them_and_write_nothing(lm, fail, tmp_path, arguments, named):
+    assert named in fail(*lm, "--out", tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [(b"", "text is empty"), (b"  \n\n ", "text is empty"), (b"one", "empty"), (b"caf\xe9 au lait", "not UTF-8")],
+    ids=["empty", "blank", "one-word", "latin-1"],
+)
+def test_unusable_text_is_one_line_that_names_the_file(lm, fail, text_file, content, named):
+    text_file.write_bytes(content)
+    error = fail(*lm)
+    assert named in error and str(text_file) in error
+
+
+def test_unusable_files_are_one_line_that_names_them(lm, fail, tmp_path):
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    assert "bad.parquet: not a readable parquet file" in fail(*lm, "--data", tmp_path / "bad.parquet")
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert "tokenizer.json: not a tokenizer.json" in fail(*lm, "--tokenizer", tmp_path / "tokenizer.json")
+    (tmp_path / "vocab.txt").write_text("a\nb")
+    assert "vocab.txt: not a WordPiece vocabulary" in fail(*lm, "--tokenizer", tmp_path / "vocab.txt")
+    (tmp_path / "hollow").mkdir()
+    assert "hollow: no train file" in fail(*lm, "--data", tmp_path / "hollow")
+
+
+def test_an_unknown_backend_is_one_line_that_names_it(lm, fail, monkeypatch):
+    monkeypatch.setenv("GRASSLAND_BACKEND", "abacus")
+    assert "'abacus'" in fail(*lm)
+
+
+def test_a_folder_with_something_in_it_is_left_alone(lm, fail, trained):
+    before = files(trained)
+    assert f"{trained} is not an empty folder; continue its run with --resume" in fail(*lm, "--out", trained)
+    assert files(trained) == before
+
+
+def test_missing_packages_are_named_with_the_extra(lm, fail, monkeypatch):
+    for missing in ("tyro", "tokenizers"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, missing, None)
+            assert f"{missing} is not installed: pip install 'grassland[train]'" in fail(*lm)
+
+
+def test_a_missing_matplotlib_costs_only_the_curves(variant, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run(LanguageModeling, variant(out=str(tmp_path / "run"), steps=1, samples=0)) == 0
+    assert "no curves: matplotlib is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_run_is_one_line_that_names_the_file(fail, trained, name, damage):
+    path = trained / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if damage == "gone":
+        path.unlink()
+    if name != "model.safetensors":
+        assert name in fail("lm", "--resume", trained, "--steps", "3")
+    if name != "state.safetensors":
+        assert name in fail("sample", trained)
+
+
+def test_a_vocabulary_that_is_not_the_models_is_one_line(fail, trained, text):
+    from grassland.train.data import save_tokenizer
+    from grassland.train.data.tokenizer import train_bpe
+
+    save_tokenizer(train_bpe(text, 270), trained)
+    assert "tokenizer.json has 270 tokens, but the model has vocab_size=280" in fail("sample", trained)
+    assert "saved for the data" in fail("lm", "--resume", trained, "--steps", "3")
+
+
+def test_other_bad_commands_are_one_line(fail, trained):
+    assert "unknown command 'lmm'; known: lm, sample" in fail("lmm")
+    assert "/nowhere: no such folder" in fail("sample", "/nowhere")
+    assert "prompt '' has no tokens" in fail("sample", trained, "--prompt", "")
+    assert "/nowhere/metrics.jsonl: no such file" in fail("plot", "/nowhere")
+    assert "temperature" in fail("sample", trained, "--temperature", "-1")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"steps": 0}, {"lr": -1.0}, {"steps": None}, {"floor": 2.0}, {"dtype": "int8"}, {"lr": float("nan")}]
+)
+def test_settings_out_of_range_are_named(config, changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        replace(config, **changes)
+
+
+def test_a_process_leaves_with_the_exit_code_and_no_traceback():
+    command = [sys.executable, "-m", "grassland.train", "lm", "--data", "/nowhere/a.txt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: data /nowhere/a.txt: no such file or folder\n"
