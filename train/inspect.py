@@ -1,4 +1,4 @@
-"""How a trained model's residual streams behave, layer by layer: one picture and one JSON file, for any residual choice."""
+"""How a trained model's residual streams behave, layer by layer: a picture and a JSON file, for any residual choice."""
 
 import importlib
 import json
@@ -18,13 +18,13 @@ Layer = dict[str, Any]
 def inspect(folder: Path | str, out: Path | str | None = None, *, tokens: Tensor | None = None) -> list[Layer]:
     """Measure the residual mixing of the model in `folder` on a batch and plot it.
 
-    Writes `inspect.png` and `inspect.json` into `out` (`folder` if None). tokens (B, T) int64: what the model reads; None
-    for random ones, which is enough to compare mixing matrices but says little about the text.
+    Writes `inspect.png` and `inspect.json` into `out` (`folder` if None). tokens (B, T) int64: what the model reads;
+    None for random ones, which is enough to compare mixing matrices but says little about the text.
 
     Returns for each sublayer, means over the tokens: "deviation", the largest |row or column sum of H_res - 1|;
     "product_deviation", the same for the product of the matrices so far; "negative", the size of the smallest negative
-    entry; "stream_norms", the root mean square of each stream as the sublayer finds it; "eigenvalues", the sorted moduli.
-    A plain residual has H_res = 1.
+    entry; "stream_norms", the root mean square of each stream as the sublayer finds it; "eigenvalues", the sorted
+    moduli. A plain residual has H_res = 1.
 
     Raises CheckpointError for a folder without a model, ValueError for a model without residuals or without matplotlib.
     """

@@ -1,4 +1,6 @@
-"""Hyper-connections: n residual streams, X' = H_res X + H_post^T F(H_pre X). HC, mHC and mHC-lite, with their matrices built.
+"""Hyper-connections: n residual streams, X' = H_res X + H_post^T F(H_pre X). HC, mHC, mHC-lite.
+
+The matrices are built: these are the baselines.
 
 Sources: HC arXiv 2409.19606; mHC arXiv 2512.24880; mHC-lite arXiv 2601.05732. KromHC has a file of its own.
 """
@@ -130,7 +132,7 @@ class Hyper(nn.Module):
 
     @abstractmethod
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h_pre (…, n), h_post (…, n) and H_res (…, n, n) for streams x (…, n, dim), in float32 (float64 for float64)."""
+        """h_pre (…, n), h_post (…, n) and H_res (…, n, n) for streams x (…, n, dim); float32, or float64."""
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -229,8 +231,8 @@ def wide(x: Tensor) -> Tensor:
 class HyperConnection(Hyper):
     """HC, arXiv 2409.19606: unconstrained coefficients [A_m | A_r] + s tanh(norm(X) W), the norm per stream.
 
-    u = A_m^T X, X' = A_r^T X + B y. Starts with A_m = e_k, A_r = 1, B = 1: a pre-norm residual in every stream. Arguments
-    as in `Hyper`.
+    u = A_m^T X, X' = A_r^T X + B y. Starts with A_m = e_k, A_r = 1, B = 1: a pre-norm residual in every stream.
+    Arguments as in `Hyper`.
     """
 
     def make_parameters(self, dd: dict[str, Any]) -> None:
@@ -338,7 +340,7 @@ class Manifold(Hyper):
 class MHC(Manifold):
     """mHC, arXiv 2512.24880: H_res is brought near the doubly stochastic matrices by 20 Sinkhorn steps (columns, rows).
 
-    Arguments as in `Hyper`. The parameters interleave, stream by stream, the pre logit and the n mixing logits of a row.
+    Arguments as in `Hyper`. The parameters hold, stream by stream, the pre logit and the n mixing logits of a row.
     """
 
     iterations = 20

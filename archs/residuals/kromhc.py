@@ -18,15 +18,15 @@ from .streams import StreamState
 
 @register_slot("residual", "kromhc")
 class KromHC(Manifold):
-    """KromHC: H_res = U^1 (x) … (x) U^K with U^k = sum_m softmax(alpha_res x' W^k + b^k)_m P_m, doubly stochastic exactly.
+    """H_res = U^1 (x) … (x) U^K with U^k = sum_m softmax(alpha_res x' W^k + b^k)_m P_m, doubly stochastic exactly.
 
-    The streams run through `grassland.kernels.kronecker`. `expand` gives a `StreamState`, and a sublayer that is given one
-    leaves its addition to the next sublayer, so that one kernel does both; a sublayer that is given a tensor returns one.
+    The streams run through `grassland.kernels.kronecker`. `expand` gives a `StreamState`, and a sublayer that is given
+    one leaves its addition to the next sublayer, so that one kernel does both. Given a tensor, it returns a tensor.
 
     Args:
         factors: of n, each 2, 3 or 4; None for 2s and 3s.
         keep_streams: how many sublayers apart the streams are stored for the backward; the others are computed again
-            from the branches' outputs. 1 stores all; more need `expand`'s state, and have no effect under torch.compile.
+            from the branches' outputs. 1 stores all; more need `expand`'s state and do nothing under torch.compile.
         The rest: as in `Hyper`.
     """
 
@@ -71,8 +71,8 @@ class KromHC(Manifold):
         return torch.cat(start)
 
     def projection(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """weight (2n + S', n dim) and bias (2n + S',) of the kernels: gamma, the alphas and sqrt(n dim) in one matrix, and
-        for each 2×2 factor the difference of its two columns."""
+        """weight (2n + S', n dim) and bias (2n + S',) of the kernels: gamma, the alphas and sqrt(n dim) in one matrix,
+        and for each 2×2 factor the difference of its two columns."""
         n = self.num_streams
         pre, mixing = self.static_alpha.to(dtype).split([n, self.mixing_logits()])
         bias = torch.cat([pre, self.static_beta.to(dtype), self._differences(mixing)])

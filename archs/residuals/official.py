@@ -1,4 +1,4 @@
-"""The interface of the official hyper-connection programs: batch-packed streams `(b s) … d`, their names, their states."""
+"""The interface of the official hyper-connection programs: batch-packed streams `(b s) … d` and their state dicts."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def get_init_and_expand_reduce_stream_functions(
         defaults: further options of the class (`init="identity"`, `norm="pre"`, …).
 
     Returns:
-        init(branch=None, *, dim, layer_index, **options): a module; with branch None, calling it gives the branch's input
-        and a function that adds the branch's output. layer_index counts the calls unless it is given.
+        init(branch=None, *, dim, layer_index, **options): a module; with branch None, calling it gives the branch's
+        input and a function that adds the branch's output. layer_index counts the calls unless it is given.
         expand: (b, …, d) to (b n, …, d), n copies of each row. reduce: their sum.
         As the official programs do, and unlike the papers, the mixing is by H_res transposed.
 

@@ -1,7 +1,7 @@
 """The stream state of KromHC: streams, and a branch's output that has not joined them yet.
 
-Waiting with X' = H_res X + h_post (x) y until the next sublayer asks for its input lets one kernel cross the boundary and
-read the streams once. Whoever looks at the streams before gets them by the two-kernel path, with the same bits.
+Waiting with X' = H_res X + h_post (x) y until the next sublayer asks for its input lets one kernel cross the boundary
+and read the streams once. Whoever looks at the streams before gets them by the two-kernel path, with the same bits.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Request:
 class StreamState:
     """Streams (…, n, C) whose newest addition may be pending. Behaves as the tensor it stands for.
 
-    `KromHC.expand` makes one, `KromHC.forward` takes and gives one, `KromHC.reduce` ends it. `tensor()` is the streams; any
-    torch function, operator, method or attribute of a tensor also works on it, and settles the addition.
+    `KromHC.expand` makes one, `KromHC.forward` takes and gives one, `KromHC.reduce` ends it. `tensor()` is the
+    streams; any torch function, operator, method or attribute of a tensor also works on it, and settles the addition.
 
     keep: how many additions apart the streams are stored for the backward; those between are computed again from the
     stored ones and the branches' outputs. 1 stores all.
@@ -103,7 +103,9 @@ class StreamState:
         return self._x.device
 
     def sum(self, dim: Any = None, **options: Any) -> Tensor:
-        """dim -2: the sum of the streams (…, C). H_res keeps it, so a pending addition does not mix them: sum X + (sum h_post) y.
+        """dim -2: the sum of the streams (…, C). H_res keeps it, so a pending addition mixes nothing.
+
+        It is sum X + (sum h_post) y.
 
         Other dimensions, and the options of `Tensor.sum`, settle the addition first.
         """

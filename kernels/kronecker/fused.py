@@ -1,8 +1,8 @@
 """KromHC in Triton: a program owns a few tokens and goes over their channels twice.
 
 The first pass has the reductions of a token (norm, projection; in the backward the gradients of h_pre), the second what
-needs them (u, dX); its reads come out of the L2 cache. The n streams of a tile are a tuple of register tiles, on which the
-mixing is a butterfly. Weight gradients are partial sums over fixed splits of the tokens, added up in order.
+needs them (u, dX); its reads come out of the L2 cache. The n streams of a tile are a tuple of register tiles, on which
+the mixing is a butterfly. Weight gradients are partial sums over fixed splits of the tokens, added up in order.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from .. import dispatch
 
 # Programs wanted in flight for the weight gradient: two for each multiprocessor of the largest chips.
 SPLITS = 264
@@ -50,8 +48,7 @@ def swap(tiles, q, HALF: tl.constexpr, N: tl.constexpr):
     # e = q (x_0 - x_1), x_0' = x_0 - e, x_1' = x_1 + e for the pairs HALF apart
     out = ()
     for s in tl.static_range(N):
-        other: tl.constexpr = s ^ HALF
-        out = out + (tiles[s] + q[:, None] * (tiles[other] - tiles[s]),)
+        out = out + (tiles[s] + q[:, None] * (tiles[s ^ HALF] - tiles[s]),)
     return out
 
 
@@ -159,16 +156,15 @@ def mixing_backward(
     for k in tl.static_range(K - 1):
         streams = swap(streams, load_column(h, rows, keep, 2 * N + k, M), N >> (k + 1), N)
         entering = entering + (streams,)
+    # Stage K - 1 - i pairs streams 1 << i apart.
     for i in tl.static_range(K):
-        k: tl.constexpr = K - 1 - i
-        half: tl.constexpr = N >> (k + 1)
         dq = tl.zeros_like(tl.sum(branch, 1))
         for s in tl.static_range(N):
-            if s & half == 0:
-                step = grads[s] - grads[s + half]
-                dq -= tl.sum(step * (entering[k][s] - entering[k][s + half]), 1)
-        sums += tl.where((j == 2 * N + k)[None, :], dq[:, None], 0.0)
-        grads = swap(grads, load_column(h, rows, keep, 2 * N + k, M), half, N)
+            if s & (1 << i) == 0:
+                step = grads[s] - grads[s + (1 << i)]
+                dq -= tl.sum(step * (entering[K - 1 - i][s] - entering[K - 1 - i][s + (1 << i)]), 1)
+        sums += tl.where((j == 2 * N + K - 1 - i)[None, :], dq[:, None], 0.0)
+        grads = swap(grads, load_column(h, rows, keep, 2 * N + K - 1 - i, M), 1 << i, N)
     store_streams(dx, grads, rows, cols, dim, keep, N)
     return sums
 
@@ -335,7 +331,7 @@ def backward(
     block = tile(x, 32)
     pre_backward_kernel[(triton.cdiv(tokens, block["BM"]),)](
         joined, du, dafter, x, branch, before, weight, after, saved, grad, dy, dh, logits, tokens, dim, 1 / eps,
-        **common, **block,
+        **common, **block, num_warps=4 if post else 8,
     )  # fmt: skip
     columns = triton.cdiv(dim, block["BC"])
     splits = max(1, min(SPLITS // columns, triton.cdiv(tokens, 256)))

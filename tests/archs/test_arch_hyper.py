@@ -5,6 +5,9 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
+
 from grassland.archs import (
     MHC,
     HyperConnection,
@@ -16,8 +19,6 @@ from grassland.archs import (
     get_init_and_expand_reduce_stream_functions,
 )
 from grassland.train.optim import parameter_groups
-from safetensors.torch import load_file
-from torch import nn
 
 CLASSES = {"hc": HyperConnection, "mhc": MHC, "mhc_lite": MHCLite, "kromhc": KromHC}
 EXACT = ("mhc_lite", "kromhc")
@@ -31,7 +32,8 @@ def randomised(module, std=0.4, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += std * noise.to(parameter.dtype)
     return module
 
 
@@ -198,7 +200,7 @@ def test_zero_streams_are_finite(kind):
 
 
 def test_xor_relabelling_of_the_streams():
-    """The mixing of 2×2 factors commutes with n -> n xor m; permuting the projection's rows and columns does the rest."""
+    """Mixing by 2×2 factors commutes with n -> n xor m; permuting the projection's rows and columns does the rest."""
     layer = randomised(KromHC(nn.Linear(6, 6, **FLOAT64), 6, **FLOAT64))
     x, order = normal(3, 4, 6), [s ^ 2 for s in range(4)]
     expected = layer(x)[:, order]
@@ -376,7 +378,7 @@ def test_two_runs_agree_bitwise(kind):
         torch.manual_seed(0)
         model = randomised(create_model("lm", residual=kind, **SIZES))
         loss = model(tokens(2, 9), labels=tokens(2, 9, seed=2))
-        runs.append([loss, *torch.autograd.grad(loss, [p for p in model.parameters()], allow_unused=True)])
+        runs.append([loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)])
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

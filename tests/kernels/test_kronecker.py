@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from grassland.kernels import dispatch
 from grassland.kernels.dispatch import BackendError
 from grassland.kernels.kronecker import (

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+
 from grassland.archs import create_model, save_model
 from grassland.train.inspect import inspect, measure
 
