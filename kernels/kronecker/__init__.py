@@ -67,7 +67,7 @@ def kronecker_pre(
     logits = W vec(X) / max(|vec X|, eps) + b; h = [h_pre = sigmoid | h_post = 2 sigmoid | a factor's weights];
     u = h_pre X. RMSNorm's sqrt(nC), 1 + gamma and the alphas belong into `weight`. A 2×2 factor has one column, the
     difference c_1 - c_0 of its two logits, and the coefficient q = sigmoid of it: [[1 - q, q], [q, 1 - q]]; a larger
-    one has i! logits and their softmax over the permutations in lexicographic order. Source: arXiv 2601.21579, section 3.
+    one has i! logits and their softmax over the permutations in lexicographic order. Source: arXiv 2601.21579, §3.
 
     Args:
         x: streams (…, n, C); float32, bfloat16, float16 or float64, any layout.

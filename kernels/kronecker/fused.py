@@ -5,6 +5,10 @@ needs them (u, dX); its reads come out of the L2 cache. The n streams of a tile 
 the mixing is a butterfly. Weight gradients are partial sums over fixed splits of the tokens, added up in order.
 """
 
+# Triton's constexpr parameters take plain values, and its language is not quite Python's.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 import torch

@@ -165,8 +165,8 @@ def _(
     dx: Tensor, du: Tensor, dh: Tensor, x: Tensor, y: Tensor, h: Tensor, weight: Tensor, following_h: Tensor,
     saved: Tensor, eps: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    like = (x, y, h, weight)
-    return (*(t.new_empty(t.shape) for t in like), weight.new_empty(weight.shape[0]))
+    streams = (x.new_empty(x.shape), y.new_empty(y.shape), h.new_empty(h.shape))
+    return (*streams, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0]))
 
 
 def _setup_pre(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -46,7 +46,7 @@ def mixing_matrix(h: Tensor, factors: Sequence[int]) -> Tensor:
 
 
 def coefficients(logits: Tensor, factors: Sequence[int]) -> Tensor:
-    """Logits (N, 2n + S) to h_pre = sigmoid, h_post = 2 sigmoid, a factor's weights = softmax, q = sigmoid(c_1 - c_0)."""
+    """Logits (N, 2n + S) to h_pre = sigmoid, h_post = 2 sigmoid, weights of a factor = softmax, of a pair sigmoid."""
     n = math.prod(factors)
     groups = logits.split([n, n, *group_sizes(factors)], -1)
     rest = [g.sigmoid() if i == 2 else g.softmax(-1) for i, g in zip(factors, groups[2:], strict=True)]
