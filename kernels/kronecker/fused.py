@@ -335,7 +335,7 @@ def backward(
     block = tile(x, 32)
     pre_backward_kernel[(triton.cdiv(tokens, block["BM"]),)](
         joined, du, dafter, x, branch, before, weight, after, saved, grad, dy, dh, logits, tokens, dim, 1 / eps,
-        **common, **block, num_warps=4 if post else 8,
+        **common, **block, num_warps=8,
     )  # fmt: skip
     columns = triton.cdiv(dim, block["BC"])
     splits = max(1, min(SPLITS // columns, triton.cdiv(tokens, 256)))
