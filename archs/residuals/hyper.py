@@ -377,12 +377,12 @@ class MHC(Manifold):
         return alpha[..., 0], post.expand(*leading, -1), alpha[..., 1:].flatten(-2)
 
     def matrix(self, logits: Tensor) -> Tensor:
-        square = logits.unflatten(-1, (self.num_streams, self.num_streams))
-        h = (square - square.amax((-2, -1), keepdim=True)).exp()
+        # In the log domain: exp would underflow whole columns of large logits, and 0/0 follows.
+        log = logits.unflatten(-1, (self.num_streams, self.num_streams))
         for _ in range(self.iterations):
-            h = h / h.sum(-2, keepdim=True)
-            h = h / h.sum(-1, keepdim=True)
-        return h
+            log = log - log.logsumexp(-2, keepdim=True)
+            log = log - log.logsumexp(-1, keepdim=True)
+        return log.exp()
 
 
 @register_slot("residual", "mhc_lite")
