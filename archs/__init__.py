@@ -9,21 +9,35 @@ from .io import CheckpointError, MissingCheckpointError, atomic_write, load_mode
 from .lm import LanguageModel
 from .mixers import CausalAttention, CausalGrassmannMixer
 from .registry import create_model, list_models, model_config, register_model, register_slot
-from .residuals import PlainResidual
+from .residuals import (
+    MHC,
+    HyperConnection,
+    KromHC,
+    MHCLite,
+    PlainResidual,
+    StreamState,
+    get_init_and_expand_reduce_stream_functions,
+)
 
 __all__ = [
+    "MHC",
     "MLP",
     "CausalAttention",
     "CausalGrassmannMixer",
     "CheckpointError",
+    "HyperConnection",
+    "KromHC",
     "LanguageModel",
     "LinearHead",
+    "MHCLite",
     "MissingCheckpointError",
     "ModelConfig",
     "PlainResidual",
+    "StreamState",
     "TiedHead",
     "atomic_write",
     "create_model",
+    "get_init_and_expand_reduce_stream_functions",
     "linear_cross_entropy",
     "list_models",
     "load_model",

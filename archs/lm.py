@@ -199,7 +199,7 @@ class LanguageModel(nn.Module):
 
 def _blocks(config: ModelConfig, dd: dict[str, Any]) -> Iterator[Block]:
     """The blocks of a config; sublayers count 0, 1, 2, … through mixers and ffns alternately."""
-    keywords = {"norm": config.norm, "dropout": config.dropout, **dd}
+    keywords = {"norm": config.norm, "dropout": config.dropout, "num_layers": 2 * config.depth, **dd}
 
     def slot(name: str, *args: object) -> partial[nn.Module]:
         return partial(build_slot, name, getattr(config, name), *args, **keywords)

@@ -31,6 +31,27 @@ def transformer_lm_12l() -> ModelConfig:
     return ModelConfig(mixer="attention", depth=12, options={"num_heads": 4})
 
 
+@register_model("kromhc_lm_6l")
+def kromhc_lm_6l() -> ModelConfig:
+    """arXiv 2601.21579, D = 6, C = 384, n = 4: a causal Transformer with pre-norm branches and KromHC residuals."""
+    return _kromhc(depth=6)
+
+
+@register_model("kromhc_lm_12l")
+def kromhc_lm_12l() -> ModelConfig:
+    """arXiv 2601.21579, D = 12, C = 768, n = 4: 958,824 parameters of hyper-connections, the paper's 959K."""
+    return _kromhc(depth=12)
+
+
+def _kromhc(depth: int) -> ModelConfig:
+    """nanochat's sizes: 64 channels a layer, heads of 128, four times as wide an ffn. `residual=` gives the rivals."""
+    dim = 64 * depth
+    return ModelConfig(
+        vocab_size=32768, max_len=2048, dim=dim, depth=depth, ffn_dim=4 * dim, norm="pre", mixer="attention",
+        residual="kromhc", options={"num_heads": dim // 128, "num_streams": 4},
+    )  # fmt: skip
+
+
 def _grassmann(depth: int, schedule: tuple[int, ...]) -> ModelConfig:
     """One offset a layer, in schedule order; the undescribed Linear(d, d) that the paper's counts show."""
     offsets = tuple((delta,) for delta in schedule)

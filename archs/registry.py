@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SLOTS = ("mixer", "residual", "ffn", "head")
 # Keywords the assembly itself gives to a slot's constructor; everything else keyword-only is an option of the user's.
-CONTEXT = frozenset({"device", "dtype", "norm", "dropout"})
+CONTEXT = frozenset({"device", "dtype", "norm", "dropout", "num_layers"})
 
 _CHOICES: dict[str, dict[str, type]] = {slot: {} for slot in SLOTS}
 _ASSEMBLIES: dict[str, Any] = {}
@@ -34,8 +34,8 @@ def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
 def register_slot(slot: str, name: str) -> Callable[[C], C]:
     """Class decorator: makes the class the choice `name` of `slot` ("mixer", "residual", "ffn" or "head").
 
-    The constructor's keyword-only parameters, apart from `device`, `dtype`, `norm` and `dropout`, become options of
-    every model that chooses it. Positional parameters are given by the assembly:
+    The constructor's keyword-only parameters, apart from `device`, `dtype`, `norm`, `dropout` and `num_layers`, become
+    options of every model that chooses it. Positional parameters are given by the assembly:
     mixer `(dim)`, residual `(branch, dim, layer_index)`, ffn `(dim, hidden_dim)`, head `(dim, num_classes, embedding)`.
     """
     if slot not in _CHOICES:

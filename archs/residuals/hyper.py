@@ -1,0 +1,403 @@
+"""Hyper-connections: n residual streams, X' = H_res X + H_post^T F(H_pre X). HC, mHC, mHC-lite.
+
+The matrices are built: these are the baselines.
+
+Sources: HC arXiv 2409.19606; mHC arXiv 2512.24880; mHC-lite arXiv 2601.05732. KromHC has a file of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels.kronecker.reference import permutations
+from ..registry import register_slot
+
+INITS = ("paper", "identity")
+EXPANDS = ("repeat", "learned")
+REDUCES = ("sum", "mean", "learned")
+# Logit of every permutation but the identity at the start, and the factor of the dynamic part.
+CLOSED, SCALE = -8.0, 0.01
+Opened = tuple[Tensor, Callable[[Tensor], Any]]
+
+
+class StreamNorm(nn.Module):
+    """sqrt(d) (1 + gamma) x / max(|x|, 1e-12), gamma = 0 at the start."""
+
+    def __init__(self, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.gamma)
+        self.gamma.optim_group = "no_decay"  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) * (math.sqrt(x.shape[-1]) * (1 + self.gamma.to(x.dtype)))
+
+
+class Hyper(nn.Module):
+    """What all hyper-connections share: streams (…, n, dim) around a branch that sees (…, dim).
+
+    Args:
+        branch: a module or any callable from (…, dim), and further positional arguments, to (…, dim) or a tuple whose
+            first entry that is; the rest of the tuple is passed on. None: `forward` returns (branch input, function
+            from the branch's output to the streams).
+        dim: width of a stream.
+        layer_index: number of the sublayer, from 0; decides which stream it starts with.
+        num_streams: n. With n = 1 or `disable` this is the plain residual on (…, dim).
+        init: "paper", or "identity", which equals the plain pre-norm residual network at the start.
+        dynamic: whether the coefficients depend on the streams; if not, they are parameters alone.
+        expand: "repeat", or "learned" with an embedding (n, dim) added to the copies; made for layer 0.
+        reduce: "sum", "mean" or "learned" weights (n,); None for "sum" under init="paper", else "mean".
+        transposed: mix by the transpose of H_res, as the official programs do; the papers write H_res X.
+        norm: "pre" or "post" for a LayerNorm before the branch (the streams themselves are never normalised, so the two
+            are the same); None for none.
+        dropout: of the branch's output.
+        num_layers: number of sublayers, so that the last one alone makes a learned reduce; None: each does.
+
+    Coefficients are float32 whatever the dtype and under autocast, float64 in float64. AdamW's weight decay and
+    `grassland.train.optim` see `dynamic_*_fn` as decayed and everything else here as not decayed.
+
+    Raises ValueError that names the argument.
+    """
+
+    decayed: tuple[str, ...] = ("dynamic_alpha_fn", "dynamic_beta_fn")
+
+    def __init__(
+        self,
+        branch: Callable[..., Any] | None,
+        dim: int,
+        layer_index: int = 0,
+        *,
+        num_streams: int = 4,
+        init: str = "paper",
+        dynamic: bool = True,
+        expand: str = "repeat",
+        reduce: str | None = None,
+        disable: bool = False,
+        transposed: bool = False,
+        norm: str | None = None,
+        dropout: float = 0.0,
+        num_layers: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_streams", num_streams), ("dim", dim)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        reduce = reduce or ("sum" if init == "paper" else "mean")
+        for name, value, allowed in (("init", init, INITS), ("expand", expand, EXPANDS), ("reduce", reduce, REDUCES)):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        if norm not in ("pre", "post", None):
+            raise ValueError(f"norm must be 'pre', 'post' or None, got {norm!r}")
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.branch = branch
+        self.dim, self.num_streams, self.layer_index = dim, num_streams, layer_index
+        self.init, self.dynamic, self.transposed = init, dynamic, transposed
+        self.disabled = disable or num_streams == 1
+        self.expand_kind, self.reduce_kind = expand, reduce
+        self.branch_norm = nn.LayerNorm(dim, **dd) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        if self.disabled:
+            return
+        self.make_parameters(dd)
+        if expand == "learned" and layer_index == 0:
+            self.stream_embed = nn.Parameter(torch.empty(num_streams, dim, **dd))
+        if reduce == "learned" and num_layers in (None, layer_index + 1):
+            self.reduce_weight = nn.Parameter(torch.empty(num_streams, **dd))
+        if dynamic:
+            self.norm.reset_parameters()
+        self.reset_parameters()
+
+    @property
+    def norm(self) -> StreamNorm:
+        return self._modules["norm"]  # type: ignore[return-value]
+
+    @abstractmethod
+    def make_parameters(self, dd: dict[str, Any]) -> None:
+        """Allocate the coefficients' parameters."""
+
+    @abstractmethod
+    def reset_coefficients(self) -> None:
+        """Give the coefficients' parameters their first values."""
+
+    @abstractmethod
+    def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h_pre (…, n), h_post (…, n) and H_res (…, n, n) for streams x (…, n, dim); float32, or float64."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """First values of this layer's own parameters; those of the branch stay."""
+        if self.disabled:
+            return
+        self.reset_coefficients()
+        if "stream_embed" in self._parameters:
+            self.stream_embed.zero_()
+        if "reduce_weight" in self._parameters:
+            self.reduce_weight.fill_(1.0 if self.init == "paper" else 1 / self.num_streams)
+        for name, parameter in self.named_parameters(recurse=False):
+            parameter.optim_group = "decay" if name in self.decayed else "no_decay"  # type: ignore[attr-defined]
+
+    def forward(self, x: Any, *args: Any) -> Any:
+        """The streams after the branch, or `(streams, *rest)` if the branch returns a tuple. ValueError for x without
+        the streams' dimension."""
+        u, join = self.open(x)
+        if self.branch is None:
+            return self.branch_norm(u), join
+        out = self.branch(self.branch_norm(u), *args)
+        if isinstance(out, tuple):
+            return (join(self.dropout(out[0])), *out[1:])
+        return join(self.dropout(out))
+
+    def open(self, x: Any) -> Opened:
+        """The branch's input, and the function that takes the branch's output to the new streams."""
+        if self.disabled:
+            return x, lambda y: x + y
+        self.check(x)
+        h_pre, h_post, mixing = self.coefficients(x)
+        mixing = mixing.mT if self.transposed else mixing
+        with torch.autocast(x.device.type, enabled=False):
+            u = (h_pre.unsqueeze(-2) @ x.to(h_pre.dtype)).squeeze(-2).to(x.dtype)
+
+        def join(y: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, enabled=False):
+                mixed = mixing @ x.to(mixing.dtype) + h_post.unsqueeze(-1) * y.to(mixing.dtype).unsqueeze(-2)
+                return mixed.to(x.dtype)
+
+        return u, join
+
+    def check(self, x: Tensor) -> None:
+        if x.dim() < 2 or x.shape[-2] != self.num_streams or x.shape[-1] != self.dim:
+            wanted = f"(…, num_streams={self.num_streams}, dim={self.dim})"
+            raise ValueError(f"x must be streams {wanted}, got {tuple(x.shape)}; expand(x) makes them of (…, dim)")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+
+    def expand(self, x: Tensor) -> Any:
+        """(…, dim) to n streams (…, n, dim); (…, dim) itself if this is the plain residual."""
+        if self.disabled:
+            return x
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"x must be (…, dim={self.dim}), got {tuple(x.shape)}")
+        if "stream_embed" in self._parameters:
+            return x.unsqueeze(-2) + self.stream_embed
+        return x.unsqueeze(-2).expand(*x.shape[:-1], self.num_streams, self.dim)
+
+    def reduce(self, x: Any) -> Tensor:
+        """Streams (…, n, dim) to (…, dim)."""
+        if self.disabled:
+            return x
+        if self.reduce_kind == "learned":
+            if "reduce_weight" not in self._parameters:
+                raise ValueError(f"reduce='learned' is the last sublayer's, layer_index={self.layer_index} is not")
+            return torch.einsum("...nc,n->...c", torch.clone(x), self.reduce_weight.to(x.dtype))
+        total = x.sum(-2)
+        return total if self.reduce_kind == "sum" else total / self.num_streams
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_streams={self.num_streams}, init={self.init!r}, disable={self.disabled}"
+
+    def first_pre(self) -> Tensor:
+        """b_pre: sigmoid of it is 0.73 at the layer's own stream; elsewhere 0.27, or what makes the sum 1."""
+        others = -1.0
+        if self.init == "identity":
+            share = (1 - 1 / (1 + math.exp(-1))) / (self.num_streams - 1)
+            others = math.log(share / (1 - share))
+        start = torch.full((self.num_streams,), others, dtype=torch.float64)
+        start[self.layer_index % self.num_streams] = 1
+        return start
+
+    def first_post(self) -> Tensor:
+        """b_post: twice the sigmoid of it is 1.46 and 0.54, or 1."""
+        if self.init == "identity":
+            return torch.zeros(self.num_streams)
+        return self.first_pre()
+
+
+def wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@register_slot("residual", "hc")
+class HyperConnection(Hyper):
+    """HC, arXiv 2409.19606: unconstrained coefficients [A_m | A_r] + s tanh(norm(X) W), the norm per stream.
+
+    u = A_m^T X, X' = A_r^T X + B y. Starts with A_m = e_k, A_r = 1, B = 1: a pre-norm residual in every stream.
+    Arguments as in `Hyper`.
+    """
+
+    def make_parameters(self, dd: dict[str, Any]) -> None:
+        n = self.num_streams
+        self.static_alpha = nn.Parameter(torch.empty(n, n + 1, **dd))
+        self.static_beta = nn.Parameter(torch.empty(n, **dd))
+        if self.dynamic:
+            self._modules["norm"] = StreamNorm(self.dim, **dd)
+            self.dynamic_alpha_fn = nn.Parameter(torch.empty(self.dim, n + 1, **dd))
+            self.dynamic_alpha_scale = nn.Parameter(torch.empty((), **dd))
+            self.dynamic_beta_fn = nn.Parameter(torch.empty(self.dim, **dd))
+            self.dynamic_beta_scale = nn.Parameter(torch.empty((), **dd))
+
+    def reset_coefficients(self) -> None:
+        n = self.num_streams
+        self.static_alpha.copy_(torch.cat([torch.eye(n)[:, [self.layer_index % n]], torch.eye(n)], 1))
+        self.static_beta.fill_(1)
+        if self.dynamic:
+            for weight, scale in (
+                (self.dynamic_alpha_fn, self.dynamic_alpha_scale),
+                (self.dynamic_beta_fn, self.dynamic_beta_scale),
+            ):
+                weight.zero_()
+                scale.fill_(SCALE)
+
+    def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = wide(x)
+        with torch.autocast(x.device.type, enabled=False):
+            alpha, beta = self.static_alpha.to(x.dtype), self.static_beta.to(x.dtype)
+            if self.dynamic:
+                normed = self.norm(x)
+                moved = torch.tanh(normed @ self.dynamic_alpha_fn.to(x.dtype))
+                alpha = alpha + self.dynamic_alpha_scale.to(x.dtype) * moved
+                moved = torch.tanh(normed @ self.dynamic_beta_fn.to(x.dtype))
+                beta = beta + self.dynamic_beta_scale.to(x.dtype) * moved
+            leading = x.shape[:-2]
+            alpha = alpha.expand(*leading, *alpha.shape[-2:])
+            return alpha[..., 0], beta.expand(*leading, -1), alpha[..., 1:].mT
+
+
+class Manifold(Hyper):
+    """What mHC, mHC-lite and KromHC share: sigmoid gates and mixing logits from the normed, flattened streams.
+
+    x' = RMSNorm(vec X); h_pre = sigmoid(alpha_pre x' W_pre + b_pre); h_post = 2 sigmoid(alpha_post x' W_post + b_post).
+    The parameters have the official programs' names and shapes.
+    """
+
+    @abstractmethod
+    def mixing_logits(self) -> int:
+        """How many logits H_res has."""
+
+    @abstractmethod
+    def first_mixing(self) -> Tensor:
+        """The static mixing logits at the start: H_res is the identity, nearly."""
+
+    def make_parameters(self, dd: dict[str, Any]) -> None:
+        n, width = self.num_streams, self.num_streams * self.dim
+        self.static_alpha = nn.Parameter(torch.empty(self.alpha_shape(), **dd))
+        self.static_beta = nn.Parameter(torch.empty(n, **dd))
+        if self.dynamic:
+            self._modules["norm"] = StreamNorm(width, **dd)
+            self.dynamic_alpha_fn = nn.Parameter(torch.empty(width, n + self.mixing_logits(), **dd))
+            self.dynamic_beta_fn = nn.Parameter(torch.empty(width, n, **dd))
+            self.pre_branch_scale = nn.Parameter(torch.empty(1, **dd))
+            self.residual_scale = nn.Parameter(torch.empty(1, **dd))
+            self.h_post_scale = nn.Parameter(torch.empty((), **dd))
+
+    def alpha_shape(self) -> tuple[int, ...]:
+        return (self.num_streams + self.mixing_logits(),)
+
+    def reset_coefficients(self) -> None:
+        self.static_alpha.copy_(torch.cat([self.first_pre(), self.first_mixing()]))
+        self.static_beta.copy_(self.first_post())
+        if self.dynamic:
+            self.dynamic_alpha_fn.zero_()
+            self.dynamic_beta_fn.zero_()
+            for scale in (self.pre_branch_scale, self.residual_scale, self.h_post_scale):
+                scale.fill_(SCALE)
+
+    def logits(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of h_pre (…, n), h_post (…, n) and H_res (…, S)."""
+        n = self.num_streams
+        pre, mixing = self.static_alpha.to(x.dtype).split([n, self.mixing_logits()])
+        post = self.static_beta.to(x.dtype)
+        if self.dynamic:
+            normed = self.norm(x.flatten(-2))
+            moved = (normed @ self.dynamic_alpha_fn.to(x.dtype)).split([n, self.mixing_logits()], -1)
+            pre = pre + self.pre_branch_scale.to(x.dtype) * moved[0]
+            mixing = mixing + self.residual_scale.to(x.dtype) * moved[1]
+            post = post + self.h_post_scale.to(x.dtype) * (normed @ self.dynamic_beta_fn.to(x.dtype))
+        leading = x.shape[:-2]
+        return pre.expand(*leading, -1), post.expand(*leading, -1), mixing.expand(*leading, -1)
+
+    @abstractmethod
+    def matrix(self, logits: Tensor) -> Tensor:
+        """H_res (…, n, n) from its logits (…, S)."""
+
+    def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            pre, post, mixing = self.logits(wide(x))
+            return pre.sigmoid(), 2 * post.sigmoid(), self.matrix(mixing)
+
+
+@register_slot("residual", "mhc")
+class MHC(Manifold):
+    """mHC, arXiv 2512.24880: H_res is brought near the doubly stochastic matrices by 20 Sinkhorn steps (columns, rows).
+
+    Arguments as in `Hyper`. The parameters hold, stream by stream, the pre logit and the n mixing logits of a row.
+    """
+
+    iterations = 20
+
+    def mixing_logits(self) -> int:
+        return self.num_streams**2
+
+    def alpha_shape(self) -> tuple[int, ...]:
+        return (self.num_streams, self.num_streams + 1)
+
+    def first_mixing(self) -> Tensor:
+        return CLOSED * (1 - torch.eye(self.num_streams, dtype=torch.float64))
+
+    def reset_coefficients(self) -> None:
+        start = torch.cat([self.first_pre()[:, None], self.first_mixing()], 1)
+        self.static_alpha.copy_(start)
+        self.static_beta.copy_(self.first_post())
+        if self.dynamic:
+            self.dynamic_alpha_fn.zero_()
+            self.dynamic_beta_fn.zero_()
+            for scale in (self.pre_branch_scale, self.residual_scale, self.h_post_scale):
+                scale.fill_(SCALE)
+
+    def logits(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        n = self.num_streams
+        alpha, post = self.static_alpha.to(x.dtype), self.static_beta.to(x.dtype)
+        if self.dynamic:
+            normed = self.norm(x.flatten(-2))
+            scale = torch.cat([self.pre_branch_scale, self.residual_scale.expand(n)]).to(x.dtype)
+            alpha = alpha + scale * (normed @ self.dynamic_alpha_fn.to(x.dtype)).unflatten(-1, (n, n + 1))
+            post = post + self.h_post_scale.to(x.dtype) * (normed @ self.dynamic_beta_fn.to(x.dtype))
+        leading = x.shape[:-2]
+        alpha = alpha.expand(*leading, n, n + 1)
+        return alpha[..., 0], post.expand(*leading, -1), alpha[..., 1:].flatten(-2)
+
+    def matrix(self, logits: Tensor) -> Tensor:
+        # In the log domain: exp would underflow whole columns of large logits, and 0/0 follows.
+        log = logits.unflatten(-1, (self.num_streams, self.num_streams))
+        for _ in range(self.iterations):
+            log = log - log.logsumexp(-2, keepdim=True)
+            log = log - log.logsumexp(-1, keepdim=True)
+        return log.exp()
+
+
+@register_slot("residual", "mhc_lite")
+class MHCLite(Manifold):
+    """mHC-lite, arXiv 2601.05732: H_res is the softmax-weighted sum of all n! permutations. Arguments as in `Hyper`."""
+
+    def mixing_logits(self) -> int:
+        if self.num_streams > 5:
+            raise ValueError(f"num_streams must be at most 5 for mHC-lite's n! permutations, got {self.num_streams}")
+        return math.factorial(self.num_streams)
+
+    def first_mixing(self) -> Tensor:
+        start = torch.full((self.mixing_logits(),), CLOSED, dtype=torch.float64)
+        start[0] = 0
+        return start
+
+    def matrix(self, logits: Tensor) -> Tensor:
+        return torch.einsum("...m,mij->...ij", logits.softmax(-1), permutations(self.num_streams, logits))

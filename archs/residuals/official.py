@@ -1,0 +1,87 @@
+"""The interface of the official hyper-connection programs: batch-packed streams `(b s) … d` and their state dicts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .hyper import MHC, Hyper, HyperConnection, MHCLite
+from .kromhc import KromHC
+
+KINDS: dict[str, type[Hyper]] = {"kromhc": KromHC, "mhc": MHC, "mhc_lite": MHCLite, "hc": HyperConnection}
+Functions = tuple[Callable[..., Hyper], Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+
+
+def get_init_and_expand_reduce_stream_functions(
+    num_streams: int, *, dim: int | None = None, disable: bool | None = None, kind: str = "kromhc", **defaults: Any
+) -> Functions:
+    """What the official programs export: `init`, `expand` and `reduce` for streams packed into the batch, `(b s) … d`.
+
+        init, expand, reduce = get_init_and_expand_reduce_stream_functions(4, dim=512)
+        residual = init(branch=attention)          # a module; its state dict has the official names
+        x = reduce(residual(expand(x)))
+
+    Args:
+        num_streams: n.
+        dim: width of the streams; may be given to `init` instead.
+        disable: True for plain residuals and streams that are x itself; None for True at n = 1.
+        kind: "kromhc", "mhc", "mhc_lite" or "hc".
+        defaults: further options of the class (`init="identity"`, `norm="pre"`, …).
+
+    Returns:
+        init(branch=None, *, dim, layer_index, **options): a module; with branch None, calling it gives the branch's
+        input and a function that adds the branch's output. layer_index counts the calls unless it is given.
+        expand: (b, …, d) to (b n, …, d), n copies of each row. reduce: their sum.
+        As the official programs do, and unlike the papers, the mixing is by H_res transposed.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {tuple(KINDS)}, got {kind!r}")
+    off = num_streams == 1 if disable is None else disable
+    count, packed = itertools.count(), _packed(KINDS[kind])
+
+    def init(
+        branch: Callable[..., Any] | None = None,
+        *,
+        dim: int | None = dim,
+        layer_index: int | None = None,
+        **options: Any,
+    ) -> Hyper:
+        if dim is None:
+            raise ValueError("dim must be given here or to get_init_and_expand_reduce_stream_functions, got None")
+        index = next(count) if layer_index is None else layer_index
+        chosen = {"transposed": kind != "hc", **defaults, **options}
+        return packed(branch, dim, index, num_streams=num_streams, disable=off, **chosen)
+
+    def expand(x: Tensor) -> Tensor:
+        return x if off else x.repeat_interleave(num_streams, 0)
+
+    def reduce(x: Tensor) -> Tensor:
+        return x if off else _rows(x, num_streams).sum(1)
+
+    return init, expand, reduce
+
+
+def _rows(x: Tensor, streams: int) -> Tensor:
+    """(b s) … d to b s … d."""
+    if x.dim() < 2 or x.shape[0] % streams:
+        raise ValueError(f"x must be (batch · {streams} streams, …, dim), got {tuple(x.shape)}")
+    return x.unflatten(0, (-1, streams))
+
+
+def _packed(cls: type[Hyper]) -> type[Hyper]:
+    class Packed(cls):
+        def open(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+            if self.disabled:
+                return super().open(x)
+            # (b s) … d to b … s d
+            u, join = super().open(_rows(x, self.num_streams).movedim(1, -2).contiguous())
+            return u, lambda y: join(y).movedim(-2, 1).flatten(0, 1)
+
+    Packed.__name__ = Packed.__qualname__ = cls.__name__
+    return Packed

@@ -1,0 +1,175 @@
+"""The stream state of KromHC: streams, and a branch's output that has not joined them yet.
+
+Waiting with X' = H_res X + h_post (x) y until the next sublayer asks for its input lets one kernel cross the boundary
+and read the streams once. Whoever looks at the streams before gets them by the two-kernel path, with the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.kronecker import kronecker_post, kronecker_pre, kronecker_step
+
+
+class Recipe:
+    """Streams as a stored tensor, or as another recipe with one addition."""
+
+    def __init__(self, base: Recipe | Tensor, addition: tuple[Tensor, Tensor] | None, factors: tuple[int, ...]) -> None:
+        self.base, self.addition, self.factors = base, addition, factors
+        self.distance: int = base.distance + 1 if isinstance(base, Recipe) else 0
+        self._value: Tensor | None = None
+
+    def value(self) -> Tensor:
+        """The streams; those on the way are kept until they are asked for themselves, which the backward does next."""
+        if isinstance(self.base, Tensor) or self.addition is None:
+            return self.base if isinstance(self.base, Tensor) else self.base.value()
+        value, self._value = self._value, None
+        if value is None:
+            before = self.base.value()
+            self.base._value = before
+            with torch.no_grad():
+                value = kronecker_post(before, *self.addition, factors=self.factors)
+        return value
+
+
+class Request:
+    """What autograd stores instead of the streams."""
+
+    def __init__(self, recipe: Recipe, shape: torch.Size) -> None:
+        self.recipe, self.shape = recipe, shape
+
+    def tensor(self) -> Tensor:
+        return self.recipe.value().view(self.shape)
+
+
+class StreamState:
+    """Streams (…, n, C) whose newest addition may be pending. Behaves as the tensor it stands for.
+
+    `KromHC.expand` makes one, `KromHC.forward` takes and gives one, `KromHC.reduce` ends it. `tensor()` is the
+    streams; any torch function, operator, method or attribute of a tensor also works on it, and settles the addition.
+
+    keep: how many additions apart the streams are stored for the backward; those between are computed again from the
+    stored ones and the branches' outputs. 1 stores all.
+    """
+
+    def __init__(self, x: Tensor, factors: tuple[int, ...], keep: int = 1) -> None:
+        self._x = x
+        self._pending: tuple[Tensor, Tensor] | None = None
+        self._factors = factors
+        self._keep = keep
+        self._recipe: Recipe | None = None
+
+    def add(self, y: Tensor, h: Tensor) -> StreamState:
+        """The state after the sublayer with coefficients h and branch output y; nothing is computed yet."""
+        state = StreamState(self.tensor(), self._factors, self._keep)
+        state._recipe = self._recipe
+        state._pending = (y, h)
+        return state
+
+    def tensor(self) -> Tensor:
+        """The streams (…, n, C)."""
+        if self._pending is not None:
+            y, h = self._pending
+            with self._saving():
+                self._settle(kronecker_post(self._x, y, h, factors=self._factors), y, h)
+        return self._x
+
+    def read(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Input u (…, C) and coefficients h of a sublayer; a pending addition joins in the same pass."""
+        if self._pending is None:
+            with self._saving():
+                return kronecker_pre(self._x, weight, bias, factors=self._factors)
+        y, h = self._pending
+        with self._saving():
+            x, u, following = kronecker_step(self._x, y, h, weight, bias, factors=self._factors)
+        self._settle(x, y, h)
+        return u, following
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._x.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._x.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._x.device
+
+    def sum(self, dim: Any = None, **options: Any) -> Tensor:
+        """dim -2: the sum of the streams (…, C). H_res keeps it, so a pending addition mixes nothing.
+
+        It is sum X + (sum h_post) y.
+
+        Other dimensions, and the options of `Tensor.sum`, settle the addition first.
+        """
+        if dim != -2 or options:
+            return self.tensor().sum(dim, **options)
+        total = self._x.sum(-2)
+        if self._pending is None:
+            return total
+        y, h = self._pending
+        n = self._x.shape[-2]
+        return (total.to(h.dtype) + h[..., n : 2 * n].sum(-1, keepdim=True) * y.to(h.dtype)).to(total.dtype)
+
+    def _settle(self, x: Tensor, y: Tensor, h: Tensor) -> None:
+        if self._keep > 1:
+            base = self._recipe or Recipe(self._x.detach(), None, self._factors)
+            recipe = Recipe(base, (y.detach(), h.detach()), self._factors)
+            self._recipe = recipe if recipe.distance < self._keep else None
+        self._x, self._pending = x, None
+
+    def _saving(self) -> Any:
+        """While an op saves the streams for its backward: their recipe is saved in their place."""
+        recipe, x = self._recipe, self._x
+        if recipe is None or not torch.is_grad_enabled():
+            return nullcontext()
+
+        def pack(saved: Tensor) -> Tensor | Request:
+            here = saved.data_ptr() == x.data_ptr() and saved.numel() == x.numel()
+            return Request(recipe, saved.shape) if here else saved
+
+        def unpack(packed: Tensor | Request) -> Tensor:
+            return packed.tensor() if isinstance(packed, Request) else packed
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return func(*_settled(args), **_settled(dict(kwargs or {})))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    def __repr__(self) -> str:
+        return f"StreamState({self.tensor()!r})"
+
+
+def _settled(value: Any) -> Any:
+    if isinstance(value, StreamState):
+        return value.tensor()
+    if isinstance(value, list | tuple):
+        return type(value)(map(_settled, value))
+    return {key: _settled(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def call(self: StreamState, *args: Any) -> Any:
+        return getattr(self.tensor(), name)(*_settled(args))
+
+    return call
+
+
+# Python looks operators up on the class, past __getattr__.
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "neg", "getitem", "len", "iter"):
+    setattr(StreamState, f"__{_name}__", _operator(f"__{_name}__"))

@@ -1,0 +1,95 @@
+// Sixteen floats as one value, which each clone of a function splits into the registers it has. Lanes past the end of a row
+// are loaded as zero and not stored.
+#pragma once
+
+#include "common.h"
+
+// Nothing here is called across a function boundary, so that the ABI of vector arguments does not matter.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+namespace grassland {
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef uint32_t VecBits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+typedef uint16_t VecHalves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+
+GRASSLAND_INLINE Vec load_full(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+GRASSLAND_INLINE void store_full(const Vec& v, float* p) { __builtin_memcpy(p, &v, sizeof(v)); }
+
+GRASSLAND_INLINE Vec load(const float* p, int64_t live) {
+  if (live == kLanes) return load_full(p);
+  Vec v = {};
+  for (int64_t i = 0; i < live; ++i) v[i] = p[i];
+  return v;
+}
+
+GRASSLAND_INLINE void store(const Vec& v, float* p, int64_t live) {
+  if (live == kLanes) return store_full(v, p);
+  for (int64_t i = 0; i < live; ++i) p[i] = v[i];
+}
+
+GRASSLAND_INLINE Vec widen(const VecHalves& halves) {
+  const VecBits bits = __builtin_convertvector(halves, VecBits) << 16;
+  Vec v;
+  __builtin_memcpy(&v, &bits, sizeof(v));
+  return v;
+}
+
+// Round to nearest even; a NaN stays a NaN.
+GRASSLAND_INLINE VecHalves narrow_halves(const Vec& v) {
+  VecBits bits;
+  __builtin_memcpy(&bits, &v, sizeof(bits));
+  const VecBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const VecBits nan = (VecBits)(v != v);
+  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), VecHalves);
+}
+
+GRASSLAND_INLINE Vec load(const bf16* p, int64_t live) {
+  VecHalves halves = {};
+  if (live == kLanes)
+    __builtin_memcpy(&halves, p, sizeof(halves));
+  else
+    for (int64_t i = 0; i < live; ++i) halves[i] = p[i].bits;
+  return widen(halves);
+}
+
+GRASSLAND_INLINE void store(const Vec& v, bf16* p, int64_t live) {
+  const VecHalves halves = narrow_halves(v);
+  if (live == kLanes) {
+    __builtin_memcpy(p, &halves, sizeof(halves));
+    return;
+  }
+  for (int64_t i = 0; i < live; ++i) p[i].bits = halves[i];
+}
+
+// Rounded to T, as float.
+template <typename T>
+GRASSLAND_INLINE void store_rounded(const Vec& v, float* p) {
+  store_full(std::is_same_v<T, float> ? v : widen(narrow_halves(v)), p);
+}
+
+// f(c, live) for each vector of a row; `live` is a constant in all but the last, so that only that one has a tail.
+template <typename F>
+GRASSLAND_INLINE void for_each_vector(int64_t size, F&& f) {
+  int64_t c = 0;
+  for (; c + kLanes <= size; c += kLanes) f(c, std::integral_constant<int64_t, kLanes>{});
+  if (c < size) f(c, size - c);
+}
+
+// Before the body of a lambda: one that is not inlined would be compiled for the baseline.
+#define GRASSLAND_INLINE_LAMBDA __attribute__((always_inline))
+
+GRASSLAND_INLINE float total(const Vec& v) {
+  float part[kLanes];
+  __builtin_memcpy(part, &v, sizeof(part));
+  for (int64_t half = kLanes / 2; half >= 1; half /= 2)
+    for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
+}
+
+}  // namespace grassland

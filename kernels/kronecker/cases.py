@@ -1,0 +1,122 @@
+"""Shapes and inputs of the KromHC ops for tests and benchmarks."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..testing import Case, Spec, Tensors, normal
+from . import EPS, kronecker_post, kronecker_pre, kronecker_step, op
+from .reference import coefficients
+
+
+def columns(streams: int) -> int:
+    return 2 * streams + streams.bit_length() - 1
+
+
+def projection(streams: int, dim: int, seed: int = 10) -> Tensors:
+    """weight and bias of ordinary size: the input is normalised to length 1."""
+    return {
+        "weight": normal(columns(streams), streams * dim, seed=seed),
+        "bias": normal(columns(streams), seed=seed + 1),
+    }
+
+
+def h(*leading: int, streams: int, seed: int = 20) -> Tensor:
+    return coefficients(normal(*leading, columns(streams), seed=seed), [2] * (streams.bit_length() - 1))
+
+
+def make_pre(*leading: int, streams: int, dim: int) -> Tensors:
+    return {"x": normal(*leading, streams, dim)} | projection(streams, dim)
+
+
+def make_post(*leading: int, streams: int, dim: int) -> Tensors:
+    x, y = normal(*leading, streams, dim), normal(*leading, dim, seed=1)
+    return {"x": x, "y": y, "h": h(*leading, streams=streams)}
+
+
+def make_step(*leading: int, streams: int, dim: int) -> Tensors:
+    return make_post(*leading, streams=streams, dim=dim) | projection(streams, dim)
+
+
+def zeros(make: Any) -> Tensors:
+    """Some tokens whose streams and branch are zero."""
+    tensors = make(6, streams=4, dim=5)
+    for name in tensors.keys() & {"x", "y"}:
+        tensors[name][2:4] = 0
+    return tensors
+
+
+def strided(make: Any) -> Tensors:
+    """Every input non-contiguous."""
+    return {name: t.mT.contiguous().mT if t.dim() > 1 else t for name, t in make(3, 5, streams=4, dim=6).items()}
+
+
+def build(make: Any) -> list[Case]:
+    return [
+        Case("small", partial(make, 2, 3, streams=4, dim=3)),
+        Case("two-streams", partial(make, 7, streams=2, dim=17)),
+        Case("eight-streams", partial(make, 5, streams=8, dim=9)),
+        Case("one-token", partial(make, 1, streams=4, dim=32)),
+        Case("one-channel", partial(make, 9, streams=4, dim=1)),
+        Case("empty", partial(make, 0, streams=4, dim=8)),
+        Case("no-leading", partial(make, streams=4, dim=8)),
+        Case("zero-tokens", partial(zeros, make), {"eps": 1e-3} if make is not make_post else {}),
+        Case("strided", partial(strided, make)),
+        Case("ragged", partial(make, 2, 37, streams=4, dim=150)),
+        Case("many-tokens", partial(make, 301, streams=4, dim=16)),
+    ]
+
+
+def full(tensors: Tensors) -> Tensors:
+    return {name: t.detach() for name, t in tensors.items()}
+
+
+def registered_pre(tensors: Tensors, options: dict[str, Any], backend: str) -> list[tuple[Any, tuple]]:
+    x, weight, bias = tensors["x"].flatten(0, -3).detach(), tensors["weight"], tensors["bias"]
+    x = x.requires_grad_()
+    u, coefs, saved = (t.detach() for t in op.kronecker_pre(x, weight, bias, EPS, backend))
+    plain = (torch.ones_like(u), torch.ones_like(coefs), x.detach(), weight.detach(), coefs, saved)
+    return [
+        (op.kronecker_pre, (x, weight, bias, EPS, backend)),
+        (op.kronecker_pre_backward, (*plain, EPS, backend)),
+    ]
+
+
+def registered_post(tensors: Tensors, options: dict[str, Any], backend: str) -> list[tuple[Any, tuple]]:
+    t = full(tensors)
+    x, y, coefs = t["x"].flatten(0, -3), t["y"].flatten(0, -2), t["h"].flatten(0, -2)
+    live = tuple(v.clone().requires_grad_() for v in (x, y, coefs))
+    return [
+        (op.kronecker_post, (*live, backend)),
+        (op.kronecker_post_backward, (torch.ones_like(x), x, y, coefs, backend)),
+    ]
+
+
+def registered_step(tensors: Tensors, options: dict[str, Any], backend: str) -> list[tuple[Any, tuple]]:
+    t = full(tensors)
+    x, y, coefs = t["x"].flatten(0, -3), t["y"].flatten(0, -2), t["h"].flatten(0, -2)
+    weight, bias = t["weight"], t["bias"]
+    following, u, after, saved = op.kronecker_step(x, y, coefs, weight, bias, EPS, backend)
+    grads = (torch.ones_like(following), torch.ones_like(u), torch.ones_like(after))
+    live = tuple(v.clone().requires_grad_() for v in (x, y, coefs, weight, bias))
+    return [
+        (op.kronecker_step, (*live, EPS, backend)),
+        (op.kronecker_step_backward, (*grads, x, y, coefs, weight, after, saved, EPS, backend)),
+    ]
+
+
+def spec(name: str, call: Any, make: Any, registered: Any) -> Spec:
+    paper = Case("paper", partial(make, 2, 128, streams=4, dim=768))
+    # The product is byte-bound and thin: whether it meets the tensor cores is the compiler's choice.
+    return Spec(name, call, build(make), registered, paper, ("cpp", "triton"), gemm=False)
+
+
+SPECS = [
+    spec("kronecker_pre", kronecker_pre, make_pre, registered_pre),
+    spec("kronecker_post", kronecker_post, make_post, registered_post),
+    spec("kronecker_step", kronecker_step, make_step, registered_step),
+]

@@ -1,0 +1,201 @@
+"""Registration of the KromHC ops for factors that are all 2×2: three forwards, and their backwards as ops of their own.
+
+Streams x (N, n, C) float32, bfloat16, float16 or float64; h, weight, bias and the saved [z | r] are float32 (float64
+beside float64), whatever the streams are.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from . import eager
+
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = {"cpp": (torch.float32, torch.bfloat16), "triton": (torch.float32, *HALVES)}
+PRE = dispatch.register("kronecker_pre", **DTYPES)
+POST = dispatch.register("kronecker_post", **DTYPES)
+STEP = dispatch.register("kronecker_step", **DTYPES)
+# Numbers of streams that the compiled kernels hold in registers.
+FUSED_STREAMS = (2, 4, 8)
+
+
+def _factors(x: Tensor) -> list[int]:
+    return [2] * (x.shape[1].bit_length() - 1)
+
+
+def _backend(op: dispatch.Op, x: Tensor, backend: str) -> str:
+    chosen = dispatch.pick(op, x, backend)
+    if x.shape[1] in FUSED_STREAMS or chosen == "eager":
+        return chosen
+    if backend:
+        raise dispatch.BackendError(f"{op.name}: the {backend} backend takes 2, 4 or 8 streams, got {x.shape[1]}")
+    return "eager"
+
+
+def _cpp() -> Any:
+    return torch.ops.grassland_cpp
+
+
+def _triton() -> ModuleType:
+    from . import fused
+
+    return fused
+
+
+def _new(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty u, h and [z | r] for streams x; `h` is any tensor of the coefficients' dtype."""
+    tokens, columns = x.shape[0], 2 * x.shape[1] + x.shape[1].bit_length() - 1
+    return x.new_empty(tokens, x.shape[2]), h.new_empty(tokens, columns), h.new_empty(tokens, columns + 1)
+
+
+@torch.library.custom_op("grassland::kronecker_pre", mutates_args=())
+def kronecker_pre(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(u, h, [z | r])."""
+    backend = _backend(PRE, x, backend)
+    if backend == "eager":
+        return eager.pre(x, weight, bias, _factors(x), eps)
+    kernels = _triton() if backend == "triton" else _cpp()
+    return kernels.kronecker_pre(x.contiguous(), weight.contiguous(), bias.contiguous(), eps)
+
+
+@kronecker_pre.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _new(x, weight)
+
+
+@torch.library.custom_op("grassland::kronecker_pre_backward", mutates_args=())
+def kronecker_pre_backward(
+    du: Tensor, dh: Tensor, x: Tensor, weight: Tensor, h: Tensor, saved: Tensor, eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias)."""
+    backend = _backend(PRE, x, backend)
+    if backend == "eager":
+        dx, dweight, dbias = eager.pre_backward(du, dh, x, weight, h, saved, eps)
+        return dx.to(x.dtype), dweight, dbias
+    kernels = _triton() if backend == "triton" else _cpp()
+    tensors = (t.contiguous() for t in (du, dh, x, weight, h, saved))
+    return kernels.kronecker_pre_backward(*tensors, eps)
+
+
+@kronecker_pre_backward.register_fake
+def _(
+    du: Tensor, dh: Tensor, x: Tensor, weight: Tensor, h: Tensor, saved: Tensor, eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+@torch.library.custom_op("grassland::kronecker_post", mutates_args=())
+def kronecker_post(x: Tensor, y: Tensor, h: Tensor, backend: str) -> Tensor:
+    """X' = H_res X + h_post (x) y."""
+    backend = _backend(POST, x, backend)
+    if backend == "eager":
+        return eager.post(x, y, h, _factors(x))
+    kernels = _triton() if backend == "triton" else _cpp()
+    return kernels.kronecker_post(x.contiguous(), y.contiguous(), h.contiguous())
+
+
+@kronecker_post.register_fake
+def _(x: Tensor, y: Tensor, h: Tensor, backend: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("grassland::kronecker_post_backward", mutates_args=())
+def kronecker_post_backward(
+    grad: Tensor, x: Tensor, y: Tensor, h: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dy, dh)."""
+    backend = _backend(POST, x, backend)
+    if backend == "eager":
+        dx, dy, dh = eager.post_backward(grad, x, y, h)
+        return dx.to(x.dtype), dy.to(y.dtype), dh
+    kernels = _triton() if backend == "triton" else _cpp()
+    return kernels.kronecker_post_backward(*(t.contiguous() for t in (grad, x, y, h)))
+
+
+@kronecker_post_backward.register_fake
+def _(grad: Tensor, x: Tensor, y: Tensor, h: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), y.new_empty(y.shape), h.new_empty(h.shape)
+
+
+@torch.library.custom_op("grassland::kronecker_step", mutates_args=())
+def kronecker_step(
+    x: Tensor, y: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(X', u, h, [z | r]): post of one sublayer and pre of the next in one pass."""
+    backend = _backend(STEP, x, backend)
+    if backend == "eager":
+        following = eager.post(x, y, h, _factors(x))
+        return (following, *eager.pre(following, weight, bias, _factors(x), eps))
+    kernels = _triton() if backend == "triton" else _cpp()
+    return kernels.kronecker_step(*(t.contiguous() for t in (x, y, h, weight, bias)), eps)
+
+
+@kronecker_step.register_fake
+def _(
+    x: Tensor, y: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (x.new_empty(x.shape), *_new(x, weight))
+
+
+@torch.library.custom_op("grassland::kronecker_step_backward", mutates_args=())
+def kronecker_step_backward(
+    dx: Tensor, du: Tensor, dh: Tensor, x: Tensor, y: Tensor, h: Tensor, weight: Tensor, following_h: Tensor,
+    saved: Tensor, eps: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, dy, dh, dweight, dbias); X' is computed again."""
+    backend = _backend(STEP, x, backend)
+    if backend == "eager":
+        following = eager.post(x, y, h, _factors(x))
+        wide = dx.to(weight.dtype)
+        grad, dweight, dbias = eager.pre_backward(du, dh, following, weight, following_h, saved, eps, wide)
+        dx, dy, dh = eager.post_backward(grad, x, y, h)
+        return dx.to(x.dtype), dy.to(y.dtype), dh, dweight, dbias
+    kernels = _triton() if backend == "triton" else _cpp()
+    tensors = (t.contiguous() for t in (dx, du, dh, x, y, h, weight, following_h, saved))
+    return kernels.kronecker_step_backward(*tensors, eps)
+
+
+@kronecker_step_backward.register_fake
+def _(
+    dx: Tensor, du: Tensor, dh: Tensor, x: Tensor, y: Tensor, h: Tensor, weight: Tensor, following_h: Tensor,
+    saved: Tensor, eps: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    streams = (x.new_empty(x.shape), y.new_empty(y.shape), h.new_empty(h.shape))
+    return (*streams, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0]))
+
+
+def _setup_pre(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weight, _, ctx.eps, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, output[1], output[2])
+
+
+def _backward_pre(ctx: Any, du: Tensor, dh: Tensor, _: Any) -> tuple:
+    return (*kronecker_pre_backward(du, dh, *ctx.saved_tensors, ctx.eps, ctx.backend), None, None)
+
+
+def _setup_post(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_post(ctx: Any, grad: Tensor) -> tuple:
+    return (*kronecker_post_backward(grad, *ctx.saved_tensors, ctx.backend), None)
+
+
+def _setup_step(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, y, h, weight, _, ctx.eps, ctx.backend = inputs
+    ctx.save_for_backward(x, y, h, weight, output[2], output[3])
+
+
+def _backward_step(ctx: Any, dx: Tensor, du: Tensor, dh: Tensor, _: Any) -> tuple:
+    return (*kronecker_step_backward(dx, du, dh, *ctx.saved_tensors, ctx.eps, ctx.backend), None, None)
+
+
+kronecker_pre.register_autograd(_backward_pre, setup_context=_setup_pre)
+kronecker_post.register_autograd(_backward_post, setup_context=_setup_post)
+kronecker_step.register_autograd(_backward_step, setup_context=_setup_step)

@@ -1,0 +1,189 @@
+"""KromHC's kernels: what doubly stochastic means in floating point, and the algebra they rest on."""
+
+import pytest
+import torch
+
+from grassland.kernels import dispatch
+from grassland.kernels.dispatch import BackendError
+from grassland.kernels.kronecker import (
+    kronecker_columns,
+    kronecker_factors,
+    kronecker_matrix,
+    kronecker_post,
+    kronecker_pre,
+    kronecker_step,
+    reference,
+)
+from grassland.kernels.kronecker.cases import make_step
+from grassland.kernels.testing import normal
+
+BACKENDS = ["eager"] + (["cpp"] if dispatch.extension_error() is None else [])
+STREAMS = [2, 4, 8, 16, 32]
+ULP = torch.finfo(torch.float32).eps
+
+
+def backends(streams):
+    return [b for b in BACKENDS if b == "eager" or streams <= 8]
+
+
+def mixing_of(logits, streams):
+    """Coefficients of tokens whose logits are given: the streams are zero, so the bias is all there is."""
+    columns = kronecker_columns(kronecker_factors(streams))
+    x, weight = torch.zeros(1, streams, 4), torch.zeros(columns, 4 * streams)
+    rows = [torch.cat([torch.zeros(2 * streams), row]) for row in logits]
+    return torch.cat([kronecker_pre(x, weight, row)[1] for row in rows])
+
+
+@pytest.mark.parametrize("streams", STREAMS)
+def test_rows_and_columns_sum_to_one_however_large_the_logits(streams):
+    stages = streams.bit_length() - 1
+    logits = torch.cat([normal(12, stages, scale=20).clamp(-50, 50), torch.full((1, stages), 50.0)])
+    logits = torch.cat([logits, torch.full((1, stages), -50.0), torch.zeros(1, stages)]).float()
+    matrix = kronecker_matrix(mixing_of(logits, streams), streams)
+    assert matrix.dtype is torch.float32 and matrix.min() >= 0
+    assert (matrix.sum(-1) - 1).abs().max() <= 4 * ULP
+    assert (matrix.sum(-2) - 1).abs().max() <= 4 * ULP
+
+
+@pytest.mark.parametrize("streams", STREAMS)
+def test_spectrum_and_closure(streams):
+    stages = streams.bit_length() - 1
+    h = reference.coefficients(normal(2, 2 * streams + stages), [2] * stages)
+    a, b = kronecker_matrix(h, streams)
+    assert torch.linalg.matrix_norm(a, 2) <= 1 + 1e-14
+    signs = torch.tensor([[1 - 2 * (s >> k & 1) for k in range(stages)][::-1] for s in range(streams)])
+    keep = 1 - 2 * h[0, 2 * streams :]
+    expected = torch.where(signs == 1, 1.0, keep).prod(-1)
+    torch.testing.assert_close(torch.linalg.eigvalsh(a), expected.sort()[0], atol=1e-13, rtol=0)
+    # Closed under products, and they commute: both are diagonal in the Walsh basis.
+    product = a @ b
+    torch.testing.assert_close(product, b @ a, atol=1e-15, rtol=0)
+    ones = torch.ones(streams, dtype=torch.float64)
+    torch.testing.assert_close(product.sum(0), ones)
+    torch.testing.assert_close(product.sum(1), ones)
+    walsh = walsh_matrix(streams)
+    torch.testing.assert_close(walsh @ a @ walsh.T / streams, torch.diag(expected), atol=1e-13, rtol=0)
+
+
+def walsh_matrix(streams):
+    matrix, two = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    while matrix.shape[0] < streams:
+        matrix = torch.kron(matrix, two)
+    return matrix
+
+
+@pytest.mark.parametrize("streams", STREAMS)
+def test_the_mean_of_the_streams_is_kept(streams):
+    tensors = {name: t.float() for name, t in make_step(50, streams=streams, dim=8).items()}
+    x, y, h = tensors["x"], torch.zeros_like(tensors["y"]), tensors["h"]
+    for backend in backends(streams):
+        after = kronecker_post(x, y, h, backend=backend)
+        drift = (after.double().sum(1) - x.double().sum(1)).abs()
+        assert drift.max() <= ULP * x.abs().sum(1).max()
+    equal = x[:, :1].expand_as(x)
+    for backend in backends(streams):
+        assert torch.equal(kronecker_post(equal, y, h, backend=backend), equal)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("streams", STREAMS)
+def test_across_the_boundary_is_bitwise_the_two_kernels(streams, dtype):
+    tensors = {name: t.to(dtype) for name, t in make_step(19, streams=streams, dim=21).items()}
+    for backend in backends(streams):
+        x, u, h = kronecker_step(**tensors, backend=backend)
+        expected = kronecker_post(tensors["x"], tensors["y"], tensors["h"], backend=backend)
+        assert torch.equal(x, expected)
+        alone = kronecker_pre(expected, tensors["weight"], tensors["bias"], backend=backend)
+        assert torch.equal(u, alone[0]) and torch.equal(h, alone[1])
+
+
+@pytest.mark.parametrize("factors", [(3,), (4,), (4, 2), (2, 3), (3, 3)])
+def test_general_factors_follow_the_reference(factors):
+    streams = torch.tensor(factors).prod().item()
+    columns = kronecker_columns(factors)
+    x, y = normal(5, streams, 3).requires_grad_(), normal(5, 3, seed=1).requires_grad_()
+    weight, bias = normal(columns, 3 * streams, seed=2).requires_grad_(), normal(columns, seed=3).requires_grad_()
+    results = []
+    for backend in ("reference", "eager"):
+        _, h = kronecker_pre(x, weight, bias, factors=factors, backend=backend)
+        outs = kronecker_step(x, y, h, weight, bias, factors=factors, backend=backend)
+        grads = torch.autograd.grad(sum(o.square().sum() for o in outs), [x, y, weight, bias])
+        results.append([*outs, *grads])
+        matrix = kronecker_matrix(h, streams, factors=factors)
+        torch.testing.assert_close(matrix.sum(-1), torch.ones_like(matrix[..., 0]))
+        torch.testing.assert_close(matrix.sum(-2), torch.ones_like(matrix[..., 0]))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+
+
+def test_factors_are_chosen_and_checked():
+    assert kronecker_factors(8) == (2, 2, 2) and kronecker_factors(12) == (2, 2, 3) and kronecker_factors(1) == ()
+    for streams, factors in ((0, None), (-4, None), (2.0, None), (10, None), (8, (2, 2)), (6, (6,)), (4, (1, 4))):
+        with pytest.raises(ValueError, match="num_streams"):
+            kronecker_factors(streams, factors)
+
+
+def test_autocast_leaves_the_coefficients_alone():
+    tensors = {name: t.float() for name, t in make_step(6, streams=4, dim=8).items()}
+    expected = kronecker_step(**tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kronecker_step(**tensors)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_half_branch_joins_float32_streams():
+    t = {name: value.float() for name, value in make_step(6, streams=4, dim=8).items()}
+    half = t["y"].bfloat16()
+    assert torch.equal(kronecker_post(t["x"], half, t["h"]), kronecker_post(t["x"], half.float(), t["h"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"x": torch.zeros(4)}, ValueError, ("x", "(4,)")),
+        ({"x": torch.zeros(6, 1, 8)}, ValueError, ("x", "n >= 2")),
+        ({"x": torch.zeros(6, 4, 8, dtype=torch.int32)}, TypeError, ("x", "int32")),
+        ({"x": torch.zeros(6, 7, 8)}, ValueError, ("num_streams", "7")),
+        ({"y": torch.zeros(6, 7)}, ValueError, ("y", "(6, 8)", "(6, 7)")),
+        ({"y": torch.zeros(6, 8, dtype=torch.float64)}, TypeError, ("y", "float64")),
+        ({"y": torch.zeros(6, 8, dtype=torch.int64)}, TypeError, ("y", "int64")),
+        ({"h": torch.zeros(6, 12)}, ValueError, ("h", "(6, 10)", "(6, 12)")),
+        ({"weight": torch.zeros(10, 30)}, ValueError, ("weight", "(10, 32)", "(10, 30)")),
+        ({"weight": torch.zeros(10, 32, device="meta")}, ValueError, ("weight", "meta")),
+        ({"bias": torch.zeros(9)}, ValueError, ("bias", "(10,)", "(9,)")),
+        ({"eps": 0.0}, ValueError, ("eps", "0")),
+        ({"factors": (2, 3)}, ValueError, ("factors", "(2, 3)")),
+        ({"backend": "fast"}, ValueError, ("backend", "fast")),
+    ],
+)
+def test_bad_input_names_itself(change, error, words):
+    tensors = {name: t.float() for name, t in make_step(6, streams=4, dim=8).items()}
+    with pytest.raises(error) as caught:
+        kronecker_step(**(tensors | change))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_backend_that_cannot_is_an_error():
+    t = {name: value.float() for name, value in make_step(6, streams=16, dim=8).items()}
+    with pytest.raises(BackendError):
+        kronecker_step(**t, backend="cpp")
+    x, h = torch.zeros(2, 3, 4), torch.zeros(2, 12)
+    with pytest.raises(BackendError, match="factors of 2"):
+        kronecker_post(x, torch.zeros(2, 4), h, backend="cpp")
+    with pytest.raises(ValueError, match="h must be"):
+        kronecker_matrix(torch.zeros(2, 9), 4)
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the extension is not built")
+def test_results_do_not_depend_on_the_threads():
+    tensors = {name: t.float().requires_grad_() for name, t in make_step(700, streams=4, dim=33).items()}
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            outs = kronecker_step(**tensors, backend="cpp")
+            grads = torch.autograd.grad(sum(o.square().sum() for o in outs), list(tensors.values()))
+            results.append([*outs, *grads])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
