@@ -118,13 +118,14 @@ struct Step {
   int64_t mode;
 };
 
-// What one class needs besides its rows.
+// What one class needs besides its rows: s = S^T S, cross = S^T X, c = X^T X for the rows X that are B, or G itself, and a,
+// what projects X to G = X - S a: cross, or 0.
 struct Scratch {
   int64_t k;
-  Matrix a, c, s, h, u, sinc, p, q, excess, spare;
+  Matrix a, c, s, cross, h, u, sinc, p, q, excess, spare;
   std::vector<float> top_x, top_y, bottom_x, bottom_y, moved, stored, horizontal;
   explicit Scratch(int64_t k)
-      : k(k), a(k * k), c(k * k), s(k * k), h(k * k), u(k * k), sinc(k * k), p(k * k), q(k * k), excess(k * k),
+      : k(k), a(k * k), c(k * k), s(k * k), cross(k * k), h(k * k), u(k * k), sinc(k * k), p(k * k), q(k * k), excess(k * k),
         spare(k * k), top_x(k * k), top_y(k * k), bottom_x(k * k), bottom_y(k * k), moved(k * kColumns),
         stored(k * kColumns) {}
 };
@@ -171,13 +172,13 @@ GRASSLAND_INLINE void end_coefficients(Scratch& w, double a) {
   }
   for (int64_t i = 0; i < k; ++i) w.p[i * k + i] += 1;
   product(w.p.data(), w.q.data(), false, w.a.data(), true, k, -1, 1);
-  // N - 1 = P (SS P^T + A Q^T) + Q (A^T P^T + C Q^T) - 1
+  // N - 1 = P (s P^T + cross Q^T) + Q (cross^T P^T + c Q^T) - 1
   std::fill(w.excess.begin(), w.excess.end(), 0.0);
   for (int64_t i = 0; i < k; ++i) w.excess[i * k + i] = -1;
   product(w.spare.data(), w.s.data(), false, w.p.data(), true, k, 1, 0);
-  product(w.spare.data(), w.a.data(), false, w.q.data(), true, k, 1, 1);
+  product(w.spare.data(), w.cross.data(), false, w.q.data(), true, k, 1, 1);
   product(w.excess.data(), w.p.data(), false, w.spare.data(), false, k, 1, 1);
-  product(w.spare.data(), w.a.data(), true, w.p.data(), true, k, 1, 0);
+  product(w.spare.data(), w.cross.data(), true, w.p.data(), true, k, 1, 0);
   product(w.spare.data(), w.c.data(), false, w.q.data(), true, k, 1, 1);
   product(w.excess.data(), w.q.data(), false, w.spare.data(), false, k, 1, 1);
   w.spare = w.p;
@@ -202,6 +203,24 @@ GRASSLAND_INLINE void momentum_coefficients(Scratch& w, double a, int64_t mode) 
   }
 }
 
+// horizontal <- G = B - A^T S
+GRASSLAND_INLINE void project(const Step& s, const float* weight, const float* buffer, Scratch& w) {
+  const int64_t k = s.k, n = s.n;
+  w.horizontal.resize(k * n);
+  for (int64_t i = 0; i < k; ++i) {
+    for (int64_t j = 0; j < k; ++j) {
+      w.top_x[i * k + j] = static_cast<float>(-w.a[j * k + i]);
+      w.top_y[i * k + j] = i == j ? 1.0f : 0.0f;
+    }
+  }
+  for (int64_t begin = 0; begin < n; begin += kColumns) {
+    const int64_t width = std::min(kColumns, n - begin);
+    combine(w.top_x.data(), w.top_y.data(), weight, buffer, k, n, begin, width, w.moved.data());
+    for (int64_t i = 0; i < k; ++i)
+      std::memcpy(w.horizontal.data() + i * n + begin, w.moved.data() + i * kColumns, width * sizeof(float));
+  }
+}
+
 GRASSLAND_INLINE void step_class(const Step& s, int64_t index, Scratch& w) {
   const int64_t k = s.k, n = s.n, size = k * k;
   float *weight = s.weight + index * k * n, *buffer = s.buffer + index * k * n;
@@ -216,27 +235,17 @@ GRASSLAND_INLINE void step_class(const Step& s, int64_t index, Scratch& w) {
   const bool still = a * a * trace(w.c.data(), k) == 0;
   if (still && s.mode == kOfficial) return;
   const float* x = buffer;
-  for (int pass = 0; pass < 2; ++pass) {
-    w.h = w.c;
-    product(w.h.data(), w.a.data(), true, w.a.data(), false, k, -1, 1);
-    const double horizontal = trace(w.h.data(), k), radial = trace(w.c.data(), k) - horizontal;
-    if (pass == 1 || radial <= kRadial * horizontal) break;
-    w.horizontal.resize(k * n);
-    for (int64_t i = 0; i < k; ++i) {
-      for (int64_t j = 0; j < k; ++j) {
-        w.top_x[i * k + j] = static_cast<float>(-w.a[j * k + i]);
-        w.top_y[i * k + j] = i == j ? 1.0f : 0.0f;
-      }
-    }
-    for (int64_t begin = 0; begin < n; begin += kColumns) {
-      const int64_t width = std::min(kColumns, n - begin);
-      combine(w.top_x.data(), w.top_y.data(), weight, buffer, k, n, begin, width, w.moved.data());
-      for (int64_t i = 0; i < k; ++i)
-        std::memcpy(w.horizontal.data() + i * n + begin, w.moved.data() + i * kColumns, width * sizeof(float));
-    }
+  w.cross = w.a;
+  w.h = w.c;
+  product(w.h.data(), w.a.data(), true, w.a.data(), false, k, -1, 1);
+  const double horizontal = trace(w.h.data(), k), radial = trace(w.c.data(), k) - horizontal;
+  if (radial > kRadial * horizontal) {
+    project(s, weight, buffer, w);
     x = w.horizontal.data();
-    gram(weight, x, k, n, w.a.data());
+    gram(weight, x, k, n, w.cross.data());
     gram(x, x, k, n, w.c.data());
+    std::fill(w.a.begin(), w.a.end(), 0.0);
+    w.h = w.c;
   }
   const Matrix squared = w.h;  // G^T G
   for (int64_t i = 0; i < size; ++i) w.h[i] *= a * a;

@@ -154,51 +154,51 @@ subspace_cross_entropy.register_autograd(_backward_loss, setup_context=_setup_lo
 
 @torch.library.custom_op("grassland::grassmann_step", mutates_args=())
 def grassmann_step(
-    weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, mode: str, backend: str
+    weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, carry: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     """The next weight and momentum buffer."""
     backend = dispatch.pick(STEP, weight, backend)
     if backend == "eager":
-        return eager.grassmann_step(weight, buffer, grad, k, lr, momentum, mode)
+        return eager.grassmann_step(weight, buffer, grad, k, lr, momentum, carry)
     weight, buffer = (t.clone(memory_format=torch.contiguous_format) for t in (weight, buffer))
-    _step(weight, buffer, grad, k, lr, momentum, mode, backend)
+    _step(weight, buffer, grad, k, lr, momentum, carry, backend)
     return weight, buffer
 
 
 @grassmann_step.register_fake
 def _(
-    weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, mode: str, backend: str
+    weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, carry: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     return weight.new_empty(weight.shape), buffer.new_empty(buffer.shape)
 
 
 @torch.library.custom_op("grassland::grassmann_step_", mutates_args=("weight", "buffer"))
 def grassmann_step_(
-    weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, mode: str, backend: str
+    weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, carry: str, backend: str
 ) -> None:
-    _step(weight, buffer, grad, k, lr, momentum, mode, dispatch.pick(STEP, weight, backend))
+    _step(weight, buffer, grad, k, lr, momentum, carry, dispatch.pick(STEP, weight, backend))
 
 
 @grassmann_step_.register_fake
 def _(
-    weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, mode: str, backend: str
+    weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, carry: str, backend: str
 ) -> None:
     return None
 
 
 def _step(
-    weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, mode: str, backend: str
+    weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, carry: str, backend: str
 ) -> None:
     """Overwrites weight and buffer."""
     if backend == "triton":
         from . import fused
 
-        return fused.grassmann_step_(weight, buffer, grad, k, lr, momentum, mode)
+        return fused.grassmann_step_(weight, buffer, grad, k, lr, momentum, carry)
     if backend == "eager":
-        moved, stored = eager.grassmann_step(weight, buffer, grad, k, lr, momentum, mode)
+        moved, stored = eager.grassmann_step(weight, buffer, grad, k, lr, momentum, carry)
     else:
         moved, stored, grad = plain(weight, buffer, grad)
-        torch.ops.grassland_cpp.grassmann_step_(moved, stored, grad, k, lr, momentum, MODES.index(mode))
+        torch.ops.grassland_cpp.grassmann_step_(moved, stored, grad, k, lr, momentum, MODES.index(carry))
     for tensor, result in ((weight, moved), (buffer, stored)):
         # `plain` hands over the very tensor where it is float32 and contiguous.
         if result.data_ptr() != tensor.data_ptr():
