@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import eager
 from .chunked import Loss, accumulation
 
 SIZES = ["rows", "classes"]
@@ -19,6 +20,8 @@ TRACE = tl.constexpr(1.0)
 HALVINGS = tl.constexpr(40)
 # |A|^2 over |G|^2 from which the horizontal part takes the place of the momentum in the Gram matrix
 RADIAL = tl.constexpr(16.0)
+# The k x k algebra of larger subspaces does not fit the registers of one program: batched products do it.
+LARGEST = 16
 
 
 @triton.jit
@@ -86,7 +89,7 @@ def loss_kernel(
         hit += tl.sum(q * value, 0)
         weight += tl.sum(q, 0)
     mass = weight * (1 - smoothing) + smoothing
-    counted = 1.0
+    counted = tl.full((), 1.0, tl.float32)
     if not SOFT:
         counted = tl.where(label == ignore_index, 0.0, 1.0)
         # a label that is no class: neither found nor ignored
@@ -135,8 +138,8 @@ def trigonometry(h, eye, R: tl.constexpr):
     i = tl.arange(0, R)
     diagonal = i[:, None] == i[None, :]
     trace = tl.sum(tl.sum(tl.where(diagonal, h, 0.0), 1), 0)
-    halvings = 0
-    shrink = 1.0
+    halvings = tl.full((), 0, tl.int32)
+    shrink = tl.full((), 1.0, tl.float32)
     while (trace * shrink > TRACE) & (halvings < HALVINGS):
         shrink *= 0.25
         halvings += 1
@@ -215,14 +218,14 @@ def step_kernel(
             t = tl.where((i < KP)[:, None], t, product(lower, t))
             m += product(t, tl.trans(t))
     q = coefficients(m, -lr, whole, KP, R, CARRY)
-    still = lr * lr * everything == 0
+    moves = lr * lr * everything != 0
     for first in range(0, N, BN):
         t, at, top, bottom = load_stack(weight, buffer, grad, base, first + tl.arange(0, BN), momentum, K, N, KP, R)
         stacked = t
         if whole == 0:
             stacked = tl.where((i < KP)[:, None], t, product(lower, t))
         moved = product(q, stacked)
-        tl.store(weight + at, moved, mask=top & (still == 0))
+        tl.store(weight + at, moved, mask=top & moves)
         if CARRY == 0:
             tl.store(buffer + at, t, mask=bottom)
         else:
@@ -264,10 +267,15 @@ def grassmann_step_(
     weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, mode: str
 ) -> None:
     """Overwrites weight and buffer, of any layout."""
+    if k > LARGEST:
+        moved, stored = eager.grassmann_step(weight, buffer, grad, k, lr, momentum, mode)
+        weight.copy_(moved)
+        buffer.copy_(stored)
+        return
     w, b, d = weight.contiguous(), buffer.contiguous(), grad.contiguous()
     padded = max(8, triton.next_power_of_2(k))
     n = w.shape[1]
-    columns = max(16, min(triton.next_power_of_2(n), 2048 // padded, 128))
+    columns = max(16, min(triton.next_power_of_2(n), 64))
     step_kernel[(w.shape[0] // k,)](
         w, b, d, lr, momentum,
         K=k, N=n, KP=padded, R=2 * padded, CARRY=("official", "project", "transport").index(mode), BN=columns,
