@@ -79,14 +79,17 @@ def loss_kernel(
         tile, _, _, c = load_groups(z, row, first, classes, K, KP, BC)
         value = tl.where(c < classes, scale * lengths(tile), 0.0)
         higher = tl.maximum(peak, tl.max(value, 0))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.where(c < classes, tl.exp(value - higher), 0.0), 0)
+        # sums are of l - peak: what was summed before moves down when the peak goes up
+        rise = higher - peak
+        value = tl.where(c < classes, value - higher, 0.0)
+        total = total * tl.exp(-rise) + tl.sum(tl.where(c < classes, tl.exp(value), 0.0), 0)
         peak = higher
-        along += tl.sum(value, 0)
         if SOFT:
             q = tl.load(target + row * classes + c, mask=c < classes, other=0.0).to(tl.float32)
         else:
             q = tl.where(c == label, 1.0, 0.0)
-        hit += tl.sum(q * value, 0)
+        along += tl.sum(value, 0) - rise * first
+        hit += tl.sum(q * value, 0) - rise * weight
         weight += tl.sum(q, 0)
     mass = weight * (1 - smoothing) + smoothing
     counted = tl.full((), 1.0, tl.float32)
@@ -94,7 +97,7 @@ def loss_kernel(
         counted = tl.where(label == ignore_index, 0.0, 1.0)
         # a label that is no class: neither found nor ignored
         mass = tl.where((label >= 0) & (label < classes), 1.0, float("nan"))
-    loss = mass * (peak + tl.log(total)) - (1 - smoothing) * hit - uniform * along
+    loss = mass * tl.log(total) - (1 - smoothing) * hit - uniform * along
     tl.store(losses + row, tl.where(counted > 0, loss, 0.0))
     for first in range(0, classes, BC):
         tile, at, keep, c = load_groups(z, row, first, classes, K, KP, BC)
@@ -104,9 +107,8 @@ def loss_kernel(
         else:
             q = tl.where(c == label, 1.0, 0.0)
         dl = mass * tl.exp(scale * norm - peak) / total - (1 - smoothing) * q - uniform
-        live = (norm > 0) & (counted > 0)
-        factor = tl.where(live, scale * dl / tl.where(norm > 0, norm, 1.0), 0.0)
-        tl.store(at, tile * factor[:, None], mask=keep)
+        factor = tl.where(norm > 0, scale * dl / tl.where(norm > 0, norm, 1.0), 0.0)
+        tl.store(at, tile * tl.where(counted > 0, factor, 0.0)[:, None], mask=keep)
 
 
 @triton.jit
@@ -225,7 +227,8 @@ def step_kernel(
         if whole == 0:
             stacked = tl.where((i < KP)[:, None], t, product(lower, t))
         moved = product(q, stacked)
-        tl.store(weight + at, moved, mask=top & moves)
+        if moves:
+            tl.store(weight + at, moved, mask=top)
         if CARRY == 0:
             tl.store(buffer + at, t, mask=bottom)
         else:
@@ -275,11 +278,12 @@ def grassmann_step_(
     w, b, d = weight.contiguous(), buffer.contiguous(), grad.contiguous()
     padded = max(8, triton.next_power_of_2(k))
     n = w.shape[1]
-    columns = max(16, min(triton.next_power_of_2(n), 64))
+    # as many columns at a time as leave sm_90 without spills
+    columns = max(16, min(triton.next_power_of_2(n), 64 if padded == 8 else 32))
     step_kernel[(w.shape[0] // k,)](
         w, b, d, lr, momentum,
         K=k, N=n, KP=padded, R=2 * padded, CARRY=("official", "project", "transport").index(mode), BN=columns,
-        num_warps=4 if padded <= 16 else 8,
+        num_warps=4 if padded == 8 else 8,
     )  # fmt: skip
     for tensor, result in ((weight, w), (buffer, b)):
         if result.data_ptr() != tensor.data_ptr():
