@@ -16,7 +16,9 @@ enum Mode : int64_t { kOfficial = 0, kProject = 1, kTransport = 2 };
 constexpr int kSeries = 9;       // powers of H
 constexpr double kTrace = 1.0;   // angles are halved until the trace of H is below
 constexpr int kHalvings = 40;
-constexpr double kRadial = 16;   // |A|^2 over |G|^2 from which B is replaced by G
+// B is replaced by G from this |A|^2 / |G|^2 on, or this a^2 |A|^2: the radial parts of S+ would cancel too.
+constexpr double kRadial = 16;
+constexpr double kTurn = 0.25;
 constexpr int64_t kColumns = 64;
 
 using Matrix = std::vector<double>;  // k x k, by rows
@@ -239,7 +241,7 @@ GRASSLAND_INLINE void step_class(const Step& s, int64_t index, Scratch& w) {
   w.h = w.c;
   product(w.h.data(), w.a.data(), true, w.a.data(), false, k, -1, 1);
   const double horizontal = trace(w.h.data(), k), radial = trace(w.c.data(), k) - horizontal;
-  if (radial > kRadial * horizontal) {
+  if (radial > kRadial * horizontal || a * a * radial > kTurn) {
     project(s, weight, buffer, w);
     x = w.horizontal.data();
     gram(weight, x, k, n, w.cross.data());

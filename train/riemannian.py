@@ -106,7 +106,9 @@ def _check(group: dict[str, Any]) -> None:
 def _check_parameter(parameter: nn.Parameter, k: int) -> None:
     shape = tuple(parameter.shape)
     if parameter.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"the manifold parameter {shape} must be float32 or float64 (use autocast), got {parameter.dtype}")
+        raise TypeError(
+            f"a manifold parameter must be float32 or float64 (use autocast), got {parameter.dtype} {shape}"
+        )
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"subspace_dim must be a positive integer, got {k!r}")
     if parameter.dim() != 2 or shape[0] % k or shape[1] < k:

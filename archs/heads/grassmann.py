@@ -17,8 +17,8 @@ TOLERANCE = 1e-2
 class GrassmannHead(nn.Module):
     """Logits γ‖S_iᵀ x̂‖ of features (…, in_features) for num_classes subspaces (arXiv 2308.01547).
 
-    `weight` (num_classes · subspace_dim, in_features): rows i·k … (i+1)·k − 1 are S_iᵀ, an orthonormal basis of class i,
-    drawn uniformly (QR of a normal matrix). The bases must stay orthonormal, which an ordinary optimiser does not
+    `weight` (num_classes · subspace_dim, in_features): rows i·k … (i+1)·k − 1 are S_iᵀ, an orthonormal basis of class
+    i, drawn uniformly (QR of a normal matrix). The bases must stay orthonormal, which an ordinary optimiser does not
     see to: the parameter carries `optim_group = "manifold"` and `subspace_dim`, by which `grassland.train.optim`
     gives it to `GrassmannSGD`, and it must not be decayed. After anything else that writes it (an average of weights,
     rounding to half precision), call `reproject_`.
@@ -155,7 +155,7 @@ class GrassmannHead(nn.Module):
             with torch.no_grad():
                 self.weight.copy_(before)
             raise ValueError(
-                f"{key} does not hold orthonormal bases of {self.subspace_dim} rows (error {error:.1e}); is it subspace_dim?"
+                f"{key} does not hold orthonormal bases of subspace_dim = {self.subspace_dim} rows (error {error:.1e})"
             )
         return self.reproject_()
 

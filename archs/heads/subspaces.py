@@ -56,9 +56,12 @@ def feature_variability(features: Tensor, labels: Tensor, num_classes: int) -> T
     features. ValueError for shapes or labels that do not fit.
     """
     if features.dim() != 2 or labels.shape != features.shape[:1]:
-        raise ValueError(f"features (N, n) and labels (N,) must fit, got {tuple(features.shape)}, {tuple(labels.shape)}")
-    if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
-        raise ValueError(f"labels must be in [0, {num_classes}), got {int(labels.min())} to {int(labels.max())}")
+        shapes = f"{tuple(features.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"features (N, n) and labels (N,) must fit, got {shapes}")
+    if labels.numel():
+        low, high = (int(bound) for bound in labels.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"labels must be in [0, {num_classes}), got {low} to {high}")
     units = F.normalize(features.double(), dim=-1)
     sums = units.new_zeros(num_classes, units.shape[1]).index_add_(0, labels, units)
     centres = F.normalize(sums, dim=-1)[labels]

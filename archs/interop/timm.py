@@ -4,7 +4,8 @@
     put_grassmann_head(model, subspace_dim=8)
     optimizer = build_optimizer(model, "sgd", lr=0.1, head_lr=0.1)
 
-timm's own optimiser factory knows no manifold: use `grassland.train.optim.build_optimizer`, which reads the head's mark.
+timm's own optimiser factory knows no manifold: use `grassland.train.optim.build_optimizer`, which reads the mark of
+the head.
 """
 
 import types
@@ -38,7 +39,8 @@ def put_grassmann_head(
     names = classifier_names(model)
     for name in names:
         old: Any = model.get_submodule(name)
-        classes = (old.num_classes if isinstance(old, GrassmannHead) else old.out_features) if num_classes is None else num_classes
+        before = old.num_classes if isinstance(old, GrassmannHead) else old.out_features
+        classes = before if num_classes is None else num_classes
         dtype = old.weight.dtype if old.weight.dtype in (torch.float32, torch.float64) else torch.float32
         options = {"backend": backend, "device": old.weight.device, "dtype": dtype}
         head = GrassmannHead(old.in_features, classes, subspace_dim, scale, **options)

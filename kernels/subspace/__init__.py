@@ -60,8 +60,8 @@ def subspace_cross_entropy(
     """Softmax cross entropy of `subspace_logits`, equal to `F.cross_entropy(subspace_logits(x, …), target, …)`.
 
     Neither the projections (…, K, k) nor the logits (…, K) of the whole batch are ever in memory: a chunk of rows is
-    projected, and its losses and gradients computed at once, in the forward pass. Accumulates in float32, deterministic,
-    not differentiable twice.
+    projected, and its losses and gradients computed at once, in the forward pass. Accumulates in float32,
+    deterministic, not differentiable twice.
 
     Args:
         x, weight, k, scale, backend: as for `subspace_logits`.
@@ -112,8 +112,8 @@ def grassmann_step(
     """One step of Riemannian SGD with momentum on a product of Grassmannians, along the exact geodesic, without SVD.
 
     B <- momentum B + D;  G = B - S (S^T B);  S <- S cos(sqrt H) - lr G sinc(sqrt H) with H = lr^2 G^T G, both entire
-    power series in the k x k matrix H. A Newton-Schulz step in Gram space keeps S^T S = I. A subspace that does not move
-    (lr = 0, or B = 0) keeps its bits. Not differentiable. Source: arXiv 2308.01547, algorithm 1.
+    power series in the k x k matrix H. A Newton-Schulz step in Gram space keeps S^T S = I. A subspace that does not
+    move (lr = 0, or B = 0) keeps its bits. Not differentiable. Source: arXiv 2308.01547, algorithm 1.
 
     Args:
         weight: (K k, n); rows i k … (i+1) k - 1 are S_i^T, orthonormal. float32, float64, or a half dtype, which
@@ -135,12 +135,12 @@ def grassmann_step(
         grassland.kernels.dispatch.BackendError: when a requested backend is not there.
     """
     options = _check_step(weight, buffer, grad, k, lr, momentum, mode)
-    tensors = [t.detach() for t in (weight, buffer, grad)]
+    weight, buffer, grad = weight.detach(), buffer.detach(), grad.detach()
     chosen = dispatch.requested(backend)
     if chosen == "reference":
-        moved, stored = reference.grassmann_step(*tensors, *options)
+        moved, stored = reference.grassmann_step(weight, buffer, grad, *options)
         return moved.to(weight.dtype), stored.to(buffer.dtype)
-    return op.grassmann_step(*tensors, *options, chosen)
+    return op.grassmann_step(weight, buffer, grad, *options, chosen)
 
 
 def grassmann_step_(
@@ -154,15 +154,16 @@ def grassmann_step_(
     *,
     backend: str | None = None,
 ) -> None:
-    """`grassmann_step` in place: overwrites `weight` and `buffer`. What an optimiser calls; same arguments and errors."""
+    """`grassmann_step` in place, for optimisers: overwrites `weight` and `buffer`; the same arguments and errors."""
     options = _check_step(weight, buffer, grad, k, lr, momentum, mode)
-    tensors = [t.detach() for t in (weight, buffer, grad)]
+    weight, buffer, grad = weight.detach(), buffer.detach(), grad.detach()
     chosen = dispatch.requested(backend)
     if chosen == "reference":
-        for tensor, result in zip(tensors[:2], reference.grassmann_step(*tensors, *options), strict=True):
-            tensor.copy_(result)
+        moved, stored = reference.grassmann_step(weight, buffer, grad, *options)
+        weight.copy_(moved)
+        buffer.copy_(stored)
     else:
-        op.grassmann_step_(*tensors, *options, chosen)
+        op.grassmann_step_(weight, buffer, grad, *options, chosen)
 
 
 def _autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

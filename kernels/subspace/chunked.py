@@ -1,8 +1,8 @@
-"""The head over a batch, a chunk of rows at a time: the (rows, K k) projections of one chunk are all that is ever alive.
+"""The head over a batch, a chunk of rows at a time: only the projections (rows, K k) of one chunk are ever alive.
 
 The products are PyTorch's; what happens to a chunk's projections z between them comes as `rows`, an object with
-`logits(z, k, scale)`, `logits_backward(z, grad, k, scale)` and `loss(z, target, k, settings)`; the last two may overwrite z
-with dz = scale dl z/|z|. `eager` and `fused` are such modules.
+`logits(z, k, scale)`, `logits_backward(z, grad, k, scale)` and `loss(z, target, k, settings)`; the last two may
+overwrite z with dz = scale dl z/|z|. `eager` and `fused` are such modules.
 """
 
 from __future__ import annotations

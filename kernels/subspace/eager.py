@@ -48,7 +48,8 @@ def distribution(target: Tensor, classes: int, settings: Loss, dtype: torch.dtyp
         return target.to(dtype) * (1 - settings.smoothing) + settings.smoothing / classes
     counted = (target != settings.ignore_index).unsqueeze(-1)
     q = torch.full((target.shape[0], classes), settings.smoothing / classes, dtype=dtype, device=target.device)
-    q.scatter_add_(1, torch.where(counted, target.unsqueeze(-1), 0), q.new_full((target.shape[0], 1), 1 - settings.smoothing))
+    hit = q.new_full((target.shape[0], 1), 1 - settings.smoothing)
+    q.scatter_add_(1, torch.where(counted, target.unsqueeze(-1), 0), hit)
     return q * counted
 
 

@@ -1,7 +1,7 @@
 """The subspace ops in Triton: the head's row functions (see chunked.py), and the geodesic step, one program a class.
 
-The step sees a class as the stack T = [S^T; B] of R = 2 KP rows, KP the subspace dimension padded to a power of two. Its
-Gram matrix M = T T^T is one product, and everything the step writes is Q T for one R x R matrix Q that follows from M.
+The step sees a class as the stack T = [S^T; B] of R = 2 KP rows, KP the subspace dimension padded to a power of two.
+Its Gram matrix M = T T^T is one product, and all that the step writes is Q T for one R x R matrix Q that M determines.
 A matrix "top left" has its k x k content there and zeros elsewhere; X moves bottom rows to the top.
 """
 
@@ -18,8 +18,9 @@ from .chunked import Loss, accumulation
 SIZES = ["rows", "classes"]
 TRACE = tl.constexpr(1.0)
 HALVINGS = tl.constexpr(40)
-# |A|^2 over |G|^2 from which the horizontal part takes the place of the momentum in the Gram matrix
+# The horizontal part takes the place of the momentum from this |A|^2 / |G|^2 on, or this lr^2 |A|^2.
 RADIAL = tl.constexpr(16.0)
+TURN = tl.constexpr(0.25)
 # The k x k algebra of larger subspaces does not fit the registers of one program: batched products do it.
 LARGEST = 16
 
@@ -210,7 +211,7 @@ def step_kernel(
     radial = tl.sum(tl.sum(across * across, 1), 0)
     lower = tl.where(diagonal, 1.0, 0.0)
     whole = 1.0
-    if radial > RADIAL * (everything - radial):
+    if tl.maximum(radial - RADIAL * (everything - radial), lr * lr * radial - TURN) > 0:
         # the Gram matrix of [S; G], G = B - A^T S
         whole = 0.0
         lower -= product(tl.trans(shift), across)

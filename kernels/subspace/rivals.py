@@ -81,7 +81,7 @@ def official_step(weight: Tensor, buffer: Tensor, grad: Tensor, k: int) -> None:
 
 
 def pogo_step(weight: Tensor, buffer: Tensor, grad: Tensor, k: int) -> None:
-    """A step of POGO's kind: the relative gradient, then one proximal step to the Stiefel manifold, as batched products.
+    """A step of POGO's kind: the relative gradient, then a proximal step to the Stiefel manifold, by batched products.
 
     With wide orthonormal rows X: F = (X X^T M - X M^T X) / 2, Y = X - lr F, X+ = Y + (I - Y Y^T) Y / 2.
     """
@@ -170,6 +170,15 @@ def build_compiled(v: Values, dtype: torch.dtype, device: torch.device) -> dict[
     return head_rival(torch.compile(composed_loss))(v, dtype, device)
 
 
+def build_roof(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    """The head's three matrix products and nothing else."""
+    if v["kind"] != "head":
+        return {}
+    x, weight, _ = (t.detach() for t in head_inputs(v, dtype, device))
+    z = x @ weight.T
+    return {"forward+backward": lambda: (x @ weight.T, z @ weight, z.T @ x)}
+
+
 def flops(v: Values, mode: str) -> float:
     rows = v["classes"] * v["k"]
     if v["kind"] == "step":
@@ -199,6 +208,7 @@ BENCHMARK = Benchmark(
         Rival("POGO, batched products", step_rival(pogo_step, comparable=False)),
         Rival("momentum SGD, eager", step_rival(momentum_sgd_step, comparable=False)),
         Rival("momentum SGD, torch fused", build_momentum_sgd),
+        Rival("GEMM roof", build_roof),
         Rival("linear head", head_rival(linear_loss, comparable=False)),
         Rival("cosine head", head_rival(cosine_loss, comparable=False)),
     ],

@@ -90,7 +90,9 @@ def test_reproject_a_whole_model():
 
 def test_official_checkpoint(head):
     source = GrassmannHead(12, 5, subspace_dim=3)
-    head.load_official({"state_dict": {"module.fc.weight": source.weight.detach(), "module.conv.weight": torch.ones(1)}})
+    head.load_official(
+        {"state_dict": {"module.fc.weight": source.weight.detach(), "module.conv.weight": torch.ones(1)}}
+    )
     torch.testing.assert_close(head.weight, source.weight)
     kept = head.weight.detach().clone()
     bad = {
@@ -156,7 +158,9 @@ def test_principal_angles():
 
 def test_feature_variability():
     angle = 0.2
-    features = torch.tensor([[math.cos(angle), math.sin(angle)], [3 * math.cos(angle), -3 * math.sin(angle)], [0.0, 2.0]])
+    features = torch.tensor(
+        [[math.cos(angle), math.sin(angle)], [3 * math.cos(angle), -3 * math.sin(angle)], [0.0, 2.0]]
+    )
     found = feature_variability(features, torch.tensor([0, 0, 2]), 3)
     torch.testing.assert_close(found[[0, 2]], torch.tensor([angle, 0.0], dtype=torch.float64), atol=1e-7, rtol=0)
     assert found[1].isnan()
@@ -185,7 +189,12 @@ def test_timm_and_torchvision_models():
     name = classifier_names(model)[0]
     assert isinstance(model.get_submodule(name), GrassmannHead) and model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
     assert f"{name}.weight" in model.no_weight_decay()
-    decayed = [id(p) for group in param_groups_weight_decay(model, 0.1, model.no_weight_decay()) if group["weight_decay"] for p in group["params"]]
+    decayed = [
+        id(p)
+        for group in param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay())
+        if group["weight_decay"]
+        for p in group["params"]
+    ]
     assert id(model.get_submodule(name).weight) not in decayed
 
     twin = copy.deepcopy(model)
@@ -206,7 +215,11 @@ def test_timm_and_torchvision_models():
     reproject_ema_(ema)
     assert averaged.orthogonality_error() < 1e-6
 
-    for builder in (torchvision.models.squeezenet1_1, torchvision.models.resnet18, torchvision.models.mobilenet_v3_small):
+    for builder in (
+        torchvision.models.squeezenet1_1,
+        torchvision.models.resnet18,
+        torchvision.models.mobilenet_v3_small,
+    ):
         other = builder(num_classes=6)
         if builder is torchvision.models.squeezenet1_1:
             with pytest.raises(ValueError, match="no linear classifier"):

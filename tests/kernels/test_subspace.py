@@ -194,7 +194,11 @@ def test_golden_trajectory(k, shared):
         leaf = weight.clone().requires_grad_()
         loss = subspace_cross_entropy(x, leaf, labels, k, scale)
         loss.backward()
-        expected = {"logits": golden[f"logits.{step}"], "loss": golden[f"loss.{step}"][0], "grad": golden[f"grad.{step}"]}
+        expected = {
+            "logits": golden[f"logits.{step}"],
+            "loss": golden[f"loss.{step}"][0],
+            "grad": golden[f"grad.{step}"],
+        }
         found = {"logits": subspace_logits(x, weight, k, scale), "loss": loss.detach(), "grad": leaf.grad}
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=0, atol=1e-10, msg=name)
