@@ -12,6 +12,10 @@ from ..registry import register_slot
 
 # Deviation from orthonormal rows above which a checkpoint holds something else than class subspaces.
 TOLERANCE = 1e-2
+# Classes that are decomposed together, in float64: float32 decompositions are orthonormal to about 1e-6 only.
+AT_ONCE = 1024
+# Smallest over largest singular value of a basis below which it has lost a dimension.
+RANK = 1e-6
 
 
 class GrassmannHead(nn.Module):
@@ -76,10 +80,9 @@ class GrassmannHead(nn.Module):
         """Draw the subspaces anew, uniformly on the Grassmannian."""
         if self.weight.is_meta:
             return
-        wide = torch.float64 if self.weight.dtype is torch.float64 else torch.float32
-        shape = (self.num_classes, self.in_features, self.subspace_dim)
-        normal = torch.randn(shape, dtype=wide, device=self.weight.device)
-        self.weight.copy_(torch.linalg.qr(normal)[0].mT.flatten(0, 1))
+        for bases in self.bases.split(AT_ONCE):
+            normal = torch.randn(bases.mT.shape, dtype=torch.float64, device=bases.device)
+            bases.copy_(torch.linalg.qr(normal)[0].mT)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (…, num_classes) of x (…, in_features), between 0 and scale; float32 or float64."""
@@ -122,14 +125,16 @@ class GrassmannHead(nn.Module):
     def reproject_(self) -> "GrassmannHead":
         """Replace every basis by the nearest orthonormal one (its polar factor), in place.
 
-        The subspace stays where the rows are independent. ValueError if a basis has lost a dimension.
+        The subspace stays where the rows are independent. ValueError if a basis has lost a dimension; those before it
+        are then already replaced.
         """
-        wide = torch.float64 if self.weight.dtype is torch.float64 else torch.float32
-        u, sigma, vt = torch.linalg.svd(self.bases.to(wide), full_matrices=False)
-        if not bool((sigma.amin(-1) > 10 * torch.finfo(wide).eps * sigma.amax(-1)).all()):
-            lost = int((~(sigma.amin(-1) > 10 * torch.finfo(wide).eps * sigma.amax(-1))).nonzero()[0])
-            raise ValueError(f"weight: the basis of class {lost} does not span {self.subspace_dim} dimensions")
-        self.weight.copy_((u @ vt).flatten(0, 1))
+        for first, bases in zip(range(0, self.num_classes, AT_ONCE), self.bases.split(AT_ONCE), strict=True):
+            u, sigma, vt = torch.linalg.svd(bases.double(), full_matrices=False)
+            flat = sigma.amin(-1) <= RANK * sigma.amax(-1)
+            if bool(flat.any()):
+                lost = first + int(flat.nonzero()[0])
+                raise ValueError(f"weight: the basis of class {lost} does not span {self.subspace_dim} dimensions")
+            bases.copy_(u @ vt)
         return self
 
     def load_official(self, state: Mapping[str, Any], key: str = "fc.weight") -> "GrassmannHead":

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
 from grassland.kernels import dispatch
 from grassland.kernels.subspace import (
     MODES,
