@@ -4,6 +4,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from grassland.archs import GrassmannHead, create_model, load_model, save_model
 from grassland.archs.heads import grassmann_heads, reproject_
 from grassland.archs.heads.subspaces import (
@@ -14,7 +16,6 @@ from grassland.archs.heads.subspaces import (
     principal_angles,
 )
 from grassland.train.optim import build_optimizer
-from torch import nn
 
 LM = {"vocab_size": 40, "dim": 16, "depth": 1, "ffn_dim": 32, "max_len": 8, "rank": 4, "offsets": (1, 2)}
 
@@ -180,8 +181,9 @@ def test_plots(head, tmp_path):
 def test_timm_and_torchvision_models():
     timm = pytest.importorskip("timm")
     torchvision = pytest.importorskip("torchvision")
-    from grassland.archs.interop.timm import classifier_names, put_grassmann_head, reproject_ema_
     from timm.optim import param_groups_weight_decay
+
+    from grassland.archs.interop.timm import classifier_names, put_grassmann_head, reproject_ema_
 
     model = put_grassmann_head(timm.create_model("test_resnet", num_classes=7), subspace_dim=4)
     name = classifier_names(model)[0]

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from grassland.kernels import dispatch
 from grassland.kernels.subspace import (
     MODES,

@@ -3,9 +3,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from grassland.archs import GrassmannHead
 from grassland.train.optim import GrassmannSGD, Joined, build_optimizer, parameter_groups
-from torch import nn
 
 NAMES = ["sgd", "adamw", "lamb", "muon"]
 
