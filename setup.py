@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent
 FOLDERS = {"grassland.archs": "archs", "grassland.kernels": "kernels", "grassland.train": "train"}
 # LibTorch stable ABI of torch 2.11 (and, by py_limited_api, of Python 3.10): one build serves every later version.
 ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-CUDA_ARCHS = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"]
+CUDA_ARCHS = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a", "100")]
+CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 FORCE = os.environ.get("GRASSLAND_BUILD", "")
 
 
@@ -32,6 +33,16 @@ def compiler() -> str | None:
     return next((found for found in map(shutil.which, names) if found), None)
 
 
+def cuda_home() -> str | None:
+    """The CUDA toolkit, nvcc and headers. The nvcc on the path may be a wrapper that lies elsewhere."""
+    nvcc = shutil.which("nvcc")
+    beside = [str(Path(nvcc).resolve().parents[1])] if nvcc else []
+    for home in [os.environ.get("CUDA_HOME"), *beside, "/usr/local/cuda"]:
+        if home and (Path(home) / "bin/nvcc").exists() and (Path(home) / "include/cuda_runtime.h").exists():
+            return home
+    return None
+
+
 def sources(suffix: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob(f"*{suffix}"))]
 
@@ -47,15 +58,16 @@ def extension() -> dict:
         from torch.utils import cpp_extension
     except ImportError:
         return skip("torch is not importable here: install torch first, then use pip install --no-build-isolation")
-    cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None and bool(sources(".cu"))
-    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", *ABI_FLAGS]
+    cuda = torch.version.cuda is not None and cuda_home() is not None
+    if cuda:
+        cpp_extension.CUDA_HOME = cuda_home()
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     ext = kind(
         "grassland.kernels._C",
         sources(".cpp") + (sources(".cu") if cuda else []),
         extra_compile_args={
-            "cxx": flags + (["-DGRASSLAND_CUDA", "-DUSE_CUDA"] if cuda else []),
-            "nvcc": ["-O3", "-std=c++17", "-DUSE_CUDA", *ABI_FLAGS, *CUDA_ARCHS],
+            "cxx": CXX_FLAGS + ABI_FLAGS,
+            "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", *ABI_FLAGS, *CUDA_ARCHS],
         },
         py_limited_api=True,
     )

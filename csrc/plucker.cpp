@@ -32,46 +32,40 @@ GRASSLAND_INLINE float dot(const float* a, const float* b, int64_t n) {
   return sum;
 }
 
-// What a pair (t, s) needs: c = <z_t, z_s> / |z_t|^2, |delta|^2, N and 1 / max(N, eps).
-struct Pair {
-  float square, ratio, rest, norm, inverse;
-};
-
-GRASSLAND_INLINE Pair pair_of(const float* zt, const float* zs, int64_t r, float eps) {
-  Pair p;
-  p.square = dot(zt, zt, r);
-  p.ratio = p.square > 0 ? dot(zt, zs, r) / p.square : 0.0f;
-  float rest = 0;
-#pragma omp simd reduction(+ : rest)
-  for (int64_t i = 0; i < r; ++i) {
-    const float delta = zs[i] - p.ratio * zt[i];
-    rest += delta * delta;
-  }
-  p.rest = rest;
-  p.norm = std::sqrt(p.square) * std::sqrt(rest);
-  p.inverse = 1.0f / std::max(p.norm, eps);
-  return p;
-}
-
 GRASSLAND_INLINE int64_t valid(const std::vector<int64_t>& offsets, int64_t t) {
   int64_t count = 0;
   for (const int64_t offset : offsets) count += offset <= t;
   return count;
 }
 
-GRASSLAND_INLINE void average(const Wedge& w, int64_t token, float* y) {
-  const int64_t r = w.shape.rank, t = token % w.shape.length;
+// What a token's pairs leave for the backward: delta = z_s - ratio z_t, the weight 1 / (n max(N, eps)) of delta in y_t,
+// and N.
+struct Terms {
+  float ratio, scale, norm, rest;
+};
+
+// y_t, and with `terms` (one for each offset) how it came about; a missing partner has scale 0.
+GRASSLAND_INLINE void average(const Wedge& w, int64_t token, float* y, Terms* terms) {
+  const int64_t r = w.shape.rank, t = token % w.shape.length, count = valid(w.offsets, t);
   const float* zt = w.z + token * r;
   std::memset(y, 0, r * sizeof(float));
-  const int64_t count = valid(w.offsets, t);
-  if (count == 0) return;
-  for (const int64_t offset : w.offsets) {
-    if (offset > t) continue;
-    const float* zs = zt - offset * r;
-    const Pair p = pair_of(zt, zs, r, w.eps);
-    const float scale = p.inverse / static_cast<float>(count);
+  const float square = dot(zt, zt, r);
+  for (size_t k = 0; k < w.offsets.size(); ++k) {
+    if (terms != nullptr) terms[k] = {0, 0, 0, 0};
+    if (w.offsets[k] > t) continue;
+    const float* zs = zt - w.offsets[k] * r;
+    const float ratio = square > 0 ? dot(zt, zs, r) / square : 0.0f;
+    float rest = 0;
+#pragma omp simd reduction(+ : rest)
+    for (int64_t i = 0; i < r; ++i) {
+      const float delta = zs[i] - ratio * zt[i];
+      rest += delta * delta;
+    }
+    const float norm = std::sqrt(square) * std::sqrt(rest);
+    const float scale = 1.0f / (std::max(norm, w.eps) * static_cast<float>(count));
+    if (terms != nullptr) terms[k] = {ratio, scale, norm, rest};
 #pragma omp simd
-    for (int64_t i = 0; i < r; ++i) y[i] += scale * (zs[i] - p.ratio * zt[i]);
+    for (int64_t i = 0; i < r; ++i) y[i] += scale * (zs[i] - ratio * zt[i]);
   }
 }
 
@@ -132,42 +126,51 @@ GRASSLAND_INLINE void wedge_backward(Padded& p, int64_t r, int64_t pairs, const 
   }
 }
 
-// -<dy_t, delta> / (n N max(N, eps)^2): the slope along the direction in which the pair opens, 0 where the norm is clamped.
-GRASSLAND_INLINE float kappa(const Pair& p, const float* zt, const float* zs, const float* dyt, int64_t r, int64_t count,
-                             float eps) {
-  if (!(p.norm > eps)) return 0;
-  float along = 0;
+// What a pair gives to its source: dz_s += scale dy_t + slope (z_s - ratio z_t).
+struct Link {
+  float ratio, scale, slope;
+};
+
+// The pairs of token t as targets. With h = dy_t / n, sigma = 1 / max(N, eps), kappa = -sigma^2 <h, delta> / N, which is 0
+// where the norm is clamped:
+//   dz_t += kappa (|delta|^2 z_t - <t,s> delta) - sigma c h        dz_s += sigma h + kappa |z_t|^2 delta
+GRASSLAND_INLINE void targets_backward(const Wedge& w, int64_t token, const Terms* terms, const float* dy, float* dz,
+                                       Link* links) {
+  const int64_t r = w.shape.rank;
+  const float* zt = w.z + token * r;
+  const float square = dot(zt, zt, r);
+  for (size_t k = 0; k < w.offsets.size(); ++k) {
+    const Terms& p = terms[k];
+    links[k] = {p.ratio, p.scale, 0};
+    if (p.scale == 0) continue;
+    const float* zs = zt - w.offsets[k] * r;
+    float kappa = 0;
+    if (p.norm > w.eps) {
+      float along = 0;
 #pragma omp simd reduction(+ : along)
-  for (int64_t i = 0; i < r; ++i) along += dyt[i] * (zs[i] - p.ratio * zt[i]);
-  return -p.inverse * p.inverse * along / (p.norm * static_cast<float>(count));
+      for (int64_t i = 0; i < r; ++i) along += dy[i] * (zs[i] - p.ratio * zt[i]);
+      kappa = -p.scale * along / (p.norm * p.norm);
+    }
+    links[k].slope = kappa * square;
+    const float inner = p.ratio * square, shrink = p.scale * p.ratio;
+#pragma omp simd
+    for (int64_t i = 0; i < r; ++i)
+      dz[i] += kappa * (p.rest * zt[i] - inner * (zs[i] - p.ratio * zt[i])) - shrink * dy[i];
+  }
 }
 
-// Adds to dz_token what its pairs give as target t, and as source s of a later token. With h = dy_t / n:
-//   dz_t += kappa (|delta|^2 z_t - <t,s> delta) - sigma c h        dz_s += sigma h + kappa |z_t|^2 delta
-GRASSLAND_INLINE void offsets_backward(const Wedge& w, const float* dy, int64_t token, float* dz) {
+// What flows into a token as the source of later ones, gathered in the order of the offsets.
+GRASSLAND_INLINE void sources_backward(const Wedge& w, int64_t token, const float* dy, const Link* links, float* dz) {
   const int64_t r = w.shape.rank, length = w.shape.length, t = token % length;
-  const float* here = w.z + token * r;
-  for (const int64_t offset : w.offsets) {
-    if (offset <= t) {
-      const float *zs = here - offset * r, *h = dy + token * r;
-      const int64_t count = valid(w.offsets, t);
-      const Pair p = pair_of(here, zs, r, w.eps);
-      const float k = kappa(p, here, zs, h, r, count, w.eps);
-      const float shrink = p.inverse * p.ratio / static_cast<float>(count);
-      const float inner = p.ratio * p.square;
+  const int64_t many = static_cast<int64_t>(w.offsets.size());
+  const float* zs = w.z + token * r;
+  for (int64_t k = 0; k < many; ++k) {
+    const int64_t offset = w.offsets[k];
+    if (t + offset >= length) continue;
+    const float *zt = zs + offset * r, *h = dy + (token + offset) * r;
+    const Link& link = links[(token + offset) * many + k];
 #pragma omp simd
-      for (int64_t i = 0; i < r; ++i)
-        dz[i] += k * (p.rest * here[i] - inner * (zs[i] - p.ratio * here[i])) - shrink * h[i];
-    }
-    if (t + offset < length) {
-      const float *zt = here + offset * r, *h = dy + (token + offset) * r;
-      const int64_t count = valid(w.offsets, t + offset);
-      const Pair p = pair_of(zt, here, r, w.eps);
-      const float k = kappa(p, zt, here, h, r, count, w.eps) * p.square;
-      const float scale = p.inverse / static_cast<float>(count);
-#pragma omp simd
-      for (int64_t i = 0; i < r; ++i) dz[i] += scale * h[i] + k * (here[i] - p.ratio * zt[i]);
-    }
+    for (int64_t i = 0; i < r; ++i) dz[i] += link.scale * h[i] + link.slope * (zs[i] - link.ratio * zt[i]);
   }
 }
 
@@ -177,7 +180,7 @@ GRASSLAND_INLINE void wedge_rows_body(const Wedge& w, int64_t begin, int64_t end
   Padded p(s);
   for (int64_t token = begin; token < end; ++token) {
     std::memcpy(p.z.data(), w.z + token * s.rank, s.rank * sizeof(float));
-    average(w, token, p.y.data());
+    average(w, token, p.y.data(), nullptr);
     wedge(p, s.rank, s.pairs, out + (token - base) * s.pairs);
   }
 }
@@ -190,35 +193,44 @@ GRASSLAND_MULTIARCH void wedge_rows(const Wedge& w, int64_t begin, int64_t end, 
   wedge_rows_body(w, begin, end, base, out);
 }
 
+// Gradients with respect to z (as far as the tokens' own pairs go), y and the links, tokens x rank and tokens x offsets.
+struct Gradients {
+  float *dz, *dy;
+  Link* links;
+};
+
 template <typename T>
 GRASSLAND_INLINE void wedge_rows_backward_body(const Wedge& w, int64_t begin, int64_t end, int64_t base, const T* grad,
-                                               T* wedges, float* dz, float* dy) {
+                                               T* wedges, const Gradients& out) {
   const Shape& s = w.shape;
   Padded p(s);
   std::vector<float> dz_row(s.rank + kLanes), dy_row(s.rank + kLanes);
+  std::vector<Terms> terms(w.offsets.size());
   for (int64_t token = begin; token < end; ++token) {
     std::memcpy(p.z.data(), w.z + token * s.rank, s.rank * sizeof(float));
-    average(w, token, p.y.data());
+    average(w, token, p.y.data(), terms.data());
     if (wedges != nullptr) wedge(p, s.rank, s.pairs, wedges + (token - base) * s.pairs);
     if (grad == nullptr) continue;
     wedge_backward(p, s.rank, s.pairs, grad + (token - base) * s.pairs, dz_row.data(), dy_row.data());
-    std::memcpy(dz + token * s.rank, dz_row.data(), s.rank * sizeof(float));
-    std::memcpy(dy + token * s.rank, dy_row.data(), s.rank * sizeof(float));
+    targets_backward(w, token, terms.data(), dy_row.data(), dz_row.data(), out.links + token * terms.size());
+    std::memcpy(out.dz + token * s.rank, dz_row.data(), s.rank * sizeof(float));
+    std::memcpy(out.dy + token * s.rank, dy_row.data(), s.rank * sizeof(float));
   }
 }
 
 GRASSLAND_MULTIARCH void wedge_rows_backward(const Wedge& w, int64_t begin, int64_t end, int64_t base,
-                                             const float* grad, float* wedges, float* dz, float* dy) {
-  wedge_rows_backward_body(w, begin, end, base, grad, wedges, dz, dy);
+                                             const float* grad, float* wedges, const Gradients& out) {
+  wedge_rows_backward_body(w, begin, end, base, grad, wedges, out);
 }
 
 GRASSLAND_MULTIARCH void wedge_rows_backward(const Wedge& w, int64_t begin, int64_t end, int64_t base, const bf16* grad,
-                                             bf16* wedges, float* dz, float* dy) {
-  wedge_rows_backward_body(w, begin, end, base, grad, wedges, dz, dy);
+                                             bf16* wedges, const Gradients& out) {
+  wedge_rows_backward_body(w, begin, end, base, grad, wedges, out);
 }
 
-GRASSLAND_MULTIARCH void offset_rows_backward(const Wedge& w, int64_t begin, int64_t end, const float* dy, float* dz) {
-  for (int64_t token = begin; token < end; ++token) offsets_backward(w, dy, token, dz + token * w.shape.rank);
+GRASSLAND_MULTIARCH void source_rows_backward(const Wedge& w, int64_t begin, int64_t end, const Gradients& out) {
+  for (int64_t token = begin; token < end; ++token)
+    sources_backward(w, token, out.dy, out.links, out.dz + token * w.shape.rank);
 }
 
 Shape shape_of(const Tensor& z, const Tensor& weight) {
@@ -318,6 +330,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& z,
   const Tensor flat = torch::stable::view(grad, {s.tokens, s.dim});
   Tensor dz = empty(z, {need_z ? s.tokens : 0, s.rank}, ScalarType::Float);
   const Tensor dy = empty(z, {need_z ? s.tokens : 0, s.rank}, ScalarType::Float);
+  std::vector<Link> links(need_z ? s.tokens * offsets.size() : 0);
+  const Gradients out{data<float>(dz), data<float>(dy), links.data()};
   Tensor dweight = need_weight && s.tokens > 0 ? empty(z, {s.dim, s.pairs}, ScalarType::Float)
                                                : zeros(z, {need_weight ? s.dim : 0, s.pairs}, ScalarType::Float);
   const Tensor part = empty(z, {std::is_same_v<T, float> || !need_weight ? 0 : s.dim, s.pairs}, kDtype<T>);
@@ -330,13 +344,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& z,
     if (need_z) mm(rows(dwedges, 0, stop - base), g, weight);
     torch::stable::parallel_for(base, stop, kGrain, [&](int64_t begin, int64_t end) {
       wedge_rows_backward(w, begin, end, base, need_z ? data<T>(dwedges) : nullptr,
-                          need_weight ? data<T>(wedges) : nullptr, data<float>(dz), data<float>(dy));
+                          need_weight ? data<T>(wedges) : nullptr, out);
     });
     if (need_weight) accumulate_weight<T>(dweight, part, g, rows(wedges, 0, stop - base), base == 0);
   }
   if (need_z) {
     torch::stable::parallel_for(0, s.tokens, kGrain, [&](int64_t begin, int64_t end) {
-      offset_rows_backward(w, begin, end, data<float>(dy), data<float>(dz));
+      source_rows_backward(w, begin, end, out);
     });
   }
   const int64_t first_valid = *std::min_element(offsets.begin(), offsets.end());

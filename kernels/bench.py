@@ -43,9 +43,9 @@ class Setting:
 class Rival:
     """One way to do the work.
 
-    build(setting values, dtype, device) gives a function for each mode it has ("forward", "forward+backward", "step", …)
-    and, as "check", one whose result (a tensor, or a tuple of them) must agree with the other rivals'. Builders raise
-    Unavailable.
+    build(setting values, dtype, device) gives a function for each mode it has ("forward", "forward+backward", "step",
+    …) and, as "check", one whose result (a tensor, or a tuple of them) must agree with the other rivals'. Builders
+    raise Unavailable.
     """
 
     name: str
@@ -187,7 +187,10 @@ def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace)
 
 def table(records: Sequence[dict[str, Any]], ours: str) -> str:
     """Markdown: one row a rival, its time over ours in every setting."""
-    lines = [f"| setting | mode | rival | ms | time / {ours} | GFLOP/s | GB/s | saved MB |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        f"| setting | mode | rival | ms | time / {ours} | GFLOP/s | GB/s | saved MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for r in records:
         if "error" in r:
             lines.append(f"| {r['setting']} | | {r['rival']} | not run: {r['error']} | | | | |")
@@ -210,13 +213,19 @@ def plot(records: Sequence[dict[str, Any]], benchmark: Benchmark, path: Path) ->
     timed = [r for r in records if "error" not in r]
     mode = timed[-1]["mode"]
     settings = list(dict.fromkeys(r["setting"] for r in timed))
-    figure, axes = plt.subplots(1, len(settings), figsize=(4.5 * len(settings), 3.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(settings), figsize=(4.5 * len(settings), 3.2), squeeze=False, layout="constrained"
+    )
     for axis, setting in zip(axes[0], settings, strict=True):
         rows = [r for r in timed if r["setting"] == setting and r["mode"] == mode]
         colours = ["#2f7d4f" if r["rival"] == benchmark.ours else "#9aa5a0" for r in rows]
         bars = axis.barh([r["rival"] for r in rows], [r["ratio"] for r in rows], color=colours)
         axis.bar_label(bars, [f"{r['ratio']:.2f}" for r in rows], padding=2, fontsize=8)
-        axis.set(title=f"{setting}, {mode}", xlabel=f"time / {benchmark.ours}", xlim=(0, 1.15 * max(r["ratio"] for r in rows)))
+        axis.set(
+            title=f"{setting}, {mode}",
+            xlabel=f"time / {benchmark.ours}",
+            xlim=(0, 1.15 * max(r["ratio"] for r in rows)),
+        )
         axis.invert_yaxis()
     figure.suptitle(benchmark.title)
     figure.savefig(path, dpi=130)

@@ -55,7 +55,7 @@ def extension_error() -> str | None:
 
 @functools.cache
 def has_cuda_kernels() -> bool:
-    return extension_error() is None and hasattr(torch.ops.grassland_cuda, "version")
+    return extension_error() is None and hasattr(torch.ops.grassland_cuda, "plucker_mix")
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""What the tests and benchmarks of every op share: cases, the accuracy rule, poisoned memory, ahead-of-time compilation."""
+"""What the tests of every op share: cases, the accuracy rule, poisoned memory, ahead-of-time compilation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import re
 import subprocess
 import tempfile
+import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,12 +152,8 @@ def record_launches(call: Callable[[], Any]) -> list[Launch]:
     def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(describe_launch(kernel, args, kwargs))
 
-    original = JITFunction.run
-    JITFunction.run = note
-    try:
+    with unittest.mock.patch.object(JITFunction, "run", note):
         call()
-    finally:
-        JITFunction.run = original
     return launches
 
 
@@ -188,14 +185,16 @@ def argument_type(value: Any) -> str:
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED, LOCAL… of the kernel in a cubin, by the cuobjdump inside triton. LOCAL and STACK are spills."""
+    """REG, STACK, LOCAL (both spills), SHARED… of the kernel in a cubin, by the cuobjdump inside triton."""
     import triton
 
     tool = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
     usage = re.findall(r"\b([A-Z]+):(\d+)", text)
     if not usage:
         raise RuntimeError(f"cuobjdump printed no resource usage: {text}")

@@ -1,12 +1,14 @@
 import os
 from pathlib import Path
 
+# Each xdist worker keeps to one core, and so do the processes it starts: threads that wait for a core are slow.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
-# Each xdist worker keeps to one core; results do not depend on it.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
 
 
 def pytest_collection_modifyitems(config, items):

@@ -41,15 +41,17 @@ def build_wheel(tree, **environment):
 def backend_after_install(wheel, target):
     """Which backend an installed wheel picks on the CPU, asked in a process that sees nothing of this tree."""
     assert pip("install", "--no-deps", "--target", target, wheel).returncode == 0
-    code = (
-        "import grassland.kernels.dispatch as d, grassland.archs as a, grassland.train;"
-        "assert d.__file__.startswith({target!r}), d.__file__;"
-        "print(d.describe()['plucker_mix']['cpu'], '|', a.create_model('grassmann_lm_6l', depth=1).num_parameters())"
-    ).format(target=str(target))
+    # An editable install in this environment adds its own folders to every namespace: take it out of the way.
+    code = f"""
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+sys.path = [entry for entry in sys.path if "__editable__" not in entry]
+import grassland.archs, grassland.train, grassland.kernels.dispatch as dispatch
+assert dispatch.__file__.startswith({str(target)!r}), dispatch.__file__
+print(dispatch.describe()["plucker_mix"]["cpu"], "|", grassland.archs.create_model("grassmann_lm_6l").num_parameters())
+"""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(target)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=target, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=target, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,14 +1,9 @@
 """What this machine and installation offer: versions, devices, which backend each op takes and why."""
 
-import importlib.metadata
-import importlib.util
-import os
-import platform
-from typing import Any
-
 import torch
 
-PACKAGES = ("grassland", "torch", "triton", "numpy", "safetensors", "einops")
+from ..kernels.machine import machine, version, versions
+
 EXTRAS = {
     "train": ("datasets", "tokenizers", "tyro", "tqdm", "matplotlib", "tensorboard"),
     "vision": ("timm", "torchvision", "scikit-learn"),
@@ -26,33 +21,6 @@ PEAKS = {
     "L4": (121e12, 30.3e12),
     "RTX 4090": (165e12, 82.6e12),
 }
-
-
-def version(package: str) -> str | None:
-    """The installed version of a distribution, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of python and of what grassland always needs."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def machine() -> dict[str, Any]:
-    """Processor, threads and GPUs."""
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-        "cuda": torch.version.cuda,
-    }
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
@@ -83,11 +51,3 @@ def _kernels() -> list[str]:
         choices = "; ".join(f"{device}: {choice}" for device, choice in devices.items())
         lines.append(f"{op:<16}{choices}")
     return lines
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:  # noqa: PTH123
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.machine import commit, machine, versions
 from .checkpoint import CheckpointError, load_state, rng_state, save_run_config, save_state, set_rng_state
 from .config import RunConfig
-from .env import machine, peak_flops, versions
+from .env import peak_flops
 from .log import Meter, MetricsLog, ProgressLine, duration
 from .optim import build_optimizer
 from .plot import try_plot
@@ -163,7 +165,8 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         log = MetricsLog(self.folder, tensorboard=self.config.tensorboard)
         facts = {"task": self.task.name, "steps": self.steps, **self.task.describe()}
-        log.write("start", 0, **facts, versions=versions(), machine=machine(), config=self.config.to_dict())
+        facts |= {"versions": versions(), "machine": machine(), "commit": commit(), "date": date.today().isoformat()}
+        log.write("start", 0, **facts, config=self.config.to_dict())
         self.log = log
         # From here on there is always a model to load and a state to resume, and a full disk shows at once.
         self.task.save(self.folder, self.config)

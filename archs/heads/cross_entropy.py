@@ -1,7 +1,7 @@
 """Cross entropy of a linear head over a large vocabulary, in chunks of tokens.
 
-`F.linear_cross_entropy` (torch ≥ 2.14) is not used: its chunked form is as fast, but it adds the targets' part of the
-weight's gradient by `index_add_`, which is not deterministic on CUDA, and warns or falls back under `torch.compile`.
+`F.linear_cross_entropy` (torch ≥ 2.14) is not used: its chunked form adds the targets' part of the weight's
+gradient by `index_add_`, which is not deterministic on CUDA, and warns or falls back under `torch.compile`.
 """
 
 from typing import Any

@@ -26,7 +26,9 @@ def plucker_coordinates(a: Tensor, b: Tensor) -> Tensor:
         ValueError: when the last dimensions of `a` and `b` differ or are smaller than 2.
     """
     if a.dim() == 0 or b.dim() == 0 or a.shape[-1] != b.shape[-1] or a.shape[-1] < 2:
-        raise ValueError(f"a and b must share a last dimension of at least 2, got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(
+            f"a and b must share a last dimension of at least 2, got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
     return reference.plucker_coordinates(a, b)
 
 
@@ -41,9 +43,9 @@ def plucker_mix(
 ) -> Tensor:
     """Mean over the causal offsets of the projected, normalised Plücker coordinates of token pairs.
 
-    g_t = 1/n_t sum_{o <= t} (W p^_{t,t-o} + b), p^ = p / max(|p|, eps), p_ij = z_ti z_sj - z_tj z_si with s = t - o and
-    n_t the number of offsets o <= t; g_t = 0 where n_t = 0. Source: arXiv 2512.19428, section 3.2, with the partner in the
-    past, since pairing with t + o shows a position its own target.
+    g_t = 1/n_t sum_{o <= t} (W p^_{t,t-o} + b), p^ = p / max(|p|, eps), p_ij = z_ti z_sj - z_tj z_si with s = t - o
+    and n_t the number of offsets o <= t; g_t = 0 where n_t = 0. Source: arXiv 2512.19428, section 3.2, with the
+    partner in the past, since pairing with t + o shows a position its own target.
 
     The backward keeps z and weight alone: O(T r) memory. It is not differentiable again, except with
     `backend="reference"`. Norms are float32 for half-precision inputs, the projection accumulates in float32.
@@ -144,7 +146,7 @@ def _check(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int
 
 
 def _check_offsets(offsets: Sequence[int]) -> list[int]:
-    steps = [offsets] if isinstance(offsets, int) else list(offsets)
+    steps = list(offsets)
     if not steps or any(isinstance(o, bool) or not isinstance(o, int) or o < 1 for o in steps):
         raise ValueError(f"offsets must be one or more positive integers, got {offsets!r}")
     return steps

@@ -1,4 +1,4 @@
-"""Registration of gated_blend, and its Triton kernels' launchers through `fused`."""
+"""Registration of gated_blend, as op.py does it for plucker_mix."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import dispatch
 from . import eager
+from .op import HALVES
 
-HALVES = (torch.bfloat16, torch.float16)
 OP = dispatch.register("gated_blend", cpp=(torch.float32, torch.bfloat16), triton=(torch.float32, *HALVES))
 
 
@@ -44,20 +44,20 @@ def gated_blend_backward(
     backend = dispatch.pick(OP, g, backend)
     grad, x, g, weight = (t.contiguous() for t in (grad, x, g, weight))
     dim = weight.shape[0]
-    rows = [t.view(-1, dim) for t in (grad, x, g)]
+    grads, xs, gs, alphas = (t.view(-1, dim) for t in (grad, x, g, alpha))
     if backend == "eager":
-        dx, dg, dlogit = eager.gated_blend_backward(*rows, weight, alpha.view(-1, dim))
+        dx, dg, dlogit = eager.gated_blend_backward(grads, xs, gs, weight, alphas)
     elif backend == "triton":
         from . import fused
 
-        dx, dg, dlogit = fused.gated_blend_backward(*rows, weight, alpha.view(-1, dim))
+        dx, dg, dlogit = fused.gated_blend_backward(grads, xs, gs, weight, alphas)
     else:
-        dx, dg, dlogit = torch.ops.grassland_cpp.gated_blend_backward(*rows, weight, alpha.view(-1, dim))
+        dx, dg, dlogit = torch.ops.grassland_cpp.gated_blend_backward(grads, xs, gs, weight, alphas)
         if dx.dtype != dlogit.dtype:
             dx += dlogit @ weight[:, :dim]
     dweight = torch.empty_like(weight)
-    torch.mm(dlogit.T, rows[1].to(g.dtype), out=dweight[:, :dim])
-    torch.mm(dlogit.T, rows[2], out=dweight[:, dim:])
+    torch.mm(dlogit.T, xs.to(g.dtype), out=dweight[:, :dim])
+    torch.mm(dlogit.T, gs, out=dweight[:, dim:])
     total = torch.promote_types(g.dtype, torch.float32)
     return dx.view_as(x), dg.view_as(g), dweight, dlogit.sum(0, dtype=total).to(g.dtype)
 

@@ -99,7 +99,7 @@ SPECS = [
         CASES,
         registered,
         representative=Case("paper", lambda: make(2, 256, 32, 256), {"offsets": list(PAPER_OFFSETS)}),
-        backends=("cpp", "triton"),
+        backends=("cpp", "triton", "cuda"),
     ),
     Spec(
         "gated_blend",

@@ -3,8 +3,8 @@
 All pairs of token t share z_t, the wedge is bilinear and a normaliser is a number: the mean of the normalised wedges is
 one wedge, z_t ^ y_t with y_t = 1/n_t sum_o delta_o / max(|z_t ^ z_{t-o}|, eps). One projection serves all offsets.
 
-delta_o = z_{t-o} - (<z_t, z_{t-o}>/|z_t|^2) z_t spans the same plane with z_t as z_{t-o} does. z_{t-o} in its place is the
-same wedge on paper, but a pair that is nearly parallel then has a large component along z_t that drowns the others.
+delta_o = z_{t-o} - (<z_t, z_{t-o}>/|z_t|^2) z_t spans the same plane with z_t as z_{t-o} does. z_{t-o} in its place is
+the same wedge on paper, but then a nearly parallel pair has a large component along z_t that drowns the others.
 """
 
 from __future__ import annotations

@@ -4,6 +4,10 @@ Pairs are ordered by cyclic shift: entry q = (s-1) r + i is z_i y_j - z_j y_i wi
 once, in contiguous loads; the weight is packed into this order first, with sign -1 where i + s wraps around.
 """
 
+# Triton's constexpr parameters take plain values, and its language is not quite Python's.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -56,7 +60,9 @@ def lexicographic(q, R: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def average_kernel(z, y, tokens, length, eps, OFFSETS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr):
+def average_kernel(
+    z, y, tokens, length, eps, OFFSETS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr
+):
     # y_t = 1/n_t sum_o delta_o / max(N_o, eps)
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     cols = tl.arange(0, RP)
@@ -142,9 +148,7 @@ def wedge_backward_kernel(
         dp = tl.zeros((BM, RP), tl.float32)
         for start in range(0, dim, BN):
             n = start + tl.arange(0, BN)
-            g = tl.load(
-                grad + rows[:, None] * dim + n[None, :], mask=keep[:, None] & (n < dim)[None, :], other=0.0
-            )
+            g = tl.load(grad + rows[:, None] * dim + n[None, :], mask=keep[:, None] & (n < dim)[None, :], other=0.0)
             w = tl.load(packed + q[None, :] * dim + n[:, None], mask=live[None, :] & (n < dim)[:, None], other=0.0)
             dp = matmul(g, w, dp, DTYPE)
         ahead = tl.where(i < R, (i + s) % R, RP)
@@ -219,7 +223,14 @@ def weight_gradient_kernel(
 
 @triton.jit
 def reduce_kernel(
-    partial, dweight, dim, SPLITS: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr
+    partial,
+    dweight,
+    dim,
+    SPLITS: tl.constexpr,
+    R: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BQ: tl.constexpr,
+    BN: tl.constexpr,
 ):
     # dW in the public order: the splits added in a fixed order, the columns put back
     q = tl.program_id(0) * BQ + tl.arange(0, BQ)
@@ -241,7 +252,7 @@ def operand(dtype: torch.dtype) -> tl.dtype:
 
 
 def rows_block(rank: int) -> dict[str, int]:
-    """Tile of the kernels that hold whole rows of z: about 1024 numbers, which the unrolled loop over offsets keeps in registers."""
+    """Tile of the kernels that hold whole rows of z: so small that the unrolled offsets stay in registers."""
     padded = max(triton.next_power_of_2(rank), 16)
     return {"R": rank, "RP": padded, "BM": max(16, 1024 // padded)}
 

@@ -11,13 +11,16 @@ from .. import dispatch
 from . import eager
 
 HALVES = (torch.bfloat16, torch.float16)
-OP = dispatch.register("plucker_mix", cpp=(torch.float32, torch.bfloat16), triton=(torch.float32, *HALVES))
+OP = dispatch.register(
+    "plucker_mix",
+    cpp=(torch.float32, torch.bfloat16),
+    triton=(torch.float32, *HALVES),
+    cuda=(torch.float32, torch.bfloat16),
+)
 
 
 @torch.library.custom_op("grassland::plucker_mix", mutates_args=())
-def plucker_mix(
-    z: Tensor, weight: Tensor, bias: Tensor | None, offsets: list[int], eps: float, backend: str
-) -> Tensor:
+def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: list[int], eps: float, backend: str) -> Tensor:
     backend = dispatch.pick(OP, weight, backend)
     if backend == "eager":
         return eager.plucker_mix(z, weight, bias, offsets, eps)
@@ -27,7 +30,8 @@ def plucker_mix(
         return fused.plucker_mix(z, weight, bias, offsets, eps)
     z, weight = z.float().contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    return torch.ops.grassland_cpp.plucker_mix(z, weight, bias, offsets, eps)
+    library = torch.ops.grassland_cuda if backend == "cuda" else torch.ops.grassland_cpp
+    return library.plucker_mix(z, weight, bias, offsets, eps)
 
 
 @plucker_mix.register_fake
@@ -49,7 +53,11 @@ def plucker_mix_backward(
         found = fused.plucker_mix_backward(grad, z, weight, offsets, eps, mask)
     else:
         z32, grad, w = z.float().contiguous(), grad.contiguous(), weight.contiguous()
-        found = torch.ops.grassland_cpp.plucker_mix_backward(grad, z32, w, offsets, eps, *mask)
+        if backend == "cuda":
+            found = torch.ops.grassland_cuda.plucker_mix_backward(grad, z32, w, offsets, eps, *mask[:2])
+            found = [*found, grad[:, min(offsets) :].sum((0, 1), dtype=torch.float32)]
+        else:
+            found = torch.ops.grassland_cpp.plucker_mix_backward(grad, z32, w, offsets, eps, *mask)
         found = [found[0].to(z.dtype), found[1].to(weight.dtype), found[2].to(weight.dtype)]
     return [g if needed and g is not None else z.new_empty(0) for g, needed in zip(found, mask, strict=True)]
 

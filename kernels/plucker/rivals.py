@@ -82,10 +82,12 @@ def build_collapsed(v: Values, dtype: torch.dtype, device: torch.device) -> dict
 
 
 def build_compiled(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    from torch._dynamo.exc import BackendCompilerFailed
+
     compiled = torch.compile(mixer(eager.plucker_mix, eager_blend, v))
     try:
         return with_gradients(compiled, inputs(v, dtype, device))
-    except torch._dynamo.exc.BackendCompilerFailed as error:
+    except BackendCompilerFailed as error:
         raise Unavailable(str(error).splitlines()[0]) from error
 
 

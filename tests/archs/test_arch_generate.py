@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from grassland.archs import create_model
 from grassland.archs.sampling import Sampling
 

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from grassland.archs import CheckpointError, atomic_write, create_model, load_model, read_config, save_model
 from safetensors.torch import load_file, save_file
+
+from grassland.archs import CheckpointError, atomic_write, create_model, load_model, read_config, save_model
 
 SIZES = {"vocab_size": 13, "max_len": 8, "dim": 8, "depth": 2, "ffn_dim": 12, "rank": 4}
 

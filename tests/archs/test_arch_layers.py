@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from grassland.archs import (
     MLP,
     CausalAttention,
@@ -13,7 +15,6 @@ from grassland.archs import (
     register_slot,
 )
 from grassland.archs.registry import _CHOICES
-from torch import nn
 
 FLOAT64 = {"dtype": torch.float64}
 SIZES = {"vocab_size": 11, "max_len": 8, "dim": 6, "depth": 3, "ffn_dim": 9, "rank": 3}

@@ -4,10 +4,11 @@ import copy
 import math
 from itertools import product
 
-import grassland.archs.mixers.grassmann as grassmann
 import pytest
 import torch
 import torch.nn.functional as F
+
+import grassland.archs.mixers.grassmann as grassmann
 from grassland.archs import CausalAttention, CausalGrassmannMixer, create_model
 
 SIZES = {"vocab_size": 31, "max_len": 24, "dim": 16, "depth": 2, "ffn_dim": 24}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from grassland.archs import linear_cross_entropy
 from grassland.archs.heads import cross_entropy
 

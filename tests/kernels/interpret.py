@@ -1,6 +1,6 @@
 """Rung 3, run by test_triton.py in a process of its own: every case of one op in Triton's interpreter.
 
-    TRITON_INTERPRET=1 python tests/kernels/interpret.py OP DTYPE
+TRITON_INTERPRET=1 python tests/kernels/interpret.py OP DTYPE
 """
 
 import sys

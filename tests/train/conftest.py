@@ -2,6 +2,7 @@ import random
 from dataclasses import replace
 
 import pytest
+
 from grassland.train.config import LMConfig
 
 SUBJECTS = ["the cat", "a dog", "every bird", "my neighbour", "an old tree", "the naïve reader"]

@@ -2,10 +2,11 @@ import errno
 import io
 import random
 
-import grassland.archs.io as archs_io
 import numpy as np
 import pytest
 import torch
+
+import grassland.archs.io as archs_io
 from grassland.archs import CheckpointError
 from grassland.train.checkpoint import STATE_FILE, load_state, rng_state, save_state, set_rng_state
 

@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+
 from grassland.train.__main__ import main, read_run_config
 from grassland.train.config import LMConfig, default_lm
 from grassland.train.start import run

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+
 from grassland.train.data import BlockOrder, block_batch, load_corpus, load_text, load_tokenizer
 from grassland.train.data.corpus import encode
 from grassland.train.data.sources import pydoc_text

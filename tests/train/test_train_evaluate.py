@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from grassland.archs import create_model
 from grassland.train.data import Split, evaluation_batches
 from grassland.train.evaluate import evaluate_text, negative_log_likelihood, text_metrics

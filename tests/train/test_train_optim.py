@@ -2,9 +2,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from grassland.archs import create_model
 from grassland.train.optim import build_optimizer, parameter_groups
-from torch import nn
 
 SIZES = {"vocab_size": 40, "dim": 16, "depth": 2, "ffn_dim": 32, "max_len": 8, "rank": 4, "offsets": (1, 2)}
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from grassland.archs import CheckpointError, load_model
 from grassland.train.__main__ import main, read_run_config
 from grassland.train.checkpoint import load_state
@@ -17,7 +19,6 @@ from grassland.train.log import read_metrics
 from grassland.train.loop import Trainer, TrainingError
 from grassland.train.start import run
 from grassland.train.tasks import LanguageModeling
-from safetensors.torch import load_file
 
 # What depends on the clock and the place, not on the numbers.
 VOLATILE = {"elapsed_s", "tokens_per_s", "versions", "machine", "config"}

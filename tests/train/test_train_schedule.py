@@ -2,6 +2,7 @@ import itertools
 import math
 
 import pytest
+
 from grassland.train.schedule import multiplier
 
 

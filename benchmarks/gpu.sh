@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Everything worth knowing on a lent GPU, in one go; the results come back as $OUT/results.tgz. Nothing is downloaded: wheels of what the machine
+# lacks (tyro, tokenizers, tqdm and what they need) lie in ./wheels if they were carried along.
+#   OUT=/tmp/out bash benchmarks/gpu.sh [minutes for the WikiText-2 comparison, default 5]
+set -uo pipefail
+cd "$(dirname "$0")/.."
+archive=${OUT:?set OUT to a folder}/results.tgz
+minutes=${1:-5}
+OUT=$(mktemp -d)
+trap 'tar -czf "$archive" -C "$OUT" --exclude "*.safetensors" .' EXIT
+
+step() { printf '\n== %s (%ss)\n' "$1" "$SECONDS"; }
+
+step "install"
+[ -d wheels ] && python -m pip install -q --no-index --find-links wheels tyro tokenizers tqdm hypothesis pytest
+GRASSLAND_BUILD=1 python -m pip install -q --no-build-isolation --no-deps -e . || python -m pip install -q --no-deps -e .
+python -m grassland.train env | tee "$OUT/env.txt"
+
+step "tests on the GPU"
+python -m pytest tests -m gpu -q --junitxml "$OUT/gpu-tests.xml" 2>&1 | tail -n 30 | tee "$OUT/gpu-tests.txt"
+
+step "compute-sanitizer"
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
+if [ -n "$sanitizer" ]; then
+  for tool in memcheck racecheck; do
+    "$sanitizer" --tool "$tool" --error-exitcode 9 python -m pytest tests/kernels -m gpu -q -k "small or odd" \
+      > "$OUT/$tool.txt" 2>&1
+    echo "$tool: exit code $?"
+  done
+else
+  echo "compute-sanitizer is not on this machine" | tee "$OUT/memcheck.txt"
+fi
+
+step "kernel benchmarks"
+ops=$(python -c 'from grassland.kernels import dispatch; print(*dispatch.PACKAGES)')
+for op in $ops; do
+  for dtype in float32 bfloat16; do
+    python -m grassland.kernels.bench "$op" --device cuda --dtype "$dtype" --out "$OUT" > "$OUT/$op-$dtype.md" 2>&1
+    tail -n 40 "$OUT/$op-$dtype.md"
+  done
+done
+
+step "WikiText-2"
+data=../shared/data
+[ -d "$data" ] || data=shared/data
+for model in grassmann_lm_6l transformer_lm_6l; do
+  timeout "${minutes}m" python -m grassland.train lm --model "$model" --set norm=pre --dtype bf16 --batch-size 32 \
+    --epochs 30 --lr 1e-3 --warmup 500 --data "$data/wikitext-2" --tokenizer "$data/bert-base-uncased/vocab.txt" \
+    --out "$OUT/$model" > "$OUT/$model.log" 2>&1
+  tail -n 3 "$OUT/$model.log"
+done
+step "done"

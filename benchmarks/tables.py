@@ -1,0 +1,98 @@
+"""Writes the tables of README.md from benchmarks/results: `python benchmarks/tables.py` (`--check` only compares).
+
+A table stands between `<!-- table:NAME -->` and `<!-- end -->`.
+"""
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def read(name):
+    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+
+
+def footnote(records):
+    r = records[0]
+    where = ", ".join(r["gpus"]) or f"{r['cpu']} ({r['cpu_capability']}), {r['threads']} threads"
+    when = "".join(f", {name} {r[name]}" for name in ("date", "commit") if r.get(name))
+    return f"{where}, {r['dtype']}, torch {r['torch']}{when}."
+
+
+def kernel_table(name):
+    """Rivals against settings: the time over ours in forward + backward."""
+    records = read(f"{name}.jsonl")
+    mode = next(r["mode"] for r in reversed(records) if "mode" in r)
+    settings = list(dict.fromkeys(r["setting"] for r in records))
+    lines = [f"| {mode}, time / grassland | {' | '.join(settings)} |", "|---|" + "---|" * len(settings)]
+    for rival in dict.fromkeys(r["rival"] for r in records):
+        cells = []
+        for setting in settings:
+            found = [r for r in records if r["rival"] == rival and r["setting"] == setting]
+            timed = [r for r in found if r.get("mode") == mode]
+            cells.append(cell(timed[0]) if timed else found[0]["error"])
+        lines.append(f"| {rival} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", footnote(records)])
+
+
+def cell(record):
+    return f"{record['ms']:.1f} ms" if record["rival"] == "grassland" else f"{record['ratio']:.2f}"
+
+
+def lm_table(name):
+    """One line a training run, from the metrics.jsonl files that were copied to results/NAME."""
+    runs = [summary(path) for path in sorted((RESULTS / name).glob("*.jsonl"))]
+    lines = [
+        "| model | parameters | steps | valid ppl | test ppl | test word ppl | test bits per byte | tokens/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in runs:
+        quality = f"{r['valid_perplexity']:.1f} | {r['test_perplexity']:.1f} | {r['word_perplexity']:.0f}"
+        cost = f"{r['bits_per_byte']:.3f} | {r['tokens_per_s']:.0f}"
+        lines.append(f"| {r['model']} | {r['parameters']:,} | {r['steps']} | {quality} | {cost} |")
+    return "\n".join([*lines, "", footnote(runs)])
+
+
+def summary(path):
+    """What a table says of a run: its settings, its results, and the median of its throughput."""
+    events = read(path)
+    start = next(e for e in events if e["event"] == "start")
+    test = next(e for e in events if e["event"] == "test")
+    speed = statistics.median(e["tokens_per_s"] for e in events if e["event"] == "train" and e["tokens_per_s"])
+    config, machine = start["config"], start["machine"]
+    return {
+        **machine,
+        **{key: config[key] for key in ("model", "steps", "dtype")},
+        "torch": start["versions"]["torch"],
+        "date": start.get("date"),
+        "commit": start.get("commit"),
+        "parameters": start["parameters"],
+        "valid_perplexity": min(e["perplexity"] for e in events if e["event"] == "valid"),
+        "test_perplexity": test["perplexity"],
+        "word_perplexity": test["word_perplexity"],
+        "bits_per_byte": test["bits_per_byte"],
+        "tokens_per_s": speed,
+    }
+
+
+TABLES = {"plucker": lambda: kernel_table("plucker-cpu-float32"), "lm": lambda: lm_table("wikitext-2")}
+
+
+def render(text):
+    def fill(match):
+        return f"<!-- table:{match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table:(\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    page = ROOT / "README.md"
+    fresh = render(page.read_text())
+    if "--check" in sys.argv:
+        sys.exit(0 if fresh == page.read_text() else "README.md: its tables differ from benchmarks/results")
+    page.write_text(fresh)
