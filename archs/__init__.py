@@ -3,7 +3,7 @@
 from . import presets  # noqa: F401  (registers the paper's models)
 from .config import ModelConfig
 from .ffns import MLP
-from .heads import LinearHead, TiedHead
+from .heads import GrassmannHead, LinearHead, TiedHead
 from .heads.cross_entropy import linear_cross_entropy
 from .io import CheckpointError, MissingCheckpointError, atomic_write, load_model, read_config, save_model
 from .lm import LanguageModel
@@ -25,6 +25,7 @@ __all__ = [
     "CausalAttention",
     "CausalGrassmannMixer",
     "CheckpointError",
+    "GrassmannHead",
     "HyperConnection",
     "KromHC",
     "LanguageModel",

@@ -48,6 +48,7 @@ class Spec:
     representative: a realistic shape, whose launches are compiled ahead of time.
     backends: the compiled ones.
     gemm: whether it holds a matrix product that must reach the tensor cores.
+    differentiable: whether it has gradients.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Spec:
     representative: Case
     backends: Sequence[str]
     gemm: bool = True
+    differentiable: bool = True
 
 
 def specs() -> list[Spec]:
@@ -67,17 +69,17 @@ def specs() -> list[Spec]:
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * scale
 
 
 def run(
     spec: Spec, tensors: Tensors, options: dict[str, Any], backend: str, rounded: torch.dtype = torch.float64
 ) -> Tensors:
-    """Outputs and, for fixed random output gradients, the gradient of every floating-point input."""
+    """Outputs and, for fixed random output gradients, the gradient of every floating-point input if there is one."""
     out = spec.call(**tensors, **options, backend=backend)
     outputs: list[Tensor] = [out] if isinstance(out, Tensor) else list(out)
     results: Tensors = {f"out{k}": o.detach() for k, o in enumerate(outputs)}
-    wanted = {name: t for name, t in tensors.items() if t.requires_grad}
+    wanted = {name: t for name, t in tensors.items() if t.requires_grad and spec.differentiable}
     if wanted:
         cotangents = [normal(*o.shape, seed=100 + k).to(rounded).to(o.device, o.dtype) for k, o in enumerate(outputs)]
         grads = torch.autograd.grad(outputs, list(wanted.values()), cotangents)

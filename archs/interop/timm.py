@@ -1,0 +1,115 @@
+"""A Grassmann head on any timm or torchvision classifier.
+
+    model = timm.create_model("resnet18", num_classes=10)
+    put_grassmann_head(model, subspace_dim=8)
+    optimizer = build_optimizer(model, "sgd", lr=0.1, head_lr=0.1)
+
+timm's own optimiser factory knows no manifold: use `grassland.train.optim.build_optimizer`, which reads the mark of
+the head.
+"""
+
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..heads.grassmann import GrassmannHead, grassmann_heads, reproject_
+
+
+def put_grassmann_head(
+    model: nn.Module,
+    num_classes: int | None = None,
+    subspace_dim: int = 8,
+    scale: float = 25.0,
+    *,
+    backend: str | None = None,
+) -> nn.Module:
+    """Replace the classifier of `model` by a `GrassmannHead` of the same width, in place; returns the model.
+
+    The classifier is the `nn.Linear` that the model's timm configuration names, else the last one. Every classifier
+    of a distilled model is replaced. num_classes: None for as many as before. The head gets the old one's device, and
+    its dtype if that is float32 or float64, else float32.
+
+    With timm models, `reset_classifier` goes on giving Grassmann heads of the same kind (and none for num_classes=0),
+    and `no_weight_decay` names their weights, so that timm's own parameter groups do not decay them.
+
+    Raises ValueError when there is no linear classifier, or subspace_dim exceeds its width.
+    """
+    names = classifier_names(model)
+    for name in names:
+        old: Any = model.get_submodule(name)
+        before = old.num_classes if isinstance(old, GrassmannHead) else old.out_features
+        classes = before if num_classes is None else num_classes
+        dtype = old.weight.dtype if old.weight.dtype in (torch.float32, torch.float64) else torch.float32
+        options = {"backend": backend, "device": old.weight.device, "dtype": dtype}
+        head = GrassmannHead(old.in_features, classes, subspace_dim, scale, **options)
+        head.train(old.training)
+        _replace(model, name, head)
+    if num_classes is not None and hasattr(model, "num_classes"):
+        model.__dict__["num_classes"] = num_classes
+    _remember(model, {"subspace_dim": subspace_dim, "scale": scale, "backend": backend})
+    return model
+
+
+def classifier_names(model: nn.Module) -> list[str]:
+    """Dotted names of the classifiers of `model`. ValueError if it has none that is linear."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    named = config.get("classifier") or ()
+    named = [named] if isinstance(named, str) else list(named)
+    found = [name for name in named if _is_classifier(_find(model, name))]
+    if not found:
+        found = [name for name, module in model.named_modules() if name and _is_classifier(module)][-1:]
+    if not found:
+        raise ValueError(
+            f"model {type(model).__name__} has no linear classifier to replace (num_classes=0, or a convolutional one)"
+        )
+    return found
+
+
+def reproject_ema_(ema: Any) -> nn.Module:
+    """Re-project the Grassmann heads of an averaged model before it is evaluated or saved; returns the model.
+
+    An average of orthonormal bases is not orthonormal, and its logits are too small. ema: timm's `ModelEmaV2` or
+    `ModelEmaV3`, torch's `AveragedModel` (anything with `.module`), or the model itself.
+    """
+    inner = getattr(ema, "module", ema)
+    return reproject_(inner)
+
+
+def _is_classifier(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Linear | GrassmannHead)
+
+
+def _find(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _replace(model: nn.Module, name: str, head: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, head)
+
+
+def _remember(model: Any, options: dict[str, Any]) -> None:
+    """Shadow the two methods with bound ones: they survive deepcopy, and the class stays as it is."""
+    model._grassmann_options = options
+    if callable(getattr(model, "reset_classifier", None)):
+        model.reset_classifier = types.MethodType(_reset_classifier, model)
+    model.no_weight_decay = types.MethodType(_no_weight_decay, model)
+
+
+def _reset_classifier(model: Any, num_classes: int, *args: Any, **keywords: Any) -> None:
+    """The class's own `reset_classifier`, then a new Grassmann head."""
+    type(model).reset_classifier(model, num_classes, *args, **keywords)
+    if num_classes > 0:
+        put_grassmann_head(model, **model._grassmann_options)
+
+
+def _no_weight_decay(model: Any) -> set[str]:
+    """The class's own names and the weights of the Grassmann heads."""
+    inherited = getattr(type(model), "no_weight_decay", None)
+    heads = {id(head.weight) for head in grassmann_heads(model)}
+    return set(inherited(model) if inherited else ()) | {n for n, p in model.named_parameters() if id(p) in heads}

@@ -1,0 +1,298 @@
+// Grassmann class head on the CPU (arXiv 2308.01547): z = x^ W^T, logit_i = scale |z_i|, softmax cross entropy.
+//
+// A chunk of rows is projected by one ATen product; one pass over each row takes the group norms, the loss and
+// z <- scale dl z / |z| in place; two products make the gradients. Nothing of size rows x K k outlives a chunk.
+#include "common.h"
+
+namespace grassland {
+namespace {
+
+// Projections alive at once: 64 MB, or more where that is less than an efficient product's rows.
+constexpr int64_t kChunkElements = 1 << 24;
+constexpr int64_t kChunkRows = 128;
+constexpr float kEps = 1e-12f;
+
+struct Head {
+  int64_t rows, n, classes, k;
+  float scale;
+};
+
+int64_t chunk_of(const Head& h) {
+  return std::max<int64_t>(1, std::min(h.rows, std::max(kChunkElements / (h.classes * h.k), kChunkRows)));
+}
+
+GRASSLAND_INLINE float dot(const float* a, const float* b, int64_t n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// x^ = x / max(|x|, eps)
+GRASSLAND_MULTIARCH void normalise(const Head& h, int64_t begin, int64_t end, const float* x, float* hat, float* norms) {
+  for (int64_t row = begin; row < end; ++row) {
+    const float *in = x + row * h.n;
+    float* out = hat + row * h.n;
+    norms[row] = std::sqrt(dot(in, in, h.n));
+    const float inverse = 1.0f / std::max(norms[row], kEps);
+    for (int64_t i = 0; i < h.n; ++i) out[i] = in[i] * inverse;
+  }
+}
+
+// d <- (d - x^ <x^, d>) / |x|; a norm that is clamped is a constant
+GRASSLAND_MULTIARCH void normalise_backward(const Head& h, int64_t begin, int64_t end, const float* hat,
+                                            const float* norms, float* d) {
+  for (int64_t row = begin; row < end; ++row) {
+    const float* unit = hat + row * h.n;
+    float* out = d + row * h.n;
+    const float along = norms[row] > kEps ? dot(unit, out, h.n) : 0.0f;
+    const float inverse = 1.0f / std::max(norms[row], kEps);
+    for (int64_t i = 0; i < h.n; ++i) out[i] = (out[i] - along * unit[i]) * inverse;
+  }
+}
+
+template <int K>
+GRASSLAND_INLINE void group_norms_of(const float* z, int64_t classes, float* norms) {
+  for (int64_t c = 0; c < classes; ++c) {
+    float sum = 0;
+    for (int j = 0; j < K; ++j) sum += z[c * K + j] * z[c * K + j];
+    norms[c] = sum;
+  }
+}
+
+// |z_i| of one row
+GRASSLAND_INLINE void group_norms(const float* z, int64_t classes, int64_t k, float* norms) {
+  switch (k) {
+    case 1: group_norms_of<1>(z, classes, norms); break;
+    case 2: group_norms_of<2>(z, classes, norms); break;
+    case 4: group_norms_of<4>(z, classes, norms); break;
+    case 8: group_norms_of<8>(z, classes, norms); break;
+    default:
+      for (int64_t c = 0; c < classes; ++c) norms[c] = dot(z + c * k, z + c * k, k);
+  }
+  for (int64_t c = 0; c < classes; ++c) norms[c] = std::sqrt(norms[c]);
+}
+
+template <int K>
+GRASSLAND_INLINE void scale_groups_of(float* z, int64_t classes, const float* factors) {
+  for (int64_t c = 0; c < classes; ++c)
+    for (int j = 0; j < K; ++j) z[c * K + j] *= factors[c];
+}
+
+// z_i <- dl_i scale z_i / |z_i|, 0 where z_i = 0; dl is used up
+GRASSLAND_INLINE void pull_back(const Head& h, float* z, const float* norms, float* dl) {
+  for (int64_t c = 0; c < h.classes; ++c) dl[c] = norms[c] > 0 ? h.scale * dl[c] / norms[c] : 0.0f;
+  switch (h.k) {
+    case 1: scale_groups_of<1>(z, h.classes, dl); break;
+    case 2: scale_groups_of<2>(z, h.classes, dl); break;
+    case 4: scale_groups_of<4>(z, h.classes, dl); break;
+    case 8: scale_groups_of<8>(z, h.classes, dl); break;
+    default:
+      for (int64_t c = 0; c < h.classes; ++c)
+        for (int64_t j = 0; j < h.k; ++j) z[c * h.k + j] *= dl[c];
+  }
+}
+
+GRASSLAND_MULTIARCH void logits_rows(const Head& h, int64_t begin, int64_t end, const float* z, float* out) {
+  for (int64_t row = begin; row < end; ++row) {
+    float* o = out + row * h.classes;
+    group_norms(z + row * h.classes * h.k, h.classes, h.k, o);
+    for (int64_t c = 0; c < h.classes; ++c) o[c] *= h.scale;
+  }
+}
+
+GRASSLAND_MULTIARCH void logits_backward_rows(const Head& h, int64_t begin, int64_t end, const float* grad, float* z) {
+  std::vector<float> norms(h.classes), dl(h.classes);
+  for (int64_t row = begin; row < end; ++row) {
+    float* zr = z + row * h.classes * h.k;
+    group_norms(zr, h.classes, h.k, norms.data());
+    std::memcpy(dl.data(), grad + row * h.classes, h.classes * sizeof(float));
+    pull_back(h, zr, norms.data(), dl.data());
+  }
+}
+
+// The target of one row: a class, or probabilities, smoothed.
+struct Target {
+  const int64_t* labels;
+  const float* probabilities;
+  float smoothing;
+  int64_t ignore;
+};
+
+// The loss of one row with logits scale |z|; dl <- mass softmax - q, the target q smoothed. dl null: the loss alone.
+GRASSLAND_INLINE double loss_row(const Head& h, const Target& t, int64_t row, const float* norms, float* p, bool grad) {
+  const int64_t classes = h.classes;
+  const float uniform = t.smoothing / static_cast<float>(classes);
+  float peak = 0;
+#pragma omp simd reduction(max : peak)
+  for (int64_t c = 0; c < classes; ++c) peak = std::max(peak, norms[c]);
+  float sum = 0, along = 0;
+#pragma omp simd reduction(+ : sum, along)
+  for (int64_t c = 0; c < classes; ++c) {
+    p[c] = exp_approx(h.scale * (norms[c] - peak));
+    sum += p[c];
+    along += h.scale * (norms[c] - peak);
+  }
+  float mass = 1, hit = 0;
+  const float* q = t.probabilities == nullptr ? nullptr : t.probabilities + row * classes;
+  if (q != nullptr) {
+    mass = 0;
+#pragma omp simd reduction(+ : mass, hit)
+    for (int64_t c = 0; c < classes; ++c) {
+      mass += q[c];
+      hit += q[c] * h.scale * (norms[c] - peak);
+    }
+    mass = mass * (1 - t.smoothing) + t.smoothing;
+  } else {
+    hit = h.scale * (norms[t.labels[row]] - peak);
+  }
+  if (grad) {
+    const float factor = mass / sum;
+    if (q != nullptr) {
+      for (int64_t c = 0; c < classes; ++c) p[c] = p[c] * factor - (1 - t.smoothing) * q[c] - uniform;
+    } else {
+      // p - 1 of a confident target, as minus the sum of the others, would lose nothing; 1e-8 of it is lost here
+      for (int64_t c = 0; c < classes; ++c) p[c] = p[c] * factor - uniform;
+      p[t.labels[row]] -= 1 - t.smoothing;
+    }
+  }
+  return static_cast<double>(mass) * std::log(static_cast<double>(sum)) -
+         static_cast<double>(1 - t.smoothing) * hit - static_cast<double>(uniform) * along;
+}
+
+GRASSLAND_MULTIARCH void loss_rows(const Head& h, const Target& t, int64_t base, int64_t begin, int64_t end, bool grad,
+                                   float* z, double* losses) {
+  std::vector<float> norms(h.classes), p(h.classes);
+  for (int64_t row = begin; row < end; ++row) {
+    float* zr = z + (row - base) * h.classes * h.k;
+    if (t.labels != nullptr && t.labels[row] == t.ignore) {
+      losses[row] = 0;
+      if (grad) std::memset(zr, 0, h.classes * h.k * sizeof(float));
+      continue;
+    }
+    group_norms(zr, h.classes, h.k, norms.data());
+    losses[row] = loss_row(h, t, row, norms.data(), p.data(), grad);
+    if (grad) pull_back(h, zr, norms.data(), p.data());
+  }
+}
+
+// x^ with its norms, and the gradients that the chunks' dz add up to.
+struct Batch {
+  Head h;
+  Tensor hat, norms, dhat, dweight;
+  bool need_x, need_weight;
+
+  Batch(const Tensor& x, const Tensor& weight, int64_t k, double scale, bool need_x, bool need_weight)
+      : h{x.size(0), x.size(1), weight.size(0) / k, k, static_cast<float>(scale)},
+        hat(empty(x, {h.rows, h.n}, ScalarType::Float)),
+        norms(empty(x, {h.rows}, ScalarType::Float)),
+        dhat(need_x ? empty(x, {h.rows, h.n}, ScalarType::Float) : empty(x, {0}, ScalarType::Float)),
+        dweight(!need_weight    ? empty(x, {0}, ScalarType::Float)
+                : h.rows == 0 ? zeros(x, {weight.size(0), h.n}, ScalarType::Float)
+                              : empty(x, {weight.size(0), h.n}, ScalarType::Float)),
+        need_x(need_x),
+        need_weight(need_weight) {
+    torch::stable::parallel_for(0, h.rows, 16, [&](int64_t begin, int64_t end) {
+      normalise(h, begin, end, data<float>(x), data<float>(hat), data<float>(norms));
+    });
+  }
+
+  void add(int64_t base, int64_t stop, const Tensor& dz, const Tensor& weight) const {
+    if (need_x) mm(rows(dhat, base, stop), dz, weight);
+    if (!need_weight) return;
+    const Tensor transposed = torch::stable::transpose(dz, 0, 1);
+    if (base == 0) {
+      mm(dweight, transposed, rows(hat, base, stop));
+    } else {
+      addmm(dweight, transposed, rows(hat, base, stop), 1.0);
+    }
+  }
+
+  void finish() const {
+    if (!need_x) return;
+    torch::stable::parallel_for(0, h.rows, 16, [&](int64_t begin, int64_t end) {
+      normalise_backward(h, begin, end, data<float>(hat), data<float>(norms), data<float>(dhat));
+    });
+  }
+};
+
+// Calls `use(base, stop, z)` with the projections of one chunk after the other.
+template <typename F>
+void project(const Batch& b, const Tensor& weight, const F& use) {
+  const int64_t chunk = chunk_of(b.h);
+  const Tensor z = empty(b.hat, {chunk, weight.size(0)}, ScalarType::Float);
+  const Tensor transposed = torch::stable::transpose(weight, 0, 1);
+  for (int64_t base = 0; base < b.h.rows; base += chunk) {
+    const int64_t stop = std::min(base + chunk, b.h.rows);
+    const Tensor part = rows(z, 0, stop - base);
+    mm(part, rows(b.hat, base, stop), transposed);
+    use(base, stop, part);
+  }
+}
+
+Tensor subspace_logits_cpu(const Tensor& x, const Tensor& weight, int64_t k, double scale) {
+  const Batch b(x, weight, k, scale, false, false);
+  Tensor out = empty(x, {b.h.rows, b.h.classes}, ScalarType::Float);
+  project(b, weight, [&](int64_t base, int64_t stop, const Tensor& z) {
+    torch::stable::parallel_for(0, stop - base, 4, [&](int64_t begin, int64_t end) {
+      logits_rows(b.h, begin, end, data<float>(z), data<float>(out) + base * b.h.classes);
+    });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> subspace_logits_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                        int64_t k, double scale, bool need_x, bool need_weight) {
+  const Batch b(x, weight, k, scale, need_x, need_weight);
+  project(b, weight, [&](int64_t base, int64_t stop, const Tensor& z) {
+    torch::stable::parallel_for(0, stop - base, 4, [&](int64_t begin, int64_t end) {
+      logits_backward_rows(b.h, begin, end, data<float>(grad) + base * b.h.classes, data<float>(z));
+    });
+    b.add(base, stop, z, weight);
+  });
+  b.finish();
+  return {b.dhat, b.dweight};
+}
+
+std::tuple<Tensor, Tensor, Tensor> subspace_cross_entropy_cpu(const Tensor& x, const Tensor& weight,
+                                                              const Tensor& target, int64_t k, double scale,
+                                                              double smoothing, int64_t ignore_index, bool need_x,
+                                                              bool need_weight) {
+  const Batch b(x, weight, k, scale, need_x, need_weight);
+  const bool hard = target.scalar_type() == ScalarType::Long, grad = need_x || need_weight;
+  const Target t{hard ? data<int64_t>(target) : nullptr, hard ? nullptr : data<float>(target),
+                 static_cast<float>(smoothing), ignore_index};
+  std::vector<double> losses(b.h.rows);
+  project(b, weight, [&](int64_t base, int64_t stop, const Tensor& z) {
+    torch::stable::parallel_for(base, stop, 4, [&](int64_t begin, int64_t end) {
+      loss_rows(b.h, t, base, begin, end, grad, data<float>(z), losses.data());
+    });
+    b.add(base, stop, z, weight);
+  });
+  b.finish();
+  double total = 0;
+  for (const double loss : losses) total += loss;
+  Tensor out = empty(x, {}, ScalarType::Float);
+  *data<float>(out) = static_cast<float>(total);
+  return {out, b.dhat, b.dweight};
+}
+
+}  // namespace
+}  // namespace grassland
+
+// Inputs are checked and made contiguous by kernels/subspace/op.py: float32, targets int64 classes in range or float32.
+STABLE_TORCH_LIBRARY_FRAGMENT(grassland_cpp, m) {
+  m.def("subspace_logits(Tensor x, Tensor weight, int k, float scale) -> Tensor");
+  m.def(
+      "subspace_logits_backward(Tensor grad, Tensor x, Tensor weight, int k, float scale, bool need_x, "
+      "bool need_weight) -> (Tensor, Tensor)");
+  m.def(
+      "subspace_cross_entropy(Tensor x, Tensor weight, Tensor target, int k, float scale, float smoothing, "
+      "int ignore_index, bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(grassland_cpp, CPU, m) {
+  m.impl("subspace_logits", TORCH_BOX(&grassland::subspace_logits_cpu));
+  m.impl("subspace_logits_backward", TORCH_BOX(&grassland::subspace_logits_backward_cpu));
+  m.impl("subspace_cross_entropy", TORCH_BOX(&grassland::subspace_cross_entropy_cpu));
+}

@@ -1,0 +1,209 @@
+"""Registration of the subspace ops: opaque, with the backend as an argument; backwards are ops of their own.
+
+`grassmann_step_` writes its first two arguments, as an optimiser must: new tensors of the weight's size would cost more
+than the step itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from . import chunked, eager
+
+HALVES = (torch.bfloat16, torch.float16)
+CPP = (torch.float32, torch.bfloat16)
+TRITON = (torch.float32, *HALVES)
+LOGITS = dispatch.register("subspace_logits", cpp=CPP, triton=TRITON)
+CROSS_ENTROPY = dispatch.register("subspace_cross_entropy", cpp=CPP, triton=TRITON)
+STEP = dispatch.register("grassmann_step", cpp=CPP, triton=TRITON)
+
+
+def plain(*tensors: Tensor) -> list[Tensor]:
+    """What the C++ kernels take: contiguous float32."""
+    return [t.float().contiguous() for t in tensors]
+
+
+def rows_of(backend: str) -> Any:
+    """The module with the row functions of `chunked.Rows`."""
+    if backend == "eager":
+        return eager
+    from . import fused
+
+    return fused
+
+
+@torch.library.custom_op("grassland::subspace_logits", mutates_args=())
+def subspace_logits(x: Tensor, weight: Tensor, k: int, scale: float, backend: str) -> Tensor:
+    backend = dispatch.pick(LOGITS, weight, backend)
+    if backend == "cpp":
+        return torch.ops.grassland_cpp.subspace_logits(*plain(x, weight), k, scale)
+    return chunked.logits(rows_of(backend), x, weight, k, scale)
+
+
+@subspace_logits.register_fake
+def _(x: Tensor, weight: Tensor, k: int, scale: float, backend: str) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0] // k, dtype=chunked.accumulation(x.dtype))
+
+
+@torch.library.custom_op("grassland::subspace_logits_backward", mutates_args=())
+def subspace_logits_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, k: int, scale: float, mask: list[bool], backend: str
+) -> tuple[Tensor, Tensor]:
+    """dx and dweight; empty (0,) where `mask` says that it is not needed."""
+    backend = dispatch.pick(LOGITS, weight, backend)
+    if backend == "cpp":
+        found = torch.ops.grassland_cpp.subspace_logits_backward(*plain(grad, x, weight), k, scale, *mask)
+        return found[0].to(x.dtype), found[1].to(weight.dtype)
+    return chunked.logits_backward(rows_of(backend), grad, x, weight, k, scale, mask)
+
+
+@subspace_logits_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, k: int, scale: float, mask: list[bool], backend: str
+) -> tuple[Tensor, Tensor]:
+    return _like(x, mask[0]), _like(weight, mask[1])
+
+
+def _like(tensor: Tensor, needed: bool) -> Tensor:
+    return tensor.new_empty(tensor.shape if needed else (0,))
+
+
+def _setup_logits(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, ctx.k, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward_logits(ctx: Any, grad: Tensor) -> tuple:
+    mask = list(ctx.needs_input_grad[:2])
+    dx, dweight = subspace_logits_backward(grad, *ctx.saved_tensors, ctx.k, ctx.scale, mask, ctx.backend)
+    return dx if mask[0] else None, dweight if mask[1] else None, None, None, None
+
+
+subspace_logits.register_autograd(_backward_logits, setup_context=_setup_logits)
+
+
+@torch.library.custom_op("grassland::subspace_cross_entropy", mutates_args=())
+def subspace_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    k: int,
+    scale: float,
+    smoothing: float,
+    ignore_index: int,
+    mask: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss, and its gradients by x and weight, empty (0,) where `mask` says that they are not needed."""
+    backend = dispatch.pick(CROSS_ENTROPY, weight, backend)
+    _check_labels(target, weight.shape[0] // k, ignore_index)
+    if backend != "cpp":
+        settings = chunked.Loss(scale, smoothing, ignore_index)
+        return chunked.cross_entropy(rows_of(backend), x, weight, target, k, settings, mask)
+    target = target.float().contiguous() if target.is_floating_point() else target.contiguous()
+    loss, dx, dweight = torch.ops.grassland_cpp.subspace_cross_entropy(
+        *plain(x, weight), target, k, scale, smoothing, ignore_index, *mask
+    )
+    return loss, dx.to(x.dtype), dweight.to(weight.dtype)
+
+
+def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
+    # Looking at values on a GPU would wait for it; there a label out of range makes the loss NaN.
+    if target.is_floating_point() or target.device.type != "cpu" or target.numel() == 0:
+        return
+    wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
+    if wrong.numel():
+        raise ValueError(f"target must be in [0, {classes}) or {ignore_index} (ignored), got {int(wrong[0])}")
+
+
+@subspace_cross_entropy.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    k: int,
+    scale: float,
+    smoothing: float,
+    ignore_index: int,
+    mask: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty((), dtype=chunked.accumulation(x.dtype)), _like(x, mask[0]), _like(weight, mask[1])
+
+
+def _setup_loss(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    # Without this, autograd would write zeros of the weight's size for the two outputs that nobody uses.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward_loss(ctx: Any, grad: Tensor | None, *_: object) -> tuple:
+    found: list[Tensor | None] = [None, None]
+    if grad is not None:
+        pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
+        found = [g * grad.to(g.dtype) if needed else None for g, needed in pairs]
+    return (*found, *[None] * 7)
+
+
+subspace_cross_entropy.register_autograd(_backward_loss, setup_context=_setup_loss)
+
+
+@torch.library.custom_op("grassland::grassmann_step", mutates_args=())
+def grassmann_step(
+    weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, carry: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The next weight and momentum buffer."""
+    backend = dispatch.pick(STEP, weight, backend)
+    if backend == "eager":
+        return eager.grassmann_step(weight, buffer, grad, k, lr, momentum, carry)
+    weight, buffer = (t.clone(memory_format=torch.contiguous_format) for t in (weight, buffer))
+    _step(weight, buffer, grad, k, lr, momentum, carry, backend)
+    return weight, buffer
+
+
+@grassmann_step.register_fake
+def _(
+    weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, carry: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape), buffer.new_empty(buffer.shape)
+
+
+@torch.library.custom_op("grassland::grassmann_step_", mutates_args=("weight", "buffer"))
+def grassmann_step_(
+    weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, carry: str, backend: str
+) -> None:
+    _step(weight, buffer, grad, k, lr, momentum, carry, dispatch.pick(STEP, weight, backend))
+
+
+@grassmann_step_.register_fake
+def _(
+    weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, carry: str, backend: str
+) -> None:
+    return None
+
+
+def _step(
+    weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, carry: str, backend: str
+) -> None:
+    """Overwrites weight and buffer."""
+    if backend == "triton":
+        from . import fused
+
+        return fused.grassmann_step_(weight, buffer, grad, k, lr, momentum, carry)
+    if backend == "eager":
+        moved, stored = eager.grassmann_step(weight, buffer, grad, k, lr, momentum, carry)
+    else:
+        moved, stored, grad = plain(weight, buffer, grad)
+        torch.ops.grassland_cpp.grassmann_step_(moved, stored, grad, k, lr, momentum, MODES.index(carry))
+    for tensor, result in ((weight, moved), (buffer, stored)):
+        # `plain` hands over the very tensor where it is float32 and contiguous.
+        if result.data_ptr() != tensor.data_ptr():
+            tensor.copy_(result)
+    return None
+
+
+MODES = ("official", "project", "transport")
