@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .config import LMConfig, RunConfig, default_lm, named_lm
+from .config import LMConfig, RunConfig, VisionConfig, default_lm, named_lm
+from .recipes import default_vision, named_vision, recipe
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -53,6 +54,29 @@ def lm(arguments: list[str]) -> int:
     return run(LanguageModeling, config)
 
 
+def vision(arguments: list[str]) -> int:
+    """train an image classifier"""
+    config = read_run_config(VisionConfig, _vision_recipe(arguments), arguments, "vision")
+    from .start import run
+    from .tasks.vision import ImageClassification
+
+    return run(ImageClassification, config)
+
+
+def transfer(arguments: list[str]) -> int:
+    """judge a trained image model's features on other images"""
+    import json
+
+    from .transfer import TransferOptions
+    from .transfer import transfer as judge
+
+    options = read_options(TransferOptions, arguments, "transfer")
+    from .start import pick_device
+
+    print(json.dumps(judge(options, pick_device(options.device))))
+    return 0
+
+
 def sample(arguments: list[str]) -> int:
     """continue a prompt with a trained language model"""
     options = read_options(SampleOptions, arguments, "sample")
@@ -88,7 +112,9 @@ def env(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"lm": lm, "sample": sample, "plot": plot, "env": env}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    command.__name__: command for command in (lm, sample, vision, transfer, plot, env)
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -147,7 +173,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _usage() -> str:
-    commands = "\n".join(f"  {name:<8}{command.__doc__}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items())
     return f"usage: python -m grassland.train COMMAND [--help | options]\n\n{commands}"
 
 
@@ -161,6 +187,14 @@ def _stored_config(kind: type[C], folder: Path) -> C:
         return kind.from_dict(values)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _vision_recipe(arguments: list[str]) -> VisionConfig:
+    name = _argument(arguments, "--recipe")
+    if name is not None:
+        head = _argument(arguments, "--head")
+        return recipe(name) if head is None else recipe(name, head=head)
+    return default_vision() if _argument(arguments, "--model") is None else named_vision()
 
 
 def _argument(arguments: list[str], name: str) -> str | None:

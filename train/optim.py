@@ -1,12 +1,13 @@
 """One optimiser object for a model: parameters are routed to groups, and groups to the algorithm that suits them."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-OPTIMIZERS = ("adamw", "muon", "sgd")
+OPTIMIZERS = ("adamw", "lamb", "muon", "sgd")
 
 
 def route(parameter: nn.Parameter, owner: nn.Module) -> str:
@@ -46,17 +47,19 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """One optimiser for all trainable parameters of `model`, decaying weight matrices only.
 
-    "adamw" and "sgd" (momentum `betas[0]`) take everything. "muon" takes the two-dimensional hidden matrices with an
-    update scaled to AdamW's typical size, so that one `lr` and `weight_decay` serve both, and AdamW takes the rest.
+    "adamw", "lamb" (timm's) and "sgd" (momentum `betas[0]`) take everything. "muon" takes the two-dimensional hidden
+    matrices with an update scaled to AdamW's typical size, so that one `lr` and `weight_decay` serve both, and AdamW
+    takes the rest.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name, and for "lamb" without timm.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {OPTIMIZERS}, got {name!r}")
     groups = parameter_groups(model)
-    if name == "sgd":
+    if name in ("sgd", "lamb"):
         groups["decay"] = groups.pop("matrix") + groups["decay"]
-        return torch.optim.SGD(_settings(groups, weight_decay), lr=lr, momentum=betas[0])
+        settings = _settings(groups, weight_decay)
+        return _lamb(settings, lr, betas) if name == "lamb" else torch.optim.SGD(settings, lr=lr, momentum=betas[0])
     matrices = groups.pop("matrix")
     if name == "adamw":
         groups["decay"] = matrices + groups["decay"]
@@ -103,6 +106,15 @@ class Joined(torch.optim.Optimizer):
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
         self._join()
+
+
+def _lamb(settings: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    try:
+        lamb: Any = importlib.import_module("timm.optim").Lamb
+    except ImportError as error:
+        raise ValueError("optimizer 'lamb' needs timm: pip install 'grassland[vision]'") from error
+    # The loop clips the gradient; LAMB's own clipping would do it again.
+    return lamb(settings, lr=lr, betas=betas, max_grad_norm=None)
 
 
 def _owned_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
