@@ -193,8 +193,13 @@ def _vision_recipe(arguments: list[str]) -> VisionConfig:
     name = _argument(arguments, "--recipe")
     if name is not None:
         head = _argument(arguments, "--head")
-        return recipe(name) if head is None else recipe(name, head=head)
-    return default_vision() if _argument(arguments, "--model") is None else named_vision()
+        chosen = recipe(name) if head is None else recipe(name, head=head)
+    else:
+        chosen = default_vision() if _argument(arguments, "--model") is None else named_vision()
+    # A length given in steps counts over the recipe's own in epochs.
+    lengths = (("--steps", "epochs"), ("--warmup", "warmup_epochs"), ("--eval-every", "eval_epochs"))
+    dropped: dict[str, Any] = {name: None for option, name in lengths if _argument(arguments, option) is not None}
+    return replace(chosen, steps=chosen.steps or 1, **dropped)
 
 
 def _argument(arguments: list[str], name: str) -> str | None:
