@@ -1,5 +1,6 @@
 import io
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from grassland.train.data import image_sources
 from grassland.train.data.image_batches import EvalBatches, TrainBatches, load_batches, train_transform
 from grassland.train.data.image_sources import load_images
 from grassland.train.data.images import ImageError
+from grassland.train.start import seed_everything
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -144,13 +146,21 @@ def same(left, right):
     )
 
 
+def drawn():
+    return random.random(), np.random.rand(), float(torch.rand(()))  # noqa: NPY002
+
+
+def drawn_after_seeding():
+    seed_everything(5)
+    return drawn()
+
+
 def test_batches_are_the_same_for_any_number_of_workers_and_leave_the_generators_alone(vision):
     batches = TrainBatches(load_images("digits").splits["train"], 10, vision())
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)
-    before = random.random(), np.random.rand(), torch.rand(())
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    before = drawn_after_seeding()
+    seed_everything(5)
     alone = list(load_batches(batches, range(300, 306), 0))
-    assert (random.random(), np.random.rand(), torch.rand(())) == before
+    assert drawn() == before
     assert same(alone, load_batches(batches, range(300, 306), 2))
     assert same(alone[2:], load_batches(batches, range(302, 306), 0))
     assert not torch.equal(alone[0].images, alone[1].images)
@@ -187,8 +197,7 @@ def test_bad_images_are_errors_or_skipped_and_counted(folder, vision, workers):
     data = load_images(str(folder))
     part = data.splits["train"]
     bad = part.name(3)
-    with open(bad, "wb") as file:
-        file.write(b"no image")
+    Path(bad).write_bytes(b"no image")
     config = vision(repeats=1, mixup=0.0, cutmix=0.0, batch_size=20)
     for batches in (TrainBatches(part, 4, config), EvalBatches(part, config)):
         with pytest.raises(ImageError, match=f"^image {bad}: unreadable.*--bad-images skip"):
