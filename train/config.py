@@ -251,6 +251,8 @@ class VisionConfig(RunConfig):
             raise ValueError(f"batch_size must be even for mixup and cutmix, got {self.batch_size}")
         if self.loss == "bce" and self.head == "grassmann":
             raise ValueError("loss 'bce' cannot train a Grassmann head: its logits are never negative")
+        if self.head_lr is not None and self.head != "grassmann":
+            raise ValueError(f"head_lr is for a Grassmann head, got {self.head_lr} with head {self.head!r}")
         self._check_choices("head", "loss", "crop", "interpolation", "bad_images")
 
     @property

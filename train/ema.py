@@ -11,7 +11,7 @@ class WeightAverage:
     """A copy of `model` whose floating-point weights and buffers follow it: average += (1 − d) (weight − average).
 
     d rises to `decay` as (1 + t) / (10 + t) after t updates, so that short runs are not judged by their first weights.
-    Modules with a `reproject_` method, whose weights live on a manifold, are put back onto it after each update.
+    model: the average as it is.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -29,10 +29,21 @@ class WeightAverage:
             ours[name].lerp_(theirs[name], 1 - decay)
         for name in ours.keys() - set(floating):
             ours[name].copy_(theirs[name])
-        for module in self.model.modules():
+
+    @torch.no_grad()
+    def judged(self) -> nn.Module:
+        """The model to evaluate and save: modules with a `reproject_` method are on their manifold.
+
+        Then it is a copy, so that how often a run is judged changes nothing of the average.
+        """
+        if not any(hasattr(module, "reproject_") for module in self.model.modules()):
+            return self.model
+        model = copy.deepcopy(self.model)
+        for module in model.modules():
             reproject: Any = getattr(module, "reproject_", None)
             if reproject is not None:
                 reproject()
+        return model
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights and the number of updates."""

@@ -38,7 +38,12 @@ class Trainer:
         self.eval_every = in_steps(config, config.eval_epochs, task.batches_per_epoch, config.eval_every)
         self.save_every = in_steps(config, config.eval_epochs, task.batches_per_epoch, config.save_every)
         self.optimizer = build_optimizer(
-            task.model, config.optimizer, config.lr, config.weight_decay, config.betas, **task.optimizer_options()
+            task.model,
+            config.optimizer,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            betas=config.betas,
+            **task.optimizer_options(),
         )
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.model: Any = torch.compile(task.model) if config.compile else task.model

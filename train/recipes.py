@@ -156,7 +156,7 @@ def widenet(head: str = "linear", k: int = 8) -> VisionConfig:
         clip=1.0,
         label_smoothing=0.1,
         mixup=0.5,
-        auto_augment="rand-m15-n2",
+        auto_augment="rand-m15-mmax15-n2",
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
     )

@@ -41,7 +41,7 @@ class TimmSpec:
         if not self.head_dropout:
             _drop_head_dropout(model)
         if self.head == "grassmann":
-            model = grassmann_head(model, self.subspace_dim)
+            model = _put_grassmann_head(model, self.subspace_dim)
         _mark_parameters(model)
         model.spec = self
         return model
@@ -104,15 +104,6 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def grassmann_head(model: nn.Module, subspace_dim: int) -> nn.Module:
-    """The model of timm's with a Grassmann head in place of its classifier."""
-    try:
-        interop: Any = importlib.import_module("...archs.interop.timm", __name__)
-    except ImportError as error:
-        raise ValueError("head 'grassmann' is not part of this installation of grassland") from error
-    return interop.grassmann_head(model, subspace_dim=subspace_dim)
-
-
 def _own_model(spec: TimmSpec) -> Any:
     kind = model_config(spec.name).kind
     if kind != "vision":
@@ -120,6 +111,14 @@ def _own_model(spec: TimmSpec) -> Any:
     head = {"head": spec.head, "subspace_dim": spec.subspace_dim} if spec.head == "grassmann" else {}
     sizes = {"num_classes": spec.num_classes, "image_size": spec.img_size}
     return create_model(spec.name, **{**sizes, **head, **spec.options})
+
+
+def _put_grassmann_head(model: Any, subspace_dim: int) -> Any:
+    try:
+        interop: Any = importlib.import_module("...archs.interop.timm", __name__)
+    except ImportError as error:
+        raise ValueError(f"head 'grassmann' is not part of this installation of grassland ({error})") from error
+    return interop.put_grassmann_head(model, subspace_dim=subspace_dim)
 
 
 def _try_out(model: Any, spec: TimmSpec) -> None:

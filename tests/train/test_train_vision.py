@@ -58,10 +58,13 @@ def resume(folder, **changes):
         ({"optimizer": "muon", "dtype": "bf16", "grad_accum": 2, "clip": 1.0, "channels_last": False}, {}),
         ({"optimizer": "sgd", "mixup": 0.0, "cutmix": 0.0, "schedule": "step", "log_every": 4}, {}),
         ({"optimizer": "adamw", "ema": 0.0, "channels_last": False, "bad_images": "skip"}, {}),
+        ({"head": "grassmann", "subspace_dim": 2, "optimizer": "lamb", "head_lr": 0.1}, {}),
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
 def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(vision, tmp_path, monkeypatch, changes, later):
+    if "head" in changes:
+        pytest.importorskip("grassland.archs.interop.timm")
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert run(ImageClassification, vision(out=str(straight), **changes)) == 0
     with monkeypatch.context() as patch:
@@ -145,7 +148,8 @@ def test_the_average_follows_the_weights_and_is_put_back_on_the_manifold():
     decay = min(0.5, 2 / 11)
     torch.testing.assert_close(average.model[1].weight, start + (1 - decay))
     assert average.model[0].num_batches_tracked == 7
-    assert average.model[2].weight.norm() == pytest.approx(1.0)
+    assert average.judged()[2].weight.norm() == pytest.approx(1.0)
+    assert average.model[2].weight.norm() != pytest.approx(1.0)
     assert not any(parameter.requires_grad for parameter in average.model.parameters())
 
 
@@ -157,6 +161,15 @@ def test_the_judged_and_saved_model_is_the_average(vision, tmp_path):
     task.save(tmp_path, vision())
     assert torch.equal(task.best_model(tmp_path).fc.bias, task.average.model.fc.bias)
     assert not torch.equal(task.model.fc.bias, task.average.model.fc.bias)
+
+
+def test_a_grassmann_head_is_judged_and_saved_on_its_manifold(vision, tmp_path):
+    pytest.importorskip("grassland.archs.interop.timm")
+    config = vision(head="grassmann", subspace_dim=2, head_lr=0.5, out=str(tmp_path))
+    run(ImageClassification, config)
+    assert load_vision_model(tmp_path).fc.orthogonality_error() < 1e-6
+    average = load_file(tmp_path / "state.safetensors")["task.average.model.fc.weight"].unflatten(0, (10, 2))
+    assert (average @ average.mT - torch.eye(2)).abs().max() > 1e-6
 
 
 def test_skipped_images_are_counted_in_the_log(vision, tmp_path):
@@ -279,6 +292,7 @@ def test_bad_settings_are_one_line_that_names_them_and_write_nothing(fail, tmp_p
         ({"workers": -1}, "workers must not be negative"),
         ({"ema": 1.0}, "ema must lie in"),
         ({"bad_images": "ignore"}, "bad_images must be one of"),
+        ({"head_lr": 0.1}, "head_lr is for a Grassmann head"),
         ({"head": "grassmann", "loss": "bce"}, "cannot train a Grassmann head"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

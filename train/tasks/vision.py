@@ -58,7 +58,7 @@ class ImageClassification(Task):
 
     @property
     def eval_model(self) -> nn.Module:
-        return self.model if self.average is None else self.average.model
+        return self.model if self.average is None else self.average.judged()
 
     def batches(self, position: int) -> Iterator[ImageBatch]:
         yield from load_batches(self.train_batches, itertools.count(position), self.config.workers)
