@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ TIMM = "timm/"
 
 
 @dataclass(frozen=True)
-class TimmSpec:
-    """What it takes to rebuild a model of timm's. options: keywords of `timm.create_model`."""
+class ImageModelSpec:
+    """What it takes to build an image model. options: keywords of `timm.create_model` or of `archs.create_model`."""
 
     name: str
     num_classes: int
@@ -28,26 +28,8 @@ class TimmSpec:
     head_dropout: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def build(self) -> nn.Module:
-        """The model with fresh weights. ValueError that names the model and what is wrong with the options."""
-        timm = _timm()
-        options: dict[str, Any] = dict(self.options)
-        if timm.get_pretrained_cfg(self.name).fixed_input_size:
-            options["img_size"] = self.img_size
-        try:
-            model: Any = timm.create_model(self.name, num_classes=self.num_classes, **options)
-        except (TypeError, AssertionError, KeyError, ValueError) as error:
-            raise ValueError(f"model {TIMM}{self.name}: {error}") from error
-        if not self.head_dropout:
-            _drop_head_dropout(model)
-        if self.head == "grassmann":
-            model = _put_grassmann_head(model, self.subspace_dim)
-        _mark_parameters(model)
-        model.spec = self
-        return model
 
-
-def build_vision_model(spec: TimmSpec) -> nn.Module:
+def build_vision_model(spec: ImageModelSpec) -> nn.Module:
     """The model that `spec.name` names: a vision preset of grassland's, timm/NAME, or a name that timm knows.
 
     Raises ValueError for an unknown name, for a model that is none for images, and if it doesn't take images of this
@@ -57,7 +39,7 @@ def build_vision_model(spec: TimmSpec) -> nn.Module:
     if spec.name in list_models() or spec.name == "vision":
         model = _own_model(spec)
     elif _timm().is_model(name):
-        model = TimmSpec(**{**asdict(spec), "name": name}).build()
+        model = _timm_model(replace(spec, name=name))
     else:
         raise unknown("model", spec.name, _known_names(spec.name))
     _try_out(model, spec)
@@ -82,7 +64,8 @@ def load_vision_model(folder: Path, device: torch.device | str = "cpu") -> nn.Mo
     tensors = read_tensors(folder / WEIGHTS_FILE)
     try:
         options = {key: _tuples(value) for key, value in values.pop("options", {}).items()}
-        model = TimmSpec(**values, options=options).build()
+        options.pop("pretrained", None)  # the weights come from the checkpoint
+        model = _timm_model(ImageModelSpec(**values, options=options))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
     check_tensors(model.state_dict(), tensors, folder / WEIGHTS_FILE)
@@ -104,7 +87,26 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _own_model(spec: TimmSpec) -> Any:
+def _timm_model(spec: ImageModelSpec) -> nn.Module:
+    """The model of timm's that `spec.name` names without its prefix, with fresh weights."""
+    timm = _timm()
+    options: dict[str, Any] = dict(spec.options)
+    if timm.get_pretrained_cfg(spec.name).fixed_input_size:
+        options["img_size"] = spec.img_size
+    try:
+        model: Any = timm.create_model(spec.name, num_classes=spec.num_classes, **options)
+    except (TypeError, AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"model {TIMM}{spec.name}: {error}") from error
+    if not spec.head_dropout:
+        _drop_head_dropout(model)
+    if spec.head == "grassmann":
+        model = _put_grassmann_head(model, spec.subspace_dim)
+    _mark_parameters(model)
+    model.spec = spec
+    return model
+
+
+def _own_model(spec: ImageModelSpec) -> Any:
     kind = model_config(spec.name).kind
     if kind != "vision":
         raise ValueError(f"model {spec.name!r} is of kind {kind!r}, not for images")
@@ -121,7 +123,7 @@ def _put_grassmann_head(model: Any, subspace_dim: int) -> Any:
     return interop.put_grassmann_head(model, subspace_dim=subspace_dim)
 
 
-def _try_out(model: Any, spec: TimmSpec) -> None:
+def _try_out(model: Any, spec: ImageModelSpec) -> None:
     """One black image through the model: whether it takes this size shows before anything is written."""
     size = (1, 3, spec.img_size, spec.img_size)
     training = model.training

@@ -18,7 +18,7 @@ from grassland.train.loop import Trainer
 from grassland.train.recipes import RECIPES, recipe
 from grassland.train.start import run
 from grassland.train.tasks.vision import ImageClassification, shares
-from grassland.train.vision_model import TimmSpec, build_vision_model, load_vision_model
+from grassland.train.vision_model import ImageModelSpec, build_vision_model, load_vision_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -230,11 +230,11 @@ def test_recipes_have_the_papers_values():
 def test_only_the_dropout_before_the_classifier_is_dropped():
     pytest.importorskip("timm")
     vgg = build_vision_model(
-        TimmSpec("timm/vgg11", 3, 32, head_dropout=False, options={"drop_rate": 0.5, "mlp_ratio": 0.01})
+        ImageModelSpec("timm/vgg11", 3, 32, head_dropout=False, options={"drop_rate": 0.5, "mlp_ratio": 0.01})
     )
     assert [module.p for module in vgg.modules() if isinstance(module, nn.Dropout)] == [0.5]
     assert isinstance(vgg.head.drop, nn.Identity) and vgg.pre_logits.drop.p == 0.5
-    resnet = build_vision_model(TimmSpec("resnet10t", 3, 32, head_dropout=False, options={"drop_rate": 0.5}))
+    resnet = build_vision_model(ImageModelSpec("resnet10t", 3, 32, head_dropout=False, options={"drop_rate": 0.5}))
     assert resnet.drop_rate == 0.0
 
 

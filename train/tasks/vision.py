@@ -16,7 +16,7 @@ from ..config import RunConfig, VisionConfig
 from ..data.image_batches import EvalBatches, ImageBatch, TrainBatches, load_batches
 from ..data.image_sources import load_images
 from ..ema import WeightAverage
-from ..vision_model import TimmSpec, build_vision_model, load_vision_model, num_parameters, save_vision_model
+from ..vision_model import ImageModelSpec, build_vision_model, load_vision_model, num_parameters, save_vision_model
 from .base import Task
 
 
@@ -127,8 +127,8 @@ def shares(targets: Tensor, classes: int, smoothing: float) -> Tensor:
     return F.one_hot(targets, classes).float() * (1 - smoothing) + smoothing / classes
 
 
-def _spec(config: VisionConfig, classes: int) -> TimmSpec:
-    return TimmSpec(
+def _spec(config: VisionConfig, classes: int) -> ImageModelSpec:
+    return ImageModelSpec(
         name=config.model,
         num_classes=classes,
         img_size=config.img_size,
