@@ -195,7 +195,8 @@ def _vision_recipe(arguments: list[str]) -> VisionConfig:
         head = _argument(arguments, "--head")
         chosen = recipe(name) if head is None else recipe(name, head=head)
     else:
-        chosen = default_vision() if _argument(arguments, "--model") is None else named_vision()
+        model = _argument(arguments, "--model")
+        chosen = default_vision() if model is None else named_vision(model)
     # A length given in steps counts over the recipe's own in epochs.
     lengths = (("--steps", "epochs"), ("--warmup", "warmup_epochs"), ("--eval-every", "eval_epochs"))
     dropped: dict[str, Any] = {name: None for option, name in lengths if _argument(arguments, option) is not None}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ..archs import list_models, model_config
 from ..archs.registry import unknown
 from .config import VisionConfig
 
@@ -35,9 +36,11 @@ def default_vision() -> VisionConfig:
     )
 
 
-def named_vision() -> VisionConfig:
-    """A model that the user names: AdamW with plain crops and flips."""
-    return VisionConfig(epochs=10, eval_epochs=1, weight_decay=0.05, batch_size=64)
+def named_vision(model: str) -> VisionConfig:
+    """A model that the user names, at its preset's image size: AdamW with plain crops and flips."""
+    preset = model_config(model) if model in list_models() else None
+    size = getattr(preset, "image_size", 224)
+    return VisionConfig(model=model, img_size=size, epochs=10, eval_epochs=1, weight_decay=0.05, batch_size=64)
 
 
 def r50(head: str = "grassmann", k: int = 8) -> VisionConfig:

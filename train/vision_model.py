@@ -78,7 +78,9 @@ def image_features(model: Any, images: Tensor) -> Tensor:
     if hasattr(model, "forward_head"):
         return model.forward_head(model.forward_features(images), pre_logits=True)
     if callable(getattr(model, "features", None)):
-        return model.features(images)
+        found = model.features(images)
+        # grassland's models give the auxiliary losses of their layers along.
+        return found[0] if isinstance(found, tuple) else found
     raise ValueError(f"{type(model).__name__} has no features to transfer: neither forward_head nor features")
 
 

@@ -49,6 +49,9 @@ class ImageClassification(Task):
 
     @cached_property
     def flops_per_unit(self) -> float:
+        own: Any = getattr(self.model, "flops_per_image", None)
+        if own is not None:
+            return float(own(training=True))
         image = torch.zeros(1, 3, self.config.img_size, self.config.img_size, device=self.device)
         training = self.model.training
         with FlopCounterMode(display=False) as counter, torch.no_grad():
