@@ -74,9 +74,14 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, extra: Mapping
     header = {"format": FORMAT, "version": VERSION, "model": config.to_dict()}
     if clash := header.keys() & (extra or {}).keys():
         raise ValueError(f"extra must not contain {sorted(clash)}")
-    text = json.dumps({**header, **(extra or {})}, indent=2) + "\n"
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    atomic_write(Path(path) / WEIGHTS_FILE, lambda file: file.write(save_tensors(tensors, {"format": "pt"})))
+    write_checkpoint(path, {**header, **(extra or {})}, model.state_dict())
+
+
+def write_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write `content` as the folder's `config.json` and the tensors beside it, each atomically, the weights first."""
+    text = json.dumps(content, indent=2) + "\n"
+    dense = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    atomic_write(Path(path) / WEIGHTS_FILE, lambda file: file.write(save_tensors(dense, {"format": "pt"})))
     atomic_write(Path(path) / CONFIG_FILE, text.encode())
 
 
@@ -116,10 +121,10 @@ def load_model(
         config = cls.config_class.from_dict(values)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: {error}") from error
-    tensors = _read_tensors(Path(path) / WEIGHTS_FILE)
+    tensors = read_tensors(Path(path) / WEIGHTS_FILE)
     stored = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
     with torch.device("meta"):
-        _check_tensors(cls(config).state_dict(), tensors, Path(path) / WEIGHTS_FILE)
+        check_tensors(cls(config).state_dict(), tensors, Path(path) / WEIGHTS_FILE)
     model = cls(config, device=device, dtype=dtype or stored)
     model.load_state_dict(tensors)
     return model.eval()
@@ -132,14 +137,16 @@ def _read(file: Path) -> bytes:
         raise MissingCheckpointError(f"{file}: no such file") from error
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; CheckpointError that names the file if it is missing or damaged."""
     try:
         return load_tensors(_read(file))
     except SafetensorError as error:
         raise CheckpointError(f"{file}: corrupt or truncated ({error})") from error
 
 
-def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:
+def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:
+    """CheckpointError that names `file` and the tensors if names or shapes differ."""
     if missing := sorted(expected.keys() - found.keys()):
         raise CheckpointError(f"{file}: {len(missing)} tensors are missing: {_some(missing)}")
     if surplus := sorted(found.keys() - expected.keys()):

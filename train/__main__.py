@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .config import LMConfig, RunConfig, default_lm, named_lm
+from .config import LMConfig, RunConfig, VisionConfig, default_lm, named_lm
+from .recipes import default_vision, named_vision, recipe
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -43,6 +44,16 @@ class PlotOptions:
     """The PNG to write."""
 
 
+@dataclass(frozen=True)
+class InspectOptions:
+    """How far a trained model's residual mixing is from doubly stochastic, layer by layer."""
+
+    folder: Path
+    """Folder of the run."""
+    out: Path | None = None
+    """Folder for inspect.png and inspect.json; the run's own if not given."""
+
+
 def lm(arguments: list[str]) -> int:
     """train a causal language model on text"""
     recipe = default_lm() if _argument(arguments, "--model") is None else named_lm()
@@ -51,6 +62,29 @@ def lm(arguments: list[str]) -> int:
     from .tasks.lm import LanguageModeling
 
     return run(LanguageModeling, config)
+
+
+def vision(arguments: list[str]) -> int:
+    """train an image classifier"""
+    config = read_run_config(VisionConfig, _vision_recipe(arguments), arguments, "vision")
+    from .start import run
+    from .tasks.vision import ImageClassification
+
+    return run(ImageClassification, config)
+
+
+def transfer(arguments: list[str]) -> int:
+    """judge a trained image model's features on other images"""
+    import json
+
+    from .transfer import TransferOptions
+    from .transfer import transfer as judge
+
+    options = read_options(TransferOptions, arguments, "transfer")
+    from .start import pick_device
+
+    print(json.dumps(judge(options, pick_device(options.device))))
+    return 0
 
 
 def sample(arguments: list[str]) -> int:
@@ -78,6 +112,19 @@ def plot(arguments: list[str]) -> int:
     return 0
 
 
+def inspect(arguments: list[str]) -> int:
+    """the residual mixing of a trained model: double stochasticity, stream norms, eigenvalues"""
+    options = read_options(InspectOptions, arguments, "inspect")
+    from .inspect import PICTURE
+    from .inspect import inspect as examine
+
+    layers = examine(options.folder, options.out)
+    worst = max(layer["product_deviation"] for layer in layers)
+    print(f"{len(layers)} sublayers; product of the mixing matrices off by {worst:.1e} at most")
+    print((options.out or options.folder) / PICTURE)
+    return 0
+
+
 def env(arguments: list[str]) -> int:
     """versions, devices, what was built, and the backend that each op takes"""
     if arguments:
@@ -88,7 +135,9 @@ def env(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"lm": lm, "sample": sample, "plot": plot, "env": env}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    command.__name__: command for command in (lm, sample, vision, transfer, plot, inspect, env)
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -147,7 +196,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _usage() -> str:
-    commands = "\n".join(f"  {name:<8}{command.__doc__}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items())
     return f"usage: python -m grassland.train COMMAND [--help | options]\n\n{commands}"
 
 
@@ -161,6 +210,20 @@ def _stored_config(kind: type[C], folder: Path) -> C:
         return kind.from_dict(values)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _vision_recipe(arguments: list[str]) -> VisionConfig:
+    name = _argument(arguments, "--recipe")
+    if name is not None:
+        head = _argument(arguments, "--head")
+        chosen = recipe(name) if head is None else recipe(name, head=head)
+    else:
+        model = _argument(arguments, "--model")
+        chosen = default_vision() if model is None else named_vision(model)
+    # A length given in steps counts over the recipe's own in epochs.
+    lengths = (("--steps", "epochs"), ("--warmup", "warmup_epochs"), ("--eval-every", "eval_epochs"))
+    dropped: dict[str, Any] = {name: None for option, name in lengths if _argument(arguments, option) is not None}
+    return replace(chosen, steps=chosen.steps or 1, **dropped)
 
 
 def _argument(arguments: list[str], name: str) -> str | None:

@@ -92,7 +92,10 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
 def _pack(value: Any, name: str, tensors: dict[str, Tensor], seen: dict[tuple, str]) -> Any:
     """JSON that remembers what JSON forgets: key types, tuples, and where the tensors are."""
     if isinstance(value, Tensor | np.ndarray):
-        return {"tensor": _store(value, name, tensors, seen), "numpy": isinstance(value, np.ndarray)}
+        # Without its memory layout a moment of a channels-last weight would sum up in another order.
+        last = isinstance(value, Tensor) and not value.is_contiguous() and _is_channels_last(value)
+        stored = _store(value, name, tensors, seen)
+        return {"tensor": stored, "numpy": isinstance(value, np.ndarray), "channels_last": last}
     if isinstance(value, Mapping):
         return {"dict": [[key, _pack(entry, f"{name}.{key}", tensors, seen)] for key, entry in value.items()]}
     if isinstance(value, list | tuple):
@@ -114,6 +117,10 @@ def _store(value: Tensor | np.ndarray, name: str, tensors: dict[str, Tensor], se
     return key
 
 
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [_unpack(entry, tensors) for entry in value]
@@ -121,6 +128,8 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return value
     if "tensor" in value:
         tensor = tensors[value["tensor"]]
+        if value.get("channels_last"):
+            return tensor.contiguous(memory_format=torch.channels_last)
         return tensor.numpy() if value["numpy"] else tensor
     if "tuple" in value:
         return tuple(_unpack(entry, tensors) for entry in value["tuple"])

@@ -9,7 +9,8 @@ from typing_extensions import Self
 
 # What a resumed run may change without changing the numbers of the steps already made.
 RESUMABLE = frozenset(
-    {"steps", "epochs", "eval_every", "save_every", "log_every", "out", "resume", "tensorboard", "samples"}
+    {"steps", "epochs", "eval_every", "save_every", "eval_epochs", "log_every"}
+    | {"out", "resume", "tensorboard", "samples", "workers"}
 )
 
 
@@ -38,14 +39,18 @@ class RunConfig:
     """Sequences (or images) in a micro-batch."""
     grad_accum: int = 1
     """Micro-batches in an optimiser step."""
-    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "lamb", "muon", "sgd"] = "adamw"
     """Muon takes the hidden matrices and leaves the rest to AdamW."""
     lr: float = 1e-3
     """Peak learning rate."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "step", "wsd", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     warmup: int = 100
     """Steps of linear warm-up."""
+    warmup_epochs: float | None = None
+    """Warm-up in passes over the training data; counts in place of --warmup."""
+    milestones: tuple[float, ...] = (0.3, 0.6, 0.9)
+    """Fractions of the steps at which the step schedule falls to a tenth."""
     decay: float = 0.2
     """Last fraction of the steps over which wsd decays."""
     floor: float = 0.1
@@ -68,6 +73,8 @@ class RunConfig:
     """Steps between validations; 0 validates only at the end."""
     save_every: int = 200
     """Steps between resumable checkpoints; 0 saves only at the end and on a signal."""
+    eval_epochs: float | None = None
+    """Passes between validations and checkpoints; counts in place of --eval-every and --save-every."""
     log_every: int = 10
     """Steps between lines of the log."""
     samples: int = 2
@@ -82,16 +89,23 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("lr", "warmup", "weight_decay", "clip", "eval_every", "save_every", "samples", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        hints = get_type_hints(type(self))
-        for name in ("optimizer", "schedule", "dtype"):
-            if getattr(self, name) not in get_args(hints[name]):
-                raise ValueError(f"{name} must be one of {get_args(hints[name])}, got {getattr(self, name)!r}")
+        limits = ("lr", "warmup", "warmup_epochs", "weight_decay", "clip")
+        for name in (*limits, "eval_every", "save_every", "eval_epochs", "samples", "seed"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        self._check_choices("optimizer", "schedule", "dtype")
         for name in ("decay", "floor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if not all(0 <= milestone <= 1 for milestone in self.milestones):
+            raise ValueError(f"milestones must lie in [0, 1], got {self.milestones}")
+
+    def _check_choices(self, *names: str) -> None:
+        hints = get_type_hints(type(self))
+        for name in names:
+            if getattr(self, name) not in get_args(hints[name]):
+                raise ValueError(f"{name} must be one of {get_args(hints[name])}, got {getattr(self, name)!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict that `json.dumps` takes. Where a run was resumed from is no part of what it is."""
@@ -140,6 +154,111 @@ class LMConfig(RunConfig):
         super().__post_init__()
         if self.seq_len <= 0:
             raise ValueError(f"seq_len must be positive, got {self.seq_len}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig(RunConfig):
+    """An image classifier: a model of timm's or of grassland's own.
+
+    Without --model and --recipe: a small ResNet on the embedded digits, less than a minute on two CPU cores.
+    """
+
+    model: str = "timm/resnet10t"
+    """A vision preset of `grassland.archs.list_models()`, or a model of timm's: timm/NAME."""
+    data: str = "digits"
+    """digits (embedded), a folder of class folders (or of train/valid/test with them), parquet, or a hub name."""
+    recipe: str | None = None
+    """A paper's settings to start from (r50, r50d, r101d, swin_t, rsb_a1, widenet …); other options count over them."""
+    image_column: str | None = None
+    """Column of a parquet file or hub data set; by default the first that holds images."""
+    label_column: str | None = None
+    """Column of a parquet file or hub data set; by default label, or the first of its like."""
+    head: Literal["linear", "grassmann"] = "linear"
+    """The classifier: linear leaves the model's own; grassmann makes each class a subspace."""
+    subspace_dim: int = 8
+    """Dimension k of a Grassmann head's class subspaces."""
+    head_lr: float | None = None
+    """Peak learning rate of a Grassmann head; by default that of the body."""
+    head_dropout: bool = True
+    """Keep the dropout between features and classifier, if a timm model has one."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    floor: float = 0.0
+    """Where the schedule ends, as a fraction of the peak."""
+    clip: float = 0.0
+    """Largest norm of the gradient; 0 leaves it as it is."""
+    loss: Literal["ce", "bce"] = "ce"
+    """Softmax cross entropy, or binary cross entropy summed over the classes."""
+    img_size: int = 224
+    """Side of the square that the model sees."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted from the channels (0 … 1)."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """What the channels are divided by."""
+    crop: Literal["resized", "padded"] = "resized"
+    """Training crop: of random area and aspect, then resized; or of full size from an image padded by an eighth."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Range of a resized crop's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of a resized crop's aspect ratio."""
+    interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic"
+    """How images are resized; random is for training, with bicubic in evaluation."""
+    crop_pct: float = 0.875
+    """Share of the resized image's side that the centre crop of evaluation keeps."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: float = 0.0
+    """Strength of brightness, contrast and saturation jitter; without effect beside --auto-augment."""
+    auto_augment: str | None = None
+    """A policy as timm writes it: rand-m9-mstd0.5-inc1, augmix-m3-w3, original …"""
+    erase: float = 0.0
+    """Probability of random erasing."""
+    repeats: int = 1
+    """Repeated augmentation: how often an image comes in a row, each time augmented anew; an epoch keeps its length."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0 is none."""
+    cutmix: float = 0.0
+    """Alpha of cutmix; 0 is none."""
+    mix_prob: float = 1.0
+    """Probability that a batch is mixed at all."""
+    switch_prob: float = 0.5
+    """Probability of cutmix where both are on."""
+    label_smoothing: float = 0.0
+    """Share of the target that goes to all classes evenly."""
+    ema: float = 0.0
+    """Decay of the averaged weights that are then judged and saved; 0 is none."""
+    channels_last: bool = False
+    """Keep images and weights in channels-last order."""
+    workers: int = 0
+    """Processes that prepare batches; the batches are the same for any number."""
+    bad_images: Literal["error", "skip"] = "error"
+    """What an unreadable or truncated image is: an error that names it, or left out and counted."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("subspace_dim", "img_size", "repeats", "crop_pct"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("mixup", "cutmix", "color_jitter", "workers", "head_lr"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("hflip", "erase", "mix_prob", "switch_prob", "label_smoothing", "crop_pct"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
+        if self.mixes and self.batch_size % 2:
+            raise ValueError(f"batch_size must be even for mixup and cutmix, got {self.batch_size}")
+        if self.loss == "bce" and self.head == "grassmann":
+            raise ValueError("loss 'bce' cannot train a Grassmann head: its logits are never negative")
+        if self.head_lr is not None and self.head != "grassmann":
+            raise ValueError(f"head_lr is for a Grassmann head, got {self.head_lr} with head {self.head!r}")
+        self._check_choices("head", "loss", "crop", "interpolation", "bad_images")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 def named_lm() -> LMConfig:

@@ -36,7 +36,17 @@ class Trainer:
     def __init__(self, task: Task, config: RunConfig, folder: Path) -> None:
         self.task, self.config, self.folder = task, config, folder
         self.steps = total_steps(config, task.batches_per_epoch)
-        self.optimizer = build_optimizer(task.model, config.optimizer, config.lr, config.weight_decay, config.betas)
+        self.warmup = in_steps(config, config.warmup_epochs, task.batches_per_epoch, config.warmup)
+        self.eval_every = in_steps(config, config.eval_epochs, task.batches_per_epoch, config.eval_every)
+        self.save_every = in_steps(config, config.eval_epochs, task.batches_per_epoch, config.save_every)
+        self.optimizer = build_optimizer(
+            task.model,
+            config.optimizer,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            betas=config.betas,
+            **task.optimizer_options(),
+        )
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.model: Any = torch.compile(task.model) if config.compile else task.model
         self.meter, self.line = Meter(), ProgressLine()
@@ -60,9 +70,9 @@ class Trainer:
                     last = self.step == self.steps
                     if self.step % self.config.log_every == 0 or last:
                         self.report()
-                    if self._due(self.config.eval_every) or last:
+                    if self._due(self.eval_every) or last:
                         self.validate()
-                    if self._due(self.config.save_every) or last:
+                    if self._due(self.save_every) or last:
                         self.save()
                     if signals.received and not last:
                         return self.interrupt(signals.received)
@@ -78,11 +88,7 @@ class Trainer:
     def advance(self) -> None:
         """One optimiser step."""
         config = self.config
-        factor = multiplier(
-            self.step, self.steps, config.schedule, warmup=config.warmup, decay=config.decay, floor=config.floor
-        )
-        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = lr * factor
+        self._set_learning_rates()
         total = torch.zeros((), device=self.task.device)
         for _ in range(config.grad_accum):
             with self._autocast():
@@ -92,6 +98,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), config.clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.task.after_step()
         self.step, self.position = self.step + 1, self.position + config.grad_accum
         # Left on the device: looking at it every step would make a GPU wait.
         self.pending.append(torch.stack([total, norm.detach().to(total)]))
@@ -107,7 +114,8 @@ class Trainer:
         epoch = self.position / self.task.batches_per_epoch
         values = {"loss": loss, "lr": lr, "grad_norm": norms[-1], "epoch": epoch, f"{self.task.unit}_per_s": rate}
         mfu = self._mfu(rate)
-        self.log.write("train", self.step, **values, mfu=mfu, elapsed_s=self._elapsed())
+        counted = self.task.train_metrics()
+        self.log.write("train", self.step, **values, **counted, mfu=mfu, elapsed_s=self._elapsed())
         speed = "" if rate is None else f"  {rate:,.0f} {self.task.unit}/s  ETA {duration(self._remaining(rate))}"
         share = "" if mfu is None else f"  MFU {mfu:.1%}"
         self.line.update(f"step {self.step}/{self.steps}  loss {loss:.4f}  lr {lr:.2e}{speed}{share}")
@@ -117,7 +125,7 @@ class Trainer:
         """Evaluate on the validation split, and keep the model if it is the best so far."""
         self._look()
         self.meter.pause()
-        metrics = self._evaluate(self.task.model, "valid")
+        metrics = self._evaluate(self.task.eval_model, "valid")
         better = metrics[self.task.metric] < self.best
         if better:
             self.best, self.best_step = metrics[self.task.metric], self.step
@@ -184,6 +192,7 @@ class Trainer:
         self.best, self.best_step, self.elapsed = state["best"], state["best_step"], state["elapsed"]
         self.pending = [entry.to(self.task.device) for entry in state["pending"]]
         self.saved_step = self.step
+        self.task.load_state(state["task"])
         set_rng_state(state["rng"])
         save_run_config(self.folder, self.config)
         log = MetricsLog(self.folder, state["metrics_offset"], self.config.tensorboard)
@@ -195,6 +204,7 @@ class Trainer:
             "identity": self.task.identity(),
             "model": self.task.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "task": self.task.state(),
             "step": self.step,
             "position": self.position,
             "best": self.best,
@@ -204,6 +214,13 @@ class Trainer:
             "rng": rng_state(),
             "metrics_offset": self.log.offset(),
         }
+
+    def _set_learning_rates(self) -> None:
+        config = self.config
+        shape = {"decay": config.decay, "floor": config.floor, "milestones": config.milestones}
+        factor = multiplier(self.step, self.steps, config.schedule, warmup=self.warmup, **shape)
+        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = lr * factor
 
     def _look(self) -> tuple[list[float], list[float]]:
         """Losses and gradient norms since the last report; TrainingError at the first that is not finite."""
@@ -248,6 +265,13 @@ def total_steps(config: RunConfig, batches_per_epoch: float) -> int:
     if config.epochs is None:
         return config.steps or 0
     return math.ceil(config.epochs * batches_per_epoch / config.grad_accum)
+
+
+def in_steps(config: RunConfig, epochs: float | None, batches_per_epoch: float, otherwise: int) -> int:
+    """So many epochs as optimiser steps, at least one; `otherwise` if no epochs are given."""
+    if epochs is None:
+        return otherwise
+    return max(1, round(epochs * batches_per_epoch / config.grad_accum)) if epochs > 0 else 0
 
 
 def _format(metrics: dict[str, float]) -> str:

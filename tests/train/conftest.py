@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from grassland.train.config import LMConfig
+from grassland.train.config import LMConfig, VisionConfig
 
 SUBJECTS = ["the cat", "a dog", "every bird", "my neighbour", "an old tree", "the naïve reader"]
 VERBS = ["sees", "likes", "follows", "remembers", "draws", "counts"]
@@ -63,3 +63,34 @@ def config(text_file):
 def variant(config):
     """`config` with some settings changed."""
     return lambda **changes: replace(config, **changes)
+
+
+@pytest.fixture
+def vision():
+    """A run of 8 steps on digits that takes a second, with everything random that a run can have."""
+    for package in ("timm", "torchvision", "sklearn"):
+        pytest.importorskip(package)
+    settings = VisionConfig(
+        model="timm/resnet10t",
+        set=("channels=4,8,8,8", "stem_width=4", "drop_path_rate=0.2", "drop_rate=0.1"),
+        img_size=16,
+        crop_pct=1.0,
+        batch_size=8,
+        steps=8,
+        warmup=2,
+        lr=1e-2,
+        log_every=1,
+        eval_every=4,
+        save_every=4,
+        auto_augment="rand-m5-mstd0.5",
+        erase=0.5,
+        mixup=0.4,
+        cutmix=0.4,
+        mix_prob=0.7,
+        repeats=2,
+        label_smoothing=0.1,
+        ema=0.9,
+        channels_last=True,
+        device="cpu",
+    )
+    return lambda **changes: replace(settings, **changes)

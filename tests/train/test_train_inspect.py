@@ -47,3 +47,12 @@ def test_the_plain_residual_is_the_identity():
 def test_a_model_without_residuals_says_so():
     with pytest.raises(ValueError, match="Linear"):
         measure(torch.nn.Linear(2, 2), torch.zeros(1, 4))
+
+
+def test_command_line(tmp_path, capsys):
+    from grassland.train.__main__ import main
+
+    save_model(model_with("kromhc"), tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert (tmp_path / "inspect.png").stat().st_size > 1000
+    assert "4 sublayers" in capsys.readouterr().out

@@ -79,7 +79,24 @@ def test_muon_steps_hidden_matrices_along_a_nearly_orthogonal_matrix():
         torch.testing.assert_close(change, torch.full_like(change, 0.01), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_lambs_first_step_has_the_length_of_the_weight_times_the_rate():
+    pytest.importorskip("timm")
+    torch.manual_seed(2)
+    model = nn.Linear(6, 5)
+    weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
+    optimizer = build_optimizer(model, "lamb", lr=0.1, weight_decay=0.5)
+    model(torch.randn(7, 6)).square().sum().backward()
+    gradient = model.weight.grad.clone()
+    optimizer.step()
+    # m / (sqrt(v) + eps) is the sign of the gradient after one step; the decay is added before the trust ratio.
+    update = gradient.sign() + 0.5 * weight
+    torch.testing.assert_close(
+        model.weight, weight - 0.1 * update * weight.norm() / update.norm(), rtol=1e-3, atol=1e-4
+    )
+    assert ((model.bias - bias).abs() - 0.1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "muon", "sgd"])
 def test_state_dict_continues_bitwise(model, name):
     optimizer = build_optimizer(model, name, lr=1e-2)
     for seed in range(3):

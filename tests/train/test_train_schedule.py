@@ -7,7 +7,7 @@ from grassland.train.schedule import multiplier
 
 
 @pytest.mark.parametrize("step", [0, 4, 9])
-@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "step", "wsd", "constant"])
 def test_warmup_is_linear_and_reaches_one(schedule, step):
     assert multiplier(step, 100, schedule, warmup=10, floor=0.1) == (step + 1) / 10
 
@@ -27,6 +27,16 @@ def test_wsd_is_stable_then_falls_linearly_to_the_floor():
     assert drops == pytest.approx([0.9 / 20] * 20)
 
 
+def test_linear_falls_from_the_end_of_the_warmup_to_the_floor():
+    factors = [multiplier(step, 100, "linear", warmup=10, floor=0.1) for step in range(10, 101)]
+    assert factors == pytest.approx([1 - 0.9 * step / 90 for step in range(91)])
+
+
+def test_step_falls_to_a_tenth_at_each_milestone():
+    factors = [multiplier(step, 100, "step", milestones=(0.3, 0.6, 0.9)) for step in (0, 29, 30, 59, 60, 89, 90, 99)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
 def test_constant_stays_after_the_warmup():
     assert {multiplier(step, 50, "constant", warmup=5) for step in range(5, 50)} == {1.0}
 
@@ -37,5 +47,5 @@ def test_a_warmup_longer_than_the_run_never_passes_one(schedule):
 
 
 def test_unknown_schedule_is_named():
-    with pytest.raises(ValueError, match="'linear'"):
-        multiplier(0, 10, "linear")
+    with pytest.raises(ValueError, match="'square'"):
+        multiplier(0, 10, "square")

@@ -1,4 +1,7 @@
-"""Text as token files: sources, tokenisers, a memory-mapped cache, and the order in which blocks are drawn."""
+"""Training data. Text: sources, tokenisers, a memory-mapped cache of token files, the order in which blocks are drawn.
+
+Images, in modules of their own that are imported on demand: `image_sources`, `images`, `image_batches`.
+"""
 
 from .blocks import BlockOrder, block_batch, evaluation_batches, num_blocks
 from .corpus import Corpus, Split, load_corpus

@@ -31,7 +31,7 @@ def load_text(source: str, column: str = "text") -> dict[str, str]:
         texts = _read_folder(path, column)
     elif path.is_file():
         texts = {"train": _read_file(path, column)}
-    elif _looks_local(source):
+    elif looks_local(source):
         raise FileNotFoundError(f"data {source}: no such file or folder")
     else:
         texts = _read_hub(source, column)
@@ -55,7 +55,8 @@ def content_hash(texts: dict[str, str]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _looks_local(source: str) -> bool:
+def looks_local(source: str) -> bool:
+    """Whether a source that is not there was meant as a path, not as a name on the hub."""
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith(SUFFIXES)
 
 
@@ -97,7 +98,7 @@ def _read_folder(folder: Path, column: str) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
     texts = {}
     for split, names in ALIASES.items():
-        found = [path for path in files if _split_of(path.relative_to(folder)) in names]
+        found = [path for path in files if split_of(path.relative_to(folder)) in names]
         if found:
             texts[split] = "".join(_read_file(path, column) for path in found)
     if "train" not in texts:
@@ -105,7 +106,7 @@ def _read_folder(folder: Path, column: str) -> dict[str, str]:
     return texts
 
 
-def _split_of(path: Path) -> str | None:
+def split_of(path: Path) -> str | None:
     """The split that a file's name (or else its folder's) tells: wiki.train.tokens, train-00000-of-00001.parquet."""
     known = {alias for names in ALIASES.values() for alias in names}
     for part in reversed(path.parts):
@@ -127,20 +128,26 @@ def _read_file(path: Path, column: str) -> str:
 
 
 def _parquet_rows(path: Path, column: str) -> Iterable[str]:
-    try:
-        parquet: Any = importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ValueError(f"data {path}: reading parquet needs pyarrow: pip install 'grassland[train]'") from error
-    try:
-        file = parquet.ParquetFile(path)
-    except Exception as error:  # pyarrow's errors share no base class with a name of their own
-        raise ValueError(f"data {path}: not a readable parquet file ({_first_line(error)})") from error
+    file = open_parquet(path)
     if column not in file.schema_arrow.names:
         raise ValueError(f"data {path}: no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
     return file.read([column]).column(column).to_pylist()
 
 
-def _read_hub(source: str, column: str) -> dict[str, str]:
+def open_parquet(path: Path) -> Any:
+    """A `pyarrow.parquet.ParquetFile`; ValueError that names the file if it can't be read."""
+    try:
+        parquet: Any = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise ValueError(f"data {path}: reading parquet needs pyarrow: pip install 'grassland[train]'") from error
+    try:
+        return parquet.ParquetFile(path)
+    except Exception as error:  # pyarrow's errors share no base class with a name of their own
+        raise ValueError(f"data {path}: not a readable parquet file ({first_line(error)})") from error
+
+
+def load_hub(source: str) -> Any:
+    """A hub data set "name" or "name:config", split name → `datasets.Dataset`; FileNotFoundError if out of reach."""
     try:
         datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
@@ -148,10 +155,14 @@ def _read_hub(source: str, column: str) -> dict[str, str]:
         raise FileNotFoundError(f"data {source}: {hint}") from error
     name, _, config = source.partition(":")
     try:
-        dataset = datasets.load_dataset(name, config or None)
+        return datasets.load_dataset(name, config or None)
     except Exception as error:  # the hub client raises dozens of types, from OSError to its own
-        hint = f"no such file or folder, and not to be had from the hub ({_first_line(error)})"
+        hint = f"no such file or folder, and not to be had from the hub ({first_line(error)})"
         raise FileNotFoundError(f"data {source}: {hint}") from error
+
+
+def _read_hub(source: str, column: str) -> dict[str, str]:
+    dataset = load_hub(source)
     texts = {}
     for split, names in ALIASES.items():
         found = next((name for name in names if name in dataset), None)
@@ -166,5 +177,6 @@ def _join_rows(rows: Iterable[str]) -> str:
     return "".join(row if row.endswith("\n") else row + "\n" for row in rows if row is not None)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line of bearable length."""
     return (str(error) or type(error).__name__).strip().splitlines()[0][:200]

@@ -69,6 +69,35 @@ class Task(ABC):
     def describe(self) -> dict[str, Any]:
         """Facts about data and model for the log's first entry."""
 
+    @property
+    def eval_model(self) -> nn.Module:
+        """The model that is judged and saved: the trained one, unless a task averages its weights."""
+        return self.model
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """Further keywords for `build_optimizer`."""
+        return {}
+
+    def after_step(self) -> None:  # noqa: B027
+        """What the task does after each optimiser step."""
+
+    def train_metrics(self) -> dict[str, Any]:
+        """What the task has counted since the last report, for the log's "train" event."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What the task itself has to keep for a resumption, apart from the model: as for `save_state`."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Take up what `state` returned."""
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """The tensor on the task's device; a copy to a GPU does not wait."""
+        if self.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
     def samples(self, model: nn.Module, count: int, seed: int) -> list[str]:
         """Output of the model to look at, one text a sample; none unless a task makes some."""
         return []

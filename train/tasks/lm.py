@@ -51,7 +51,7 @@ class LanguageModeling(Task):
         while True:
             blocks = self.order.at(position * size, size)
             inputs, targets = block_batch(self.corpus.train.tokens, blocks, self.config.seq_len)
-            yield self._to_device(inputs), self._to_device(targets)
+            yield self.to_device(inputs), self.to_device(targets)
             position += 1
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -89,11 +89,6 @@ class LanguageModeling(Task):
             prompt + "".join(generate_text(model, self.corpus.tokenizer, prompt, seed=seed + index, **choice))
             for index, prompt in enumerate(prompts)
         ]
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def _corpus(config: LMConfig) -> Corpus:

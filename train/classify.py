@@ -1,0 +1,64 @@
+"""How well a classifier does: top-1 and top-5 accuracy, cross entropy, expected calibration error."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .data.blocks import IGNORED
+from .data.image_batches import ImageBatch
+
+BINS = 15
+ToImages = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def evaluate_classifier(
+    model: nn.Module, batches: Iterable[ImageBatch], to_images: ToImages, device: torch.device
+) -> dict[str, float]:
+    """`Tally` of a model on batches, in evaluation mode for the time of the call."""
+    training = model.training
+    model.eval()
+    tally, skipped = Tally(device), 0
+    for batch in batches:
+        skipped += batch.skipped
+        tally.add(model(to_images(batch.images)), batch.targets.to(device))
+    model.train(training)
+    return {**tally.metrics(), **({"skipped": skipped} if skipped else {})}
+
+
+class Tally:
+    """Sums over images, kept on the device.
+
+    The calibration error is Σ_b n_b / n · |accuracy_b − confidence_b| over 15 bins of equal width of the largest
+    probability, each without its lower edge (arXiv 1706.04599, eq. 3).
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, −log p, top 1, top 5
+        self.bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)  # images, top 1, confidence
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """logits (B, K); targets (B,) int64, −100 for rows that do not count."""
+        counted = targets != IGNORED
+        # Selecting rows would wait for the device; weights do not.
+        weight, targets = counted.double(), targets.clamp_min(0)
+        log_p = logits.float().log_softmax(-1)
+        confidence, guess = log_p.exp().max(-1)
+        hit = (guess == targets) * weight
+        nll = -log_p.gather(-1, targets[:, None]).squeeze(-1)
+        best = log_p.topk(min(5, logits.shape[-1]), -1).indices
+        hit5 = (best == targets[:, None]).any(-1) * weight
+        self.sums += torch.stack([weight.sum(), (nll * weight).sum(), hit.sum(), hit5.sum()])
+        place = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
+        # A product, since index_add_ adds in any order on a GPU.
+        self.bins += torch.stack([weight, hit, confidence * weight]) @ nn.functional.one_hot(place, BINS).double()
+
+    def metrics(self) -> dict[str, float]:
+        """loss (nats), error (1 − top1), top1, top5, ece. ValueError if nothing has been counted."""
+        images, nll, hits, hits5 = self.sums.tolist()
+        if not images:
+            raise ValueError("there is no readable image to evaluate on")
+        ece = float((self.bins[1] - self.bins[2]).abs().sum()) / images
+        top1 = hits / images
+        return {"loss": nll / images, "error": 1 - top1, "top1": top1, "top5": hits5 / images, "ece": ece}

@@ -1,0 +1,217 @@
+"""Batches of images: augmentation, mixing, and worker processes that change none of it.
+
+All that is random in a batch follows from the seed and the place in the stream, so a position is all that a
+checkpoint needs, and any number of workers makes the same batches.
+"""
+
+import importlib
+import random
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..config import VisionConfig
+from .blocks import IGNORED, BlockOrder
+from .images import ImageError, ImageSet
+
+Transform = Callable[[Any], Tensor]
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class ImageBatch(NamedTuple):
+    """images (B, 3, S, S) float32; targets: classes (B,) int64, or shares (B, K) float32 of a mixed batch.
+
+    skipped: how many images could not be read.
+    """
+
+    images: Tensor
+    targets: Tensor
+    skipped: int
+
+
+class TrainBatches(Dataset):
+    """The endless stream of augmented training batches; item `position` is the same whenever it is asked."""
+
+    def __init__(self, images: ImageSet, classes: int, config: VisionConfig) -> None:
+        self.images, self.config = images, config
+        self.order = BlockOrder(len(images), config.seed)
+        self.transform = train_transform(config)
+        self.mix = mixing(config, classes) if config.mixes else None
+
+    def __getitem__(self, position: int) -> ImageBatch | ImageError:
+        size, repeats = self.config.batch_size, self.config.repeats
+        draws = range(position * size, (position + 1) * size)
+        first = draws[0] // repeats
+        indices = self.order.at(first, draws[-1] // repeats - first + 1)
+        with _generators_kept():
+            try:
+                rows = [self._draw(int(indices[draw // repeats - first]), draw) for draw in draws]
+            except ImageError as error:
+                # As a value: an exception that crosses processes comes with a traceback in its message.
+                return error
+            images, targets = _stack(rows)
+            if self.mix is not None:
+                _seed_generators(self.config.seed, position, 1)
+                images, targets = self.mix(images, targets)
+        return ImageBatch(images, targets, sum(skipped for _, _, skipped in rows))
+
+    def _draw(self, index: int, draw: int) -> tuple[Tensor, int, int]:
+        """The augmented image, its label, and how many unreadable ones it stands for."""
+        for skipped in range(len(self.images)):
+            chosen = (index + skipped) % len(self.images)
+            try:
+                image = self.images.open(chosen)
+            except ImageError:
+                if self.config.bad_images == "error":
+                    raise
+                continue
+            _seed_generators(self.config.seed, draw)
+            return self.transform(image), int(self.images.labels[chosen]), skipped
+        raise ImageError(f"not one of {len(self.images)} images can be read, {self.images.name(0)} among them")
+
+
+class EvalBatches(Dataset):
+    """Every image of a split once, cropped from the centre.
+
+    All batches have one shape, so that compiled models see no other: what is missing in the last one, and where
+    unreadable images are skipped, has the target −100.
+    """
+
+    def __init__(self, images: ImageSet, config: VisionConfig) -> None:
+        self.images, self.config = images, config
+        self.transform = eval_transform(config)
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.config.batch_size)
+
+    def __getitem__(self, number: int) -> ImageBatch | ImageError:
+        size, side = self.config.batch_size, self.config.img_size
+        images, targets = torch.zeros(size, 3, side, side), torch.full((size,), IGNORED)
+        skipped = 0
+        for row, index in enumerate(range(number * size, min(len(self.images), (number + 1) * size))):
+            try:
+                images[row] = self.transform(self.images.open(index))
+                targets[row] = int(self.images.labels[index])
+            except ImageError as error:
+                if self.config.bad_images == "error":
+                    return error
+                skipped += 1
+        return ImageBatch(images, targets, skipped)
+
+
+def load_batches(batches: Dataset, positions: Iterable[int], workers: int) -> Iterator[ImageBatch]:
+    """The items at `positions`, in their order, made by so many processes (0: by this one). Raises ImageError."""
+    loader = DataLoader(
+        batches,
+        sampler=positions,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_ignore_interrupts,
+        # Its own: the global generator must not notice a loader.
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        if isinstance(batch, ImageError):
+            raise ImageError(f"{batch}; --bad-images skip leaves such images out")
+        yield batch
+
+
+def train_transform(config: VisionConfig) -> Transform:
+    """timm's training transform for these settings. ValueError for an unknown augmentation policy."""
+    side = config.img_size
+    try:
+        stages = _timm_data().create_transform(
+            side,
+            is_training=True,
+            separate=True,
+            scale=config.scale,
+            ratio=config.ratio,
+            hflip=config.hflip,
+            color_jitter=config.color_jitter or None,
+            auto_augment=config.auto_augment,
+            interpolation=config.interpolation,
+            mean=config.mean,
+            std=config.std,
+            re_prob=config.erase,
+            re_mode="pixel",
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"auto_augment {config.auto_augment!r} is not a policy of timm's ({error})") from error
+    transforms: Any = importlib.import_module("torchvision.transforms")
+    if config.crop == "padded":
+        stages = (transforms.Compose(_padded_crop(config, transforms)), *stages[1:])
+    return transforms.Compose([step for stage in stages for step in stage.transforms])
+
+
+def eval_transform(config: VisionConfig) -> Transform:
+    """timm's evaluation transform for these settings."""
+    interpolation = "bicubic" if config.interpolation == "random" else config.interpolation
+    return _timm_data().create_transform(
+        config.img_size, crop_pct=config.crop_pct, interpolation=interpolation, mean=config.mean, std=config.std
+    )
+
+
+def mixing(config: VisionConfig, classes: int) -> Mix:
+    """timm's mixup and cutmix; label smoothing is part of the mixed targets."""
+    return _timm_data().Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        prob=config.mix_prob,
+        switch_prob=config.switch_prob,
+        label_smoothing=config.label_smoothing,
+        num_classes=classes,
+    )
+
+
+def _padded_crop(config: VisionConfig, transforms: Any) -> list[Any]:
+    side = config.img_size
+    modes = {"bilinear": transforms.InterpolationMode.BILINEAR}
+    resize = transforms.Resize((side, side), modes.get(config.interpolation, transforms.InterpolationMode.BICUBIC))
+    return [resize, transforms.RandomCrop(side, padding=side // 8), transforms.RandomHorizontalFlip(config.hflip)]
+
+
+def _stack(rows: list[tuple[Tensor, int, int]]) -> tuple[Tensor, Tensor]:
+    return torch.stack([image for image, _, _ in rows]), torch.tensor([label for _, label, _ in rows])
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """timm and torchvision draw from the global generators; afterwards these are as they were."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.default_generator.set_state(states[2])
+
+
+def _seed_generators(*entropy: int) -> None:
+    words = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])  # noqa: NPY002
+    # Not torch.manual_seed: that would seed the GPUs as well.
+    torch.default_generator.manual_seed(int(words[2]))
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C goes to every process of a terminal; the training one decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _timm_data() -> Any:
+    try:
+        return importlib.import_module("timm.data")
+    except ImportError as error:
+        raise ValueError("timm is not installed: pip install 'grassland[vision]'") from error

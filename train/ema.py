@@ -1,0 +1,55 @@
+"""An exponential moving average of a model's weights."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class WeightAverage:
+    """A copy of `model` whose floating-point weights and buffers follow it: average += (1 − d) (weight − average).
+
+    d rises to `decay` as (1 + t) / (10 + t) after t updates, so that short runs are not judged by their first weights.
+    model: the average as it is.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights of `model`."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        ours, theirs = self.model.state_dict(), model.state_dict()
+        floating = [name for name, tensor in ours.items() if tensor.is_floating_point()]
+        for name in floating:
+            ours[name].lerp_(theirs[name], 1 - decay)
+        for name in ours.keys() - set(floating):
+            ours[name].copy_(theirs[name])
+
+    @torch.no_grad()
+    def judged(self) -> nn.Module:
+        """The model to evaluate and save: modules with a `reproject_` method are on their manifold.
+
+        Then it is a copy, so that how often a run is judged changes nothing of the average.
+        """
+        if not any(hasattr(module, "reproject_") for module in self.model.modules()):
+            return self.model
+        model = copy.deepcopy(self.model)
+        for module in model.modules():
+            reproject: Any = getattr(module, "reproject_", None)
+            if reproject is not None:
+                reproject()
+        return model
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged weights and the number of updates."""
+        return {"model": self.model.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self.model.load_state_dict(state["model"])
+        self.updates = state["updates"]

@@ -1,0 +1,142 @@
+"""Image classification."""
+
+import itertools
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..classify import evaluate_classifier
+from ..config import RunConfig, VisionConfig
+from ..data.image_batches import EvalBatches, ImageBatch, TrainBatches, load_batches
+from ..data.image_sources import load_images
+from ..ema import WeightAverage
+from ..vision_model import ImageModelSpec, build_vision_model, load_vision_model, num_parameters, save_vision_model
+from .base import Task
+
+
+class ImageClassification(Task):
+    """A class for each image. With `config.ema` the averaged weights are judged and saved.
+
+    Raises what `load_images` and `build_vision_model` raise, and ValueError for an unknown augmentation policy.
+    """
+
+    name, unit, metric = "vision", "images", "error"
+
+    def __init__(self, config: VisionConfig, device: torch.device) -> None:
+        self.config = config
+        self.data = load_images(config.data, config.image_column, config.label_column)
+        self.train_batches = TrainBatches(self.data.splits["train"], len(self.data.classes), config)
+        model = build_vision_model(_spec(config, len(self.data.classes)))
+        if config.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        super().__init__(model, device)
+        self.average = WeightAverage(self.model, config.ema) if config.ema else None
+        self.skipped = 0
+
+    @property
+    def batches_per_epoch(self) -> float:
+        return len(self.data.splits["train"]) / self.config.batch_size
+
+    @property
+    def units_per_batch(self) -> int:
+        return self.config.batch_size
+
+    @cached_property
+    def flops_per_unit(self) -> float:
+        own: Any = getattr(self.model, "flops_per_image", None)
+        if own is not None:
+            return float(own(training=True))
+        image = torch.zeros(1, 3, self.config.img_size, self.config.img_size, device=self.device)
+        training = self.model.training
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.model.eval()(self._images(image))
+        self.model.train(training)
+        return 3.0 * counter.get_total_flops()
+
+    @property
+    def eval_model(self) -> nn.Module:
+        return self.model if self.average is None else self.average.judged()
+
+    def batches(self, position: int) -> Iterator[ImageBatch]:
+        yield from load_batches(self.train_batches, itertools.count(position), self.config.workers)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        self.skipped += batch.skipped
+        images, targets = self._images(batch.images), self.to_device(batch.targets)
+        classes, smoothing = len(self.data.classes), self.config.label_smoothing
+        if self.config.loss == "bce":
+            logits = model(images).float()
+            return F.binary_cross_entropy_with_logits(logits, shares(targets, classes, smoothing)) * classes
+        if hasattr(self.model, "spec"):
+            return F.cross_entropy(model(images).float(), targets, label_smoothing=0 if targets.ndim > 1 else smoothing)
+        # grassland's own models add losses of their own, such as the balance of experts.
+        return model(images, labels=shares(targets, classes, smoothing) if smoothing else targets)
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        batches = EvalBatches(self.data.splits[split], self.config)
+        stream = load_batches(batches, range(len(batches)), self.config.workers)
+        return evaluate_classifier(model, stream, self._images, self.device)
+
+    def save(self, folder: Path, config: RunConfig) -> None:
+        extra = {"task": self.name, "classes": self.data.classes, "run": config.to_dict()}
+        save_vision_model(self.eval_model, folder, extra)
+
+    def best_model(self, folder: Path) -> nn.Module:
+        return load_vision_model(folder, self.device)
+
+    def identity(self) -> dict[str, Any]:
+        return {"data": self.data.key, "classes": len(self.data.classes)}
+
+    def describe(self) -> dict[str, Any]:
+        counts = {name: len(part) for name, part in self.data.splits.items()}
+        facts = {"data": self.data.name, "key": self.data.key, "classes": len(self.data.classes), "splits": counts}
+        return {**facts, "tested_on": self.data.tested_on, "parameters": num_parameters(self.model)}
+
+    def optimizer_options(self) -> dict[str, Any]:
+        return {} if self.config.head_lr is None else {"head_lr": self.config.head_lr}
+
+    def after_step(self) -> None:
+        if self.average is not None:
+            self.average.update(self.model)
+
+    def train_metrics(self) -> dict[str, Any]:
+        skipped, self.skipped = self.skipped, 0
+        return {"skipped": skipped} if self.config.bad_images == "skip" else {}
+
+    def state(self) -> dict[str, Any]:
+        average = {} if self.average is None else {"average": self.average.state_dict()}
+        return {"skipped": self.skipped, **average}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.skipped = state["skipped"]
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+    def _images(self, images: Tensor) -> Tensor:
+        images = self.to_device(images)
+        return images.to(memory_format=torch.channels_last) if self.config.channels_last else images
+
+
+def shares(targets: Tensor, classes: int, smoothing: float) -> Tensor:
+    """Targets as shares of the classes, (B, classes) float32; mixed ones, which are smoothed already, as they are."""
+    if targets.ndim > 1:
+        return targets
+    return F.one_hot(targets, classes).float() * (1 - smoothing) + smoothing / classes
+
+
+def _spec(config: VisionConfig, classes: int) -> ImageModelSpec:
+    return ImageModelSpec(
+        name=config.model,
+        num_classes=classes,
+        img_size=config.img_size,
+        head=config.head,
+        subspace_dim=config.subspace_dim,
+        head_dropout=config.head_dropout,
+        options=config.overrides(),
+    )
