@@ -5,6 +5,9 @@ Its Gram matrix M = T T^T is one product, and all that the step writes is Q T fo
 A matrix "top left" has its k x k content there and zeros elsewhere; X moves bottom rows to the top.
 """
 
+# Triton's constexpr parameters take plain values, and its language is not quite Python's.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import torch
