@@ -2,7 +2,7 @@
 
 from . import presets  # noqa: F401  (registers the paper's models)
 from .config import ModelConfig
-from .ffns import MLP
+from .ffns import MLP, SharedMoE
 from .heads import LinearHead, TiedHead
 from .heads.cross_entropy import linear_cross_entropy
 from .io import CheckpointError, MissingCheckpointError, atomic_write, load_model, read_config, save_model
@@ -21,6 +21,7 @@ __all__ = [
     "MissingCheckpointError",
     "ModelConfig",
     "PlainResidual",
+    "SharedMoE",
     "TiedHead",
     "atomic_write",
     "create_model",

@@ -12,7 +12,7 @@ from .config import ModelConfig
 from .generate import Window, checked_lengths, stream
 from .heads.cross_entropy import IGNORE
 from .init import init_weights
-from .registry import build_slot, register_assembly
+from .registry import build_slot, register_assembly, slot_class
 from .sampling import Sampling
 from .sharing import branches
 
@@ -210,8 +210,9 @@ def _blocks(config: ModelConfig, dd: dict[str, Any]) -> Iterator[Block]:
 
     pairs = zip(layers("mixer", config.dim), layers("ffn", config.dim, config.ffn_dim), strict=True)
     residual = partial(build_slot, "residual", config.residual, **keywords, **config.options)
+    quiet = {"dropout": 0.0} if getattr(slot_class("ffn", config.ffn), "drops", False) else {}
     for layer, (mixer, ffn) in enumerate(pairs):
-        yield Block(residual(mixer, config.dim, 2 * layer), residual(ffn, config.dim, 2 * layer + 1))
+        yield Block(residual(mixer, config.dim, 2 * layer), residual(ffn, config.dim, 2 * layer + 1, **quiet))
 
 
 def _check_range(name: str, ids: Tensor, vocab_size: int, ignore: int | None = None) -> None:

@@ -258,6 +258,10 @@ def operand(dtype: torch.dtype) -> tl.dtype:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
+# Columns of a block of the grouped products: with more, the epilogues' addresses don't fit beside the accumulator.
+COLUMNS = 64
+
+
 def tile(dtype: torch.dtype) -> dict[str, int]:
     wide = dtype == torch.float32
     size = {"BM": 64, "BN": 64, "BK": 32} if wide else {"BM": 128, "BN": 128, "BK": 32}
@@ -277,7 +281,7 @@ def grouped(
 ) -> None:  # fmt: skip
     experts, inner = weight.shape[0], a.shape[1]
     width = weight.numel() // experts // inner
-    size = tile(a.dtype)
+    size = tile(a.dtype) | {"BN": COLUMNS}
     grid = (triton.cdiv(order.shape[0], size["BM"]) + experts, triton.cdiv(width, size["BN"]))
     grouped_kernel[grid](
         a, weight, a if bias is None else bias, a if extra is None else extra, a if gates is None else gates, out,
@@ -351,8 +355,8 @@ def moe_ffn_backward(
         grad, o if gelu_out else x, b_down, order, offsets, **drop, g=g, dgate=dgate, width=dim,
         TOP_K=top_k, E=experts, GELU=gelu_out, DROP=dropped, BM=32, BN=64,
     )  # fmt: skip
-    parts = 0 if gelu_out else triton.cdiv(inner, tile(x.dtype)["BN"])
-    partial = gates.new_empty(max(triton.cdiv(inner, tile(x.dtype)["BN"]), 1), pairs)
+    parts = 0 if gelu_out else triton.cdiv(inner, COLUMNS)
+    partial = gates.new_empty(max(triton.cdiv(inner, COLUMNS), 1), pairs)
     dh, active, dx = x.new_empty(pairs, inner), x.new_empty(pairs, inner), x.new_empty(pairs, dim)
     common = (order, offsets, top_k, drop)
     grouped(

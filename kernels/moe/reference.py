@@ -55,7 +55,7 @@ def route(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int | None,
     """One token after another, each taking the next free place of its experts."""
     tokens, experts = logits.shape
     probabilities = torch.softmax(logits, -1)
-    chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
     gates = probabilities.gather(1, chosen)
     if renormalize:
         gates = gates / gates.sum(-1, keepdim=True)
