@@ -5,6 +5,7 @@ model's token embedding if it has one, and has `logits(x)` (…, dim) → (…, 
 without materialised logits, and `flops_per_token()`.
 """
 
+from .classifier import ClassifierHead
 from .linear import LinearHead, TiedHead
 
-__all__ = ["LinearHead", "TiedHead"]
+__all__ = ["ClassifierHead", "LinearHead", "TiedHead"]
