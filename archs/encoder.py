@@ -119,7 +119,7 @@ class Encoder(nn.Module):
     def pooled(
         self, input_ids: Tensor, *, mask: Tensor | None = None, token_types: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """tanh(Linear(first token)), (B, dim), for classification, and the auxiliary losses; ValueError without pooler."""
+        """tanh(Linear(first token)) (B, dim), to classify by, and the auxiliary losses; ValueError without pooler."""
         if self.pooler is None:
             raise ValueError("pooled needs a model with pooler=True")
         x, auxiliary = self.features(input_ids, mask=mask, token_types=token_types)

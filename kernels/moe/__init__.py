@@ -119,7 +119,7 @@ def _check_route(logits: Tensor, top_k: int, capacity: int | None, mask: Tensor 
     if not logits.is_floating_point():
         raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= logits.shape[1]:
-        raise ValueError(f"top_k must be an integer from 1 to the number of experts ({logits.shape[1]}), got {top_k!r}")
+        raise ValueError(f"top_k must be an integer from 1 to E = {logits.shape[1]}, got {top_k!r}")
     if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
         raise ValueError(f"capacity must be a positive integer or None, got {capacity!r}")
     if mask is not None:
@@ -149,7 +149,8 @@ def _check_ffn(
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if seed is not None and (seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != x.device):
-        raise ValueError(f"seed must be int64 (1,) on {x.device}, got {seed.dtype} {tuple(seed.shape)} on {seed.device}")
+        found = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}"
+        raise ValueError(f"seed must be int64 (1,) on {x.device}, got {found}")
 
 
 def _check_weights(x: Tensor, weights: dict[str, Tensor], offsets: Tensor) -> None:

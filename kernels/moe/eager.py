@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +105,7 @@ def moe_ffn(
     o = x.new_zeros(order.shape[0] if gelu_out else 0, dim)
     bounds = offsets.tolist()
     out = x.new_empty(bounds[-1], dim)
-    for e, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for e, (begin, end) in enumerate(pairwise(bounds)):
         pairs = order[begin:end]
         first, second = scales(pairs, (inner, dim), dropout, seed, x)
         rows = h[begin:end] = F.linear(x[pairs // top_k], w_up[e], b_up[e])
@@ -145,7 +146,7 @@ def moe_ffn_backward(
     bounds = offsets.tolist()
     dgate, dx = grad.new_zeros(bounds[-1], dtype=wide), grad.new_empty(bounds[-1], dim)
     db_up, db_down = grad.new_zeros(count, inner, dtype=wide), grad.new_zeros(count, dim, dtype=wide)
-    for e, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for e, (begin, end) in enumerate(pairwise(bounds)):
         pairs = order[begin:end]
         first, second = scales(pairs, (inner, dim), dropout, seed, x)
         g = grad[pairs // top_k] * second

@@ -1,8 +1,8 @@
 """Grouped experts in Triton: one kernel for every product over sorted rows, told apart by its epilogue.
 
 Row r of the sorted order belongs to pair order[r] of token order[r] // K and to the expert e with offsets[e] <= r <
-offsets[e+1]. The grid is sized for the worst case on the host; a program finds its expert and its rows in `offsets`, and
-leaves if there are none, so that the host never waits for the device.
+offsets[e+1]. The grid is sized for the worst case on the host; a program finds its expert and its rows in `offsets`,
+and leaves if there are none, so that the host never waits for the device.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROUND = tl.constexpr(dispatch.interpreted())
 
 @triton.jit
 def store(pointer, value, mask):
-    if ROUND:
+    if ROUND:  # noqa: SIM102 (each condition is decided when the kernel is compiled)
         if pointer.dtype.element_ty == tl.bfloat16:
             bits = value.to(tl.int32, bitcast=True)
             value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
@@ -123,7 +123,7 @@ def grouped_kernel(
         factor = dropout(pair, n, seed, threshold, scale, OUTPUT_SALT if MODE == DOWN else 0)
     if MODE == PLAIN:
         store(out + there, acc, mask=mask)
-    if MODE == UP or MODE == DOWN:
+    if MODE == UP or MODE == DOWN:  # noqa: SIM109 (Triton has no tuple membership)
         acc += tl.load(bias + expert * width + n, mask=n < width, other=0.0).to(tl.float32)[None, :]
         if SAVE:
             store(out2 + here, acc, mask=mask)
@@ -195,7 +195,8 @@ def weight_gradient_kernel(
         if GATHER:
             source = tl.load(order + rows, mask=keep, other=0) // TOP_K
         x = tl.load(left + rows[None, :] * m_size + m[:, None], mask=keep[None, :] & (m < m_size)[:, None], other=0.0)
-        y = tl.load(right + source[:, None] * n_size + n[None, :], mask=keep[:, None] & (n < n_size)[None, :], other=0.0)
+        inside = keep[:, None] & (n < n_size)[None, :]
+        y = tl.load(right + source[:, None] * n_size + n[None, :], mask=inside, other=0.0)
         acc = matmul(x, y, acc, DTYPE)
     at = total + (expert.to(tl.int64) * m_size + m[:, None]) * n_size + n[None, :]
     mask = (m < m_size)[:, None] & (n < n_size)[None, :]
@@ -314,13 +315,16 @@ def moe_ffn(
     kept = h if save else None
     grouped(x, w_up, active, *common, mode=UP, bias=b_up, out2=kept, gather=True, dropped=dropped)
     kept = o if save and gelu_out else None
-    grouped(active, w_down, out, *common, mode=DOWN, bias=b_down, gates=gates, out2=kept, gelu=gelu_out, dropped=dropped)
+    grouped(
+        active, w_down, out, *common, mode=DOWN, bias=b_down, gates=gates, out2=kept, gelu=gelu_out, dropped=dropped
+    )
     return combine(out, slots), h, o
 
 
 def weight_gradient(
-    left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, top_k: int, total: Tensor, gather: bool, accumulate: bool
-) -> None:
+    left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, top_k: int, total: Tensor, gather: bool,
+    accumulate: bool,
+) -> None:  # fmt: skip
     (experts, rows, cols), size = total.shape, tile(left.dtype)
     grid = (triton.cdiv(rows, size["BM"]), triton.cdiv(cols, size["BN"]), experts)
     weight_gradient_kernel[grid](
@@ -346,9 +350,10 @@ def moe_ffn_backward(
     pairs, top_k, (experts, inner, dim) = order.shape[0], gates.shape[1], w_up.shape
     if pairs == 0:
         for total in totals:
-            total.mul_(1 if accumulate else 0).nan_to_num_()
-        zeros = (x.new_zeros(experts, width, dtype=torch.float32) for width in (inner, dim))
-        return torch.zeros_like(x), torch.zeros_like(gates), *zeros
+            if not accumulate:
+                total.zero_()
+        db_up, db_down = (x.new_zeros(experts, width, dtype=torch.float32) for width in (inner, dim))
+        return torch.zeros_like(x), torch.zeros_like(gates), db_up, db_down
     drop, dropped = noise(seed, order, rate), seed is not None
     g, dgate = x.new_empty(pairs, dim), gates.new_empty(pairs)
     output_backward_kernel[(triton.cdiv(pairs, 32) + experts,)](

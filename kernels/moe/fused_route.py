@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 BLOCK = 128
+Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @triton.jit
 def choose_kernel(
     logits, mask, probabilities, gates, experts, histogram, sums, tokens,
-    E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, MASKED: tl.constexpr, NORMAL: tl.constexpr, BT: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, MASKED: tl.constexpr, NORMAL: tl.constexpr,
+    BT: tl.constexpr,
 ):  # fmt: skip
     # softmax over all experts, the K largest logits (the lower expert among equals), counts and sums of the block
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -107,7 +111,8 @@ def slot_kernel(
 @triton.jit
 def route_backward_kernel(
     grad_gates, grad_balance, probabilities, experts, counts, mask, out, tokens,
-    E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, MASKED: tl.constexpr, NORMAL: tl.constexpr, BT: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, MASKED: tl.constexpr, NORMAL: tl.constexpr,
+    BT: tl.constexpr,
 ):  # fmt: skip
     # dlogit = p (dp - <dp, p>), dp = d gate at the chosen experts + d balance E m_e / T
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -143,9 +148,9 @@ def sizes(experts: int, top_k: int, mask: Tensor | None) -> dict:
     return {"E": experts, "EP": triton.next_power_of_2(experts), "TOP_K": top_k, "MASKED": mask is not None}
 
 
-def route(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renormalize: bool) -> tuple[Tensor, ...]:
+def route(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renormalize: bool) -> Parts:
     tokens, count = logits.shape
-    index = {"dtype": torch.int64, "device": logits.device}
+    index: Any = {"dtype": torch.int64, "device": logits.device}
     gates, probabilities = logits.new_empty(tokens, top_k), torch.empty_like(logits)
     experts, slots = torch.empty(tokens, top_k, **index), torch.empty(tokens, top_k, **index)
     order = torch.full((tokens * top_k,), -1, **index)

@@ -95,8 +95,9 @@ def moe_ffn_backward(
     """[dx, dgates, db_up, db_down, dw_up, dw_down]: one buffer for each stacked weight."""
     totals = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in (w_up, w_down)]
     small = _backward_into(
-        grad, x, gates, slots, order, offsets, w_up, w_down, b_down, h, o, dropout, seed, gelu_out, totals, False, backend
-    )
+        grad, x, gates, slots, order, offsets, w_up, w_down, b_down, h, o, dropout, seed, gelu_out,
+        totals, False, backend,
+    )  # fmt: skip
     return [*small, *totals]
 
 

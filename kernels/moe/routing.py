@@ -23,8 +23,8 @@ def moe_route(
     """The fields of `Routing` in their order, then the probabilities (T, E); capacity < 0 drops nothing."""
     backend = dispatch.pick(OP, logits, backend)
     if backend == "eager":
-        routing, probabilities = eager.route(logits, mask, top_k, capacity, renormalize)
-        return *routing, probabilities
+        r, probabilities = eager.route(logits, mask, top_k, capacity, renormalize)
+        return r.gates, r.balance, r.experts, r.slots, r.order, r.offsets, r.counts, probabilities
     logits = logits.float().contiguous()
     mask = None if mask is None else mask.contiguous()
     if backend == "triton":
@@ -38,15 +38,14 @@ def moe_route(
 def _(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renormalize: bool, backend: str) -> Parts:
     tokens, experts = logits.shape
     wide = torch.promote_types(logits.dtype, torch.float32)
-    index = {"dtype": torch.int64}
     return (
         logits.new_empty(tokens, top_k, dtype=wide),
         logits.new_empty((), dtype=wide),
-        logits.new_empty(tokens, top_k, **index),
-        logits.new_empty(tokens, top_k, **index),
-        logits.new_empty(tokens * top_k, **index),
-        logits.new_empty(experts + 1, **index),
-        logits.new_empty(experts, **index),
+        logits.new_empty(tokens, top_k, dtype=torch.int64),
+        logits.new_empty(tokens, top_k, dtype=torch.int64),
+        logits.new_empty(tokens * top_k, dtype=torch.int64),
+        logits.new_empty(experts + 1, dtype=torch.int64),
+        logits.new_empty(experts, dtype=torch.int64),
         logits.new_empty(tokens, experts, dtype=wide),
     )
 
