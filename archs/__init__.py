@@ -2,12 +2,13 @@
 
 from . import presets  # noqa: F401  (registers the paper's models)
 from .config import ModelConfig
-from .ffns import MLP
-from .heads import GrassmannHead, LinearHead, TiedHead
+from .encoder import Encoder, EncoderConfig
+from .ffns import MLP, SharedMoE
+from .heads import ClassifierHead, GrassmannHead, LinearHead, TiedHead
 from .heads.cross_entropy import linear_cross_entropy
 from .io import CheckpointError, MissingCheckpointError, atomic_write, load_model, read_config, save_model
 from .lm import LanguageModel
-from .mixers import CausalAttention, CausalGrassmannMixer
+from .mixers import BidirectionalAttention, CausalAttention, CausalGrassmannMixer
 from .registry import create_model, list_models, model_config, register_model, register_slot
 from .residuals import (
     MHC,
@@ -18,13 +19,18 @@ from .residuals import (
     StreamState,
     get_init_and_expand_reduce_stream_functions,
 )
+from .vision import VisionConfig, VisionModel, WideNet
 
 __all__ = [
     "MHC",
     "MLP",
+    "BidirectionalAttention",
     "CausalAttention",
     "CausalGrassmannMixer",
     "CheckpointError",
+    "ClassifierHead",
+    "Encoder",
+    "EncoderConfig",
     "GrassmannHead",
     "HyperConnection",
     "KromHC",
@@ -34,8 +40,12 @@ __all__ = [
     "MissingCheckpointError",
     "ModelConfig",
     "PlainResidual",
+    "SharedMoE",
     "StreamState",
     "TiedHead",
+    "VisionConfig",
+    "VisionModel",
+    "WideNet",
     "atomic_write",
     "create_model",
     "get_init_and_expand_reduce_stream_functions",

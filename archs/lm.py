@@ -12,7 +12,7 @@ from .config import ModelConfig
 from .generate import Window, checked_lengths, stream
 from .heads.cross_entropy import IGNORE
 from .init import init_weights
-from .registry import build_slot, register_assembly
+from .registry import build_slot, register_assembly, slot_class
 from .sampling import Sampling
 from .sharing import branches
 
@@ -25,8 +25,15 @@ class Block(nn.Module):
         self.mixer: Any = mixer
         self.ffn: Any = ffn
 
-    def forward(self, x: Tensor, state: Any = None, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        out = self.ffn(self.mixer(x, state, lengths))
+    def forward(
+        self, x: Tensor, state: Any = None, lengths: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """mask (B, T) bool, False for padding, is for a mixer that is not causal; the ffn gets it if it takes one."""
+        if mask is None:
+            out = self.ffn(self.mixer(x, state, lengths))
+        else:
+            x = self.mixer(x, state, lengths, mask)
+            out = self.ffn(x, mask) if getattr(self.ffn.branch, "takes_mask", False) else self.ffn(x)
         return out if isinstance(out, tuple) else (out, None)
 
 
@@ -53,11 +60,13 @@ class LanguageModel(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        if not getattr(slot_class("mixer", config.mixer), "causal", True):
+            raise ValueError(f"mixer must be causal in a language model, got {config.mixer!r}")
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim, **dd)
         self.positions = nn.Embedding(config.max_len, config.dim, **dd)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks: Any = nn.ModuleList(_blocks(config, dd))
+        self.blocks: Any = nn.ModuleList(build_blocks(config, dd))
         self.norm = nn.LayerNorm(config.dim, **dd)
         self.head: Any = build_slot(
             "head", config.head, config.dim, config.vocab_size, self.embed, **config.options, **dd
@@ -83,7 +92,7 @@ class LanguageModel(nn.Module):
             return self.head.logits(x)
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels must have input_ids' shape {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
-        _check_range("labels", labels, self.config.vocab_size, ignore=IGNORE)
+        check_range("labels", labels, self.config.vocab_size, ignore=IGNORE)
         loss = self.head.loss(x, labels, reduction)
         return loss + sum(auxiliary) if self.training and auxiliary else loss
 
@@ -107,7 +116,7 @@ class LanguageModel(nn.Module):
         end = ids.shape[1] + (state.progress.extent if state else 0)
         if end > self.config.max_len:
             raise ValueError(f"input_ids reach length {end}, but the model has max_len={self.config.max_len} positions")
-        _check_range("input_ids", ids, self.config.vocab_size)
+        check_range("input_ids", ids, self.config.vocab_size)
         if state is None or state.progress.fresh:
             positions = self.positions.weight[: ids.shape[1]]
         else:
@@ -197,8 +206,8 @@ class LanguageModel(nn.Module):
         return 3 * forward if training else forward
 
 
-def _blocks(config: ModelConfig, dd: dict[str, Any]) -> Iterator[Block]:
-    """The blocks of a config; sublayers count 0, 1, 2, … through mixers and ffns alternately."""
+def build_blocks(config: ModelConfig, dd: dict[str, Any]) -> Iterator[Block]:
+    """The blocks of a model; sublayers count 0, 1, 2, … through mixers and ffns alternately."""
     keywords = {"norm": config.norm, "dropout": config.dropout, "num_layers": 2 * config.depth, **dd}
 
     def slot(name: str, *args: object) -> partial[nn.Module]:
@@ -210,11 +219,12 @@ def _blocks(config: ModelConfig, dd: dict[str, Any]) -> Iterator[Block]:
 
     pairs = zip(layers("mixer", config.dim), layers("ffn", config.dim, config.ffn_dim), strict=True)
     residual = partial(build_slot, "residual", config.residual, **keywords, **config.options)
+    quiet = {"dropout": 0.0} if getattr(slot_class("ffn", config.ffn), "drops", False) else {}
     for layer, (mixer, ffn) in enumerate(pairs):
-        yield Block(residual(mixer, config.dim, 2 * layer), residual(ffn, config.dim, 2 * layer + 1))
+        yield Block(residual(mixer, config.dim, 2 * layer), residual(ffn, config.dim, 2 * layer + 1, **quiet))
 
 
-def _check_range(name: str, ids: Tensor, vocab_size: int, ignore: int | None = None) -> None:
+def check_range(name: str, ids: Tensor, vocab_size: int, ignore: int | None = None) -> None:
     # Looking at values on a GPU would wait for it, and under torch.compile would break the graph.
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return

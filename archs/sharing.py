@@ -23,6 +23,10 @@ class SharedBranch:
     def carries_input(self) -> bool:
         return getattr(self.module, "carries_input", False)
 
+    @property
+    def takes_mask(self) -> bool:
+        return getattr(self.module, "takes_mask", False)
+
     def __call__(self, *args: Any) -> Any:
         return self.module(*args, **self.options)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 BACKENDS = ("reference", "eager", "cpp", "triton", "cuda")
 ENVIRONMENT = "GRASSLAND_BACKEND"
-PACKAGES = ("plucker", "kronecker", "subspace")
+PACKAGES = ("plucker", "kronecker", "subspace", "moe")
 
 
 class BackendError(RuntimeError):

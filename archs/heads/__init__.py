@@ -5,7 +5,8 @@ model's token embedding if it has one, and has `logits(x)` (…, dim) → (…, 
 without materialised logits, and `flops_per_token()`.
 """
 
+from .classifier import ClassifierHead
 from .grassmann import GrassmannHead, grassmann_heads, reproject_
 from .linear import LinearHead, TiedHead
 
-__all__ = ["GrassmannHead", "LinearHead", "TiedHead", "grassmann_heads", "reproject_"]
+__all__ = ["ClassifierHead", "GrassmannHead", "LinearHead", "TiedHead", "grassmann_heads", "reproject_"]

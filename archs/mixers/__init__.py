@@ -10,10 +10,13 @@ A mixer is constructed as `Mixer(dim, *, options…, device, dtype)` and has
 - `carries_input`: True if the output already blends the input in, so that post-norm adds no residual.
 - `layer_options`: names of options that a model may give as one entry a layer; the methods above take them too, which
   is how blocks with different options can share one mixer's weights.
+- `causal`, True if absent. A mixer with causal=False has `forward(x, state=None, lengths=None, mask=None)`, mask (B, T)
+  bool, False for padding, and no decoding state.
 """
 
 from .attention import CausalAttention
+from .bidirectional import BidirectionalAttention
 from .grassmann import CausalGrassmannMixer
 from .state import MixerState
 
-__all__ = ["CausalAttention", "CausalGrassmannMixer", "MixerState"]
+__all__ = ["BidirectionalAttention", "CausalAttention", "CausalGrassmannMixer", "MixerState"]

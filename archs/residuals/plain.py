@@ -29,6 +29,7 @@ class PlainResidual(nn.Module):
         *,
         norm: str = "post",
         dropout: float = 0.0,
+        norm_eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -37,7 +38,7 @@ class PlainResidual(nn.Module):
             raise ValueError(f"norm must be 'pre' or 'post', got {norm!r}")
         self.branch = branch
         self.norm_first = norm == "pre"
-        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps, device=device, dtype=dtype)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, *args: Any) -> Any:

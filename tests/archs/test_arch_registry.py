@@ -96,5 +96,10 @@ def test_a_new_slot_choice_drops_the_old_ones_options_only():
 
 @pytest.mark.parametrize("name", list_models())
 def test_config_survives_json(name):
-    config = model_config(name, share=("ffn",), dropout=0.1)
+    config = model_config(name, dropout=0.2, dim=24)
+    assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_sharing_survives_json():
+    config = model_config("grassmann_lm_6l", share=("ffn",), dropout=0.1)
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -1,0 +1,154 @@
+"""Masked language models from the same slots: ALBERT, BERT with factorised embeddings, WideNet."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its choices)
+from .config import ModelConfig
+from .heads.cross_entropy import IGNORE
+from .init import init_weights
+from .lm import build_blocks, check_range
+from .registry import build_slot, register_assembly
+
+
+@dataclass(frozen=True)
+class EncoderConfig(ModelConfig):
+    """A `ModelConfig` for bidirectional text encoders.
+
+    embed_dim: width of the factorised token embedding. num_types: token types. pooler: whether there is a Linear and
+    tanh on the first token. share_norms: the LayerNorms too are shared across depth, as in ALBERT; needs
+    share=("mixer", "ffn").
+    """
+
+    kind: str = "mlm"
+    vocab_size: int = 30000
+    max_len: int = 512
+    dim: int = 768
+    depth: int = 12
+    ffn_dim: int = 3072
+    mixer: str = "bidirectional"
+    embed_dim: int = 128
+    num_types: int = 2
+    pooler: bool = True
+    share_norms: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("embed_dim", "num_types"):
+            self._check_size(name)
+        if self.share_norms and set(self.share) != {"mixer", "ffn"}:
+            raise ValueError(f"share_norms=True needs share=('mixer', 'ffn'), got share={self.share!r}")
+
+
+@register_assembly("mlm")
+class Encoder(nn.Module):
+    """A bidirectional encoder with a masked-token loss through the transposed embedding, so without weights of its own.
+
+    Token (V, e), position and type embeddings of width e, LayerNorm, Linear(e, dim), blocks, pooler (arXiv 1909.11942).
+    With norm="pre" a final LayerNorm follows the blocks.
+    """
+
+    config_class = EncoderConfig
+
+    def __init__(
+        self, config: EncoderConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.config = config
+        eps = config.options.get("norm_eps", 1e-5)
+        self.embed = nn.Embedding(config.vocab_size, config.embed_dim, **dd)
+        self.positions = nn.Embedding(config.max_len, config.embed_dim, **dd)
+        self.types = nn.Embedding(config.num_types, config.embed_dim, **dd)
+        self.embed_norm = nn.LayerNorm(config.embed_dim, eps=eps, **dd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.proj = nn.Linear(config.embed_dim, config.dim, **dd)
+        built = config.override(depth=1) if config.share_norms else config
+        self.blocks: Any = nn.ModuleList(build_blocks(built, dd))
+        self.norm = nn.LayerNorm(config.dim, eps=eps, **dd) if config.norm == "pre" else nn.Identity()
+        self.pooler = nn.Linear(config.dim, config.dim, **dd) if config.pooler else None
+        self.head: Any = build_slot(
+            "head", config.head, config.embed_dim, config.vocab_size, self.embed, **config.options, **dd
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew."""
+        for child in self.children():
+            child.apply(init_weights)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        token_types: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Logits (B, L, V) of input_ids (B, L) int64; with labels (B, L), −100 not counting, the cross entropy instead.
+
+        mask (B, L) bool: False for padding. token_types (B, L) int64, zeros by default. In training the ffns' auxiliary
+        losses are added to the loss. ValueError for wrong shapes, too many tokens or ids outside the vocabulary.
+        """
+        x, auxiliary = self.features(input_ids, mask=mask, token_types=token_types)
+        x = F.linear(x, self.proj.weight.T)
+        if labels is None:
+            return self.head.logits(x)
+        if labels.shape != input_ids.shape:
+            raise ValueError(f"labels must have input_ids' shape {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
+        check_range("labels", labels, self.config.vocab_size, ignore=IGNORE)
+        loss = self.head.loss(x, labels, reduction)
+        return loss + sum(auxiliary) if self.training and auxiliary else loss
+
+    def features(
+        self, input_ids: Tensor, *, mask: Tensor | None = None, token_types: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Features (B, L, dim) after the last block, and the auxiliary losses of the layers that have one."""
+        x = self.blocks[0].mixer.expand(self._embed(input_ids, token_types))
+        auxiliary = []
+        for layer in range(self.config.depth):
+            x, extra = self.blocks[0 if self.config.share_norms else layer](x, mask=mask)
+            auxiliary += [] if extra is None else [extra]
+        return self.norm(self.blocks[-1].ffn.reduce(x)), auxiliary
+
+    def pooled(
+        self, input_ids: Tensor, *, mask: Tensor | None = None, token_types: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """tanh(Linear(first token)) (B, dim), to classify by, and the auxiliary losses; ValueError without pooler."""
+        if self.pooler is None:
+            raise ValueError("pooled needs a model with pooler=True")
+        x, auxiliary = self.features(input_ids, mask=mask, token_types=token_types)
+        return torch.tanh(self.pooler(x[:, 0])), auxiliary
+
+    def _embed(self, ids: Tensor, types: Tensor | None) -> Tensor:
+        config = self.config
+        if ids.dim() != 2:
+            raise ValueError(f"input_ids must be (B, L), got {tuple(ids.shape)}")
+        if ids.shape[1] > config.max_len:
+            raise ValueError(f"input_ids reach length {ids.shape[1]}, but the model has max_len={config.max_len}")
+        check_range("input_ids", ids, config.vocab_size)
+        if types is None:
+            kinds = self.types.weight[0]
+        elif types.shape != ids.shape:
+            raise ValueError(f"token_types must have input_ids' shape {tuple(ids.shape)}, got {tuple(types.shape)}")
+        else:
+            check_range("token_types", types, config.num_types)
+            kinds = self.types(types)
+        x = self.embed(ids) + self.positions.weight[: ids.shape[1]] + kinds
+        return self.proj(self.dropout(self.embed_norm(x)))
+
+    def num_parameters(self) -> int:
+        """Number of parameters; shared ones count once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, seq_len: int, *, training: bool = False) -> int:
+        """FLOPs a token (a multiply-add is two), norms and activations left out; training is three forward passes."""
+        blocks = [self.blocks[0]] * self.config.depth if self.config.share_norms else self.blocks
+        parts = [part.branch.flops_per_token(seq_len) for block in blocks for part in (block.mixer, block.ffn)]
+        forward = sum(parts) + 4 * self.proj.weight.numel() + self.head.flops_per_token()
+        return 3 * forward if training else forward

@@ -1,0 +1,401 @@
+// Grouped experts on the CPU (arXiv 2107.11817; algebra in kernels/moe/eager.py).
+//
+// Rows are gathered into the order of the slots, expert after expert; the products are ATen's, and what stands between
+// them (gather, bias, GELU, dropout, gate, combination) is one pass each. Sums run in a fixed order.
+#include "common.h"
+
+namespace grassland {
+namespace {
+
+constexpr int64_t kGrain = 16;
+
+struct Shape {
+  int64_t tokens, top_k, experts, dim, inner, pairs;
+};
+
+GRASSLAND_INLINE uint32_t hashed(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// Dropout of one matrix of rows: element c of a pair's row is zero if its hash is below the threshold.
+struct Dropout {
+  uint32_t seed, threshold;
+  float scale;
+  bool on;
+};
+
+GRASSLAND_INLINE float factor(const Dropout& d, uint32_t row, int64_t c) {
+  return !d.on || hashed(row ^ static_cast<uint32_t>(c)) >= d.threshold ? d.scale : 0.0f;
+}
+
+GRASSLAND_INLINE uint32_t row_hash(const Dropout& d, int64_t pair) {
+  return d.on ? hashed(static_cast<uint32_t>(pair) ^ hashed(d.seed)) : 0u;
+}
+
+GRASSLAND_INLINE float gate_of_gelu(float x) { return sigmoid(1.5957691216f * x * (1.0f + 0.044715f * x * x)); }
+
+GRASSLAND_INLINE float gelu(float x) { return x * gate_of_gelu(x); }
+
+GRASSLAND_INLINE float gelu_slope(float x, float gate) {
+  return gate + x * gate * (1.0f - gate) * 1.5957691216f * (1.0f + 0.134145f * x * x);
+}
+
+// a = drop(gelu(h + b)); h keeps h + b. With h == a, nothing is kept.
+template <typename T>
+GRASSLAND_INLINE void up_body(const T* bias, const int64_t* order, const Dropout& d, int64_t width, int64_t begin,
+                              int64_t end, T* h, T* a) {
+  for (int64_t r = begin; r < end; ++r) {
+    const uint32_t row = row_hash(d, order[r]);
+    T *hr = h + r * width, *ar = a + r * width;
+    if (d.on) {
+#pragma omp simd
+      for (int64_t c = 0; c < width; ++c) {
+        from_float(to_float(hr[c]) + to_float(bias[c]), hr[c]);
+        from_float(gelu(to_float(hr[c])) * factor(d, row, c), ar[c]);
+      }
+    } else {
+#pragma omp simd
+      for (int64_t c = 0; c < width; ++c) {
+        from_float(to_float(hr[c]) + to_float(bias[c]), hr[c]);
+        from_float(gelu(to_float(hr[c])), ar[c]);
+      }
+    }
+  }
+}
+
+// y_t = sum_k g_tk drop(act(o)) over the kept pairs of a token
+template <typename T>
+GRASSLAND_INLINE void combine_body(const T* rows, const float* gates, const int64_t* slots, const Dropout& d, bool act,
+                                   const Shape& s, int64_t begin, int64_t end, T* y) {
+  std::vector<float> sum(s.dim);
+  for (int64_t t = begin; t < end; ++t) {
+    std::fill(sum.begin(), sum.end(), 0.0f);
+    float* total = sum.data();
+    for (int64_t pair = t * s.top_k; pair < (t + 1) * s.top_k; ++pair) {
+      if (slots[pair] < 0) continue;
+      const T* o = rows + slots[pair] * s.dim;
+      const float gate = gates == nullptr ? 1.0f : gates[pair];
+      const uint32_t row = row_hash(d, pair);
+      if (act || d.on) {
+#pragma omp simd
+        for (int64_t c = 0; c < s.dim; ++c) {
+          const float v = to_float(o[c]);
+          total[c] += gate * factor(d, row, c) * (act ? gelu(v) : v);
+        }
+      } else {
+#pragma omp simd
+        for (int64_t c = 0; c < s.dim; ++c) total[c] += gate * to_float(o[c]);
+      }
+    }
+    for (int64_t c = 0; c < s.dim; ++c) from_float(sum[c], y[t * s.dim + c]);
+  }
+}
+
+// The output rows' gradient before the gate, G = dy_t drop act'(o), and what it adds to d gate: <dy drop, act(o)> with an
+// activation, <G, b_down> without.
+template <typename T>
+GRASSLAND_INLINE void output_backward_body(const T* grad, const T* o, const T* bias, const int64_t* order,
+                                           const Dropout& d, bool act, const Shape& s, int64_t begin, int64_t end, T* g,
+                                           float* dgate) {
+  for (int64_t r = begin; r < end; ++r) {
+    const uint32_t row = row_hash(d, order[r]);
+    const T* from = grad + order[r] / s.top_k * s.dim;
+    T* to = g + r * s.dim;
+    float sum = 0;
+    if (act || d.on) {
+      for (int64_t c = 0; c < s.dim; ++c) {
+        const float v = to_float(from[c]) * factor(d, row, c);
+        const float pre = act ? to_float(o[r * s.dim + c]) : 0.0f, gate = gate_of_gelu(pre);
+        sum += v * (act ? pre * gate : to_float(bias[c]));
+        from_float(act ? v * gelu_slope(pre, gate) : v, to[c]);
+      }
+    } else {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t c = 0; c < s.dim; ++c) {
+        sum += to_float(from[c]) * to_float(bias[c]);
+        to[c] = from[c];
+      }
+    }
+    dgate[order[r]] = sum;
+  }
+}
+
+// From D = G W_down and h: a g (over a), dh = g drop gelu'(h) D (over D), and <D, a> for d gate.
+template <typename T>
+GRASSLAND_INLINE void down_backward_body(const T* h, const float* gates, const int64_t* order, const Dropout& d,
+                                         bool act, int64_t width, int64_t begin, int64_t end, T* dh, T* a,
+                                         float* dgate) {
+  for (int64_t r = begin; r < end; ++r) {
+    const uint32_t row = row_hash(d, order[r]);
+    const float gate = gates[order[r]];
+    const T* hr = h + r * width;
+    T *dr = dh + r * width, *ar = a + r * width;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < width; ++c) {
+      const float x = to_float(hr[c]), v = to_float(dr[c]), keep = factor(d, row, c), half = gate_of_gelu(x);
+      const float value = x * half * keep;
+      sum += v * value;
+      from_float(value * gate, ar[c]);
+      from_float(v * gate * keep * gelu_slope(x, half), dr[c]);
+    }
+    if (!act) dgate[order[r]] += sum;
+  }
+}
+
+// Column sums of n rows, weighted by the gates if given, in blocks so that the rounding error stays small.
+template <typename T>
+GRASSLAND_INLINE void column_sums_body(const T* x, const float* gates, const int64_t* order, int64_t n, int64_t width,
+                                       int64_t begin, int64_t end, float* out) {
+  std::vector<float> block(end - begin);
+  std::fill(out + begin, out + end, 0.0f);
+  for (int64_t base = 0; base < n; base += 64) {
+    std::fill(block.begin(), block.end(), 0.0f);
+    float* b = block.data();
+    for (int64_t r = base; r < std::min(base + 64, n); ++r) {
+      const float gate = gates == nullptr ? 1.0f : gates[order[r]];
+      const T* row = x + r * width + begin;
+#pragma omp simd
+      for (int64_t c = 0; c < end - begin; ++c) b[c] += gate * to_float(row[c]);
+    }
+    for (int64_t c = begin; c < end; ++c) out[c] += block[c - begin];
+  }
+}
+
+#define GRASSLAND_MOE(T)                                                                                              \
+  GRASSLAND_MULTIARCH void up_rows(const T* bias, const int64_t* order, const Dropout& d, int64_t width,              \
+                                   int64_t begin, int64_t end, T* h, T* a) {                                          \
+    up_body(bias, order, d, width, begin, end, h, a);                                                                 \
+  }                                                                                                                   \
+  GRASSLAND_MULTIARCH void combine(const T* rows, const float* gates, const int64_t* slots, const Dropout& d,         \
+                                   bool act, const Shape& s, int64_t begin, int64_t end, T* y) {                      \
+    combine_body(rows, gates, slots, d, act, s, begin, end, y);                                                       \
+  }                                                                                                                   \
+  GRASSLAND_MULTIARCH void output_backward(const T* grad, const T* o, const T* bias, const int64_t* order,            \
+                                           const Dropout& d, bool act, const Shape& s, int64_t begin, int64_t end,    \
+                                           T* g, float* dgate) {                                                      \
+    output_backward_body(grad, o, bias, order, d, act, s, begin, end, g, dgate);                                      \
+  }                                                                                                                   \
+  GRASSLAND_MULTIARCH void down_backward(const T* h, const float* gates, const int64_t* order, const Dropout& d,      \
+                                         bool act, int64_t width, int64_t begin, int64_t end, T* dh, T* a,            \
+                                         float* dgate) {                                                              \
+    down_backward_body(h, gates, order, d, act, width, begin, end, dh, a, dgate);                                     \
+  }                                                                                                                   \
+  GRASSLAND_MULTIARCH void column_sums(const T* x, const float* gates, const int64_t* order, int64_t n,               \
+                                       int64_t width, int64_t begin, int64_t end, float* out) {                       \
+    column_sums_body(x, gates, order, n, width, begin, end, out);                                                     \
+  }
+GRASSLAND_MOE(float)
+GRASSLAND_MOE(bf16)
+
+template <typename F>
+void parallel(int64_t n, int64_t grain, const F& body) {
+  if (n > 0) torch::stable::parallel_for(0, n, grain, body);
+}
+
+Tensor expert(const Tensor& stacked, int64_t e) {
+  Tensor base = stacked;
+  return torch::stable::select(base, 0, e);
+}
+
+Tensor flipped(const Tensor& x) {
+  Tensor base = x;
+  return torch::stable::transpose(base, 0, 1);
+}
+
+template <typename T>
+Tensor gather(const Tensor& x, const int64_t* order, const Shape& s, int64_t rows) {
+  const Tensor out = empty(x, {rows, s.dim}, kDtype<T>);
+  const T* from = data<T>(x);
+  T* to = data<T>(out);
+  parallel(rows, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      std::memcpy(to + r * s.dim, from + order[r] / s.top_k * s.dim, s.dim * sizeof(T));
+  });
+  return out;
+}
+
+struct Sizes {
+  std::vector<int64_t> bounds;
+  int64_t rows, longest;
+  Sizes(const Tensor& offsets, int64_t experts)
+      : bounds(data<int64_t>(offsets), data<int64_t>(offsets) + experts + 1), rows(bounds.back()), longest(0) {
+    for (int64_t e = 0; e < experts; ++e) longest = std::max(longest, bounds[e + 1] - bounds[e]);
+  }
+};
+
+Shape shape_of(const Tensor& x, const Tensor& slots, const Tensor& w_up) {
+  return {x.size(0), slots.size(1), w_up.size(0), x.size(1), w_up.size(1), slots.numel()};
+}
+
+Dropout dropout_of(const std::optional<Tensor>& seed, double rate, uint32_t salt) {
+  if (!seed) return {0, 0, 1.0f, false};
+  const uint32_t low = static_cast<uint32_t>(*data<int64_t>(*seed)) ^ salt;
+  return {low, static_cast<uint32_t>(rate * 4294967296.0), static_cast<float>(1.0 / (1.0 - rate)), true};
+}
+
+constexpr uint32_t kOutputSalt = 0x9e3779b9u;
+
+template <typename T>
+void zero_tail(const Tensor& x, int64_t rows) {
+  std::memset(data<T>(x) + rows * x.size(1), 0, (x.numel() - rows * x.size(1)) * sizeof(T));
+}
+
+template <typename T>
+void add_bias(const Tensor& x, const T* bias, int64_t begin, int64_t end) {
+  const int64_t width = x.size(1);
+  T* o = data<T>(x);
+  parallel(end - begin, kGrain, [&](int64_t first, int64_t last) {
+    for (int64_t r = begin + first; r < begin + last; ++r)
+      for (int64_t c = 0; c < width; ++c) from_float(to_float(o[r * width + c]) + to_float(bias[c]), o[r * width + c]);
+  });
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gates, const Tensor& slots,
+                                           const Tensor& order, const Tensor& offsets, const Tensor& w_up,
+                                           const Tensor& b_up, const Tensor& w_down, const Tensor& b_down, double rate,
+                                           const std::optional<Tensor>& seed, bool act, bool save) {
+  const Shape s = shape_of(x, slots, w_up);
+  const Sizes sizes(offsets, s.experts);
+  const Dropout inner = dropout_of(seed, rate, 0), outer = dropout_of(seed, rate, kOutputSalt);
+  const int64_t* pairs = data<int64_t>(order);
+  const Tensor sorted = gather<T>(x, pairs, s, sizes.rows);
+  const Tensor h = empty(x, {save ? s.pairs : sizes.longest, s.inner}, kDtype<T>);
+  const Tensor a = save ? empty(x, {sizes.longest, s.inner}, kDtype<T>) : h;
+  const Tensor out = empty(x, {s.pairs, s.dim}, kDtype<T>);
+  for (int64_t e = 0; e < s.experts; ++e) {
+    const int64_t begin = sizes.bounds[e], n = sizes.bounds[e + 1] - begin;
+    if (n == 0) continue;
+    const Tensor here = save ? rows(h, begin, begin + n) : rows(h, 0, n), active = rows(a, 0, n);
+    mm(here, rows(sorted, begin, begin + n), flipped(expert(w_up, e)));
+    parallel(n, kGrain, [&](int64_t first, int64_t last) {
+      up_rows(data<T>(b_up) + e * s.inner, pairs + begin, inner, s.inner, first, last, data<T>(here), data<T>(active));
+    });
+    mm(rows(out, begin, begin + n), active, flipped(expert(w_down, e)));
+    add_bias(out, data<T>(b_down) + e * s.dim, begin, begin + n);
+  }
+  const Tensor y = empty(x, {s.tokens, s.dim}, kDtype<T>);
+  parallel(s.tokens, kGrain, [&](int64_t begin, int64_t end) {
+    combine(data<T>(out), data<float>(gates), data<int64_t>(slots), outer, act, s, begin, end, data<T>(y));
+  });
+  if (!save) return {y, empty(x, {0, s.inner}, kDtype<T>), empty(x, {0, s.dim}, kDtype<T>)};
+  zero_tail<T>(h, sizes.rows);
+  if (!act) return {y, h, empty(x, {0, s.dim}, kDtype<T>)};
+  zero_tail<T>(out, sizes.rows);
+  return {y, h, out};
+}
+
+// total = left^T right, or total += left^T right; float32 totals of bfloat16 factors are summed beside the product.
+template <typename T>
+void weight_gradient(const Tensor& total, const Tensor& left, const Tensor& right, bool accumulate) {
+  const bool same = total.scalar_type() == kDtype<T>;
+  if (left.size(0) == 0) {
+    Tensor base = total;
+    if (!accumulate) torch::stable::zero_(base);
+    return;
+  }
+  if (same) {
+    if (accumulate) return addmm(total, flipped(left), right, 1.0);
+    return mm(total, flipped(left), right);
+  }
+  const Tensor part = empty(left, {total.size(0), total.size(1)}, kDtype<T>);
+  mm(part, flipped(left), right);
+  const T* p = data<T>(part);
+  float* o = data<float>(total);
+  parallel(total.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) o[k] = (accumulate ? o[k] : 0.0f) + to_float(p[k]);
+  });
+}
+
+template <typename T>
+void bias_gradient(const Tensor& x, const float* gates, const int64_t* order, int64_t n, float* out) {
+  const int64_t width = x.size(1);
+  parallel(width, 128, [&](int64_t begin, int64_t end) {
+    column_sums(data<T>(x), gates, order, n, width, begin, end, out);
+  });
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& gates,
+                                                    const Tensor& slots, const Tensor& order, const Tensor& offsets,
+                                                    const Tensor& w_up, const Tensor& w_down, const Tensor& b_down,
+                                                    const Tensor& h, const Tensor& o, double rate,
+                                                    const std::optional<Tensor>& seed, bool act,
+                                                    const std::vector<Tensor>& totals, bool accumulate) {
+  const Shape s = shape_of(x, slots, w_up);
+  const Sizes sizes(offsets, s.experts);
+  const Dropout inner = dropout_of(seed, rate, 0), outer = dropout_of(seed, rate, kOutputSalt);
+  const float* gate = data<float>(gates);
+  const Tensor dgates = zeros(x, {s.tokens, s.top_k}, ScalarType::Float);
+  const Tensor db_up = empty(x, {s.experts, s.inner}, ScalarType::Float);
+  const Tensor db_down = empty(x, {s.experts, s.dim}, ScalarType::Float);
+  const Tensor dsorted = empty(x, {sizes.rows, s.dim}, kDtype<T>), g = empty(x, {sizes.longest, s.dim}, kDtype<T>);
+  const Tensor d = empty(x, {sizes.longest, s.inner}, kDtype<T>), a = empty(x, {sizes.longest, s.inner}, kDtype<T>);
+  for (int64_t e = 0; e < s.experts; ++e) {
+    const int64_t begin = sizes.bounds[e], n = sizes.bounds[e + 1] - begin;
+    const int64_t* pairs = data<int64_t>(order) + begin;
+    const Tensor ge = rows(g, 0, n), de = rows(d, 0, n), ae = rows(a, 0, n);
+    const T* outputs = act ? data<T>(o) + begin * s.dim : nullptr;
+    parallel(n, kGrain, [&](int64_t first, int64_t last) {
+      output_backward(data<T>(grad), outputs, data<T>(b_down) + e * s.dim, pairs, outer, act, s, first, last,
+                      data<T>(ge), data<float>(dgates));
+    });
+    if (n > 0) mm(de, ge, expert(w_down, e));
+    parallel(n, kGrain, [&](int64_t first, int64_t last) {
+      down_backward(data<T>(h) + begin * s.inner, gate, pairs, inner, act, s.inner, first, last, data<T>(de),
+                    data<T>(ae), data<float>(dgates));
+    });
+    weight_gradient<T>(expert(totals[1], e), ge, ae, accumulate);
+    weight_gradient<T>(expert(totals[0], e), de, gather<T>(x, pairs, s, n), accumulate);
+    bias_gradient<T>(de, nullptr, pairs, n, data<float>(db_up) + e * s.inner);
+    bias_gradient<T>(ge, gate, pairs, n, data<float>(db_down) + e * s.dim);
+    if (n > 0) mm(rows(dsorted, begin, begin + n), de, expert(w_up, e));
+  }
+  const Tensor dx = empty(x, {s.tokens, s.dim}, kDtype<T>);
+  const Dropout off{0, 0, 1.0f, false};
+  parallel(s.tokens, kGrain, [&](int64_t begin, int64_t end) {
+    combine(data<T>(dsorted), nullptr, data<int64_t>(slots), off, false, s, begin, end, data<T>(dx));
+  });
+  return {dx, dgates, db_up, db_down};
+}
+
+std::tuple<Tensor, Tensor, Tensor> moe_ffn_cpu(const Tensor& x, const Tensor& gates, const Tensor& slots,
+                                               const Tensor& order, const Tensor& offsets, const Tensor& w_up,
+                                               const Tensor& b_up, const Tensor& w_down, const Tensor& b_down,
+                                               double rate, std::optional<Tensor> seed, bool act, bool save) {
+  const auto run = x.scalar_type() == ScalarType::BFloat16 ? forward<bf16> : forward<float>;
+  return run(x, gates, slots, order, offsets, w_up, b_up, w_down, b_down, rate, seed, act, save);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> moe_ffn_backward_cpu(
+    const Tensor& grad, const Tensor& x, const Tensor& gates, const Tensor& slots, const Tensor& order,
+    const Tensor& offsets, const Tensor& w_up, const Tensor& w_down, const Tensor& b_down, const Tensor& h,
+    const Tensor& o, double rate, std::optional<Tensor> seed, bool act, std::vector<Tensor> totals, bool accumulate) {
+  const auto run = x.scalar_type() == ScalarType::BFloat16 ? backward<bf16> : backward<float>;
+  return run(grad, x, gates, slots, order, offsets, w_up, w_down, b_down, h, o, rate, seed, act, totals, accumulate);
+}
+
+}  // namespace
+}  // namespace grassland
+
+// All tensors contiguous and of the dtype of x, float32 or bfloat16, but gates float32, indices int64. `totals` are the
+// gradients of w_up and w_down, of the dtype of x or float32; they are overwritten, or added to if `accumulate`.
+STABLE_TORCH_LIBRARY_FRAGMENT(grassland_cpp, m) {
+  m.def(
+      "moe_ffn(Tensor x, Tensor gates, Tensor slots, Tensor order, Tensor offsets, Tensor w_up, Tensor b_up, "
+      "Tensor w_down, Tensor b_down, float rate, Tensor? seed, bool gelu_out, bool save) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "moe_ffn_backward(Tensor grad, Tensor x, Tensor gates, Tensor slots, Tensor order, Tensor offsets, Tensor w_up, "
+      "Tensor w_down, Tensor b_down, Tensor h, Tensor o, float rate, Tensor? seed, bool gelu_out, "
+      "Tensor(a!)[] totals, bool accumulate) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(grassland_cpp, CPU, m) {
+  m.impl("moe_ffn", TORCH_BOX(&grassland::moe_ffn_cpu));
+  m.impl("moe_ffn_backward", TORCH_BOX(&grassland::moe_ffn_backward_cpu));
+}

@@ -1,0 +1,188 @@
+"""Routing in Triton: probabilities and choice a block of tokens at a time, one scan over the blocks, then the slots."""
+
+# Triton's constexpr parameters take plain values, and its language is not quite Python's.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 128
+Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@triton.jit
+def choose_kernel(
+    logits, mask, probabilities, gates, experts, histogram, sums, tokens,
+    E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, MASKED: tl.constexpr, NORMAL: tl.constexpr,
+    BT: tl.constexpr,
+):  # fmt: skip
+    # softmax over all experts, the K largest logits (the lower expert among equals), counts and sums of the block
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    e = tl.arange(0, EP)
+    inside = (t < tokens)[:, None] & (e < E)[None, :]
+    v = tl.load(logits + t[:, None] * E + e[None, :], mask=inside, other=float("-inf"))
+    top = tl.max(v, 1)
+    p = tl.exp(v - tl.where(t < tokens, top, 0.0)[:, None])
+    p = p / tl.where(t < tokens, tl.sum(p, 1), 1.0)[:, None]
+    tl.store(probabilities + t[:, None] * E + e[None, :], p, mask=inside)
+    live = t < tokens
+    if MASKED:
+        live = live & (tl.load(mask + t, mask=live, other=0) != 0)
+    taken = tl.zeros((BT, EP), tl.int32)
+    total = tl.zeros((BT,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        free = (taken == 0) & (e < E)[None, :]
+        best = tl.max(tl.where(free, v, float("-inf")), 1)
+        index = tl.min(tl.where(free & (v == best[:, None]), e[None, :], EP), 1)
+        hit = e[None, :] == index[:, None]
+        taken += hit.to(tl.int32)
+        gate = tl.sum(tl.where(hit, p, 0.0), 1)
+        total += gate
+        tl.store(gates + t * TOP_K + k, gate, mask=t < tokens)
+        tl.store(experts + t * TOP_K + k, index.to(tl.int64), mask=t < tokens)
+    if NORMAL:
+        for k in tl.static_range(TOP_K):
+            # the same sums as above, so that each thread normalises what it wrote
+            hit = e[None, :] == tl.load(experts + t * TOP_K + k, mask=t < tokens, other=-1)[:, None]
+            gate = tl.sum(tl.where(hit, p, 0.0), 1) / tl.where(t < tokens, total, 1.0)
+            tl.store(gates + t * TOP_K + k, gate, mask=t < tokens)
+    at = tl.program_id(0).to(tl.int64) * E + e
+    tl.store(histogram + at, tl.sum(tl.where(live[:, None], taken, 0), 0), mask=e < E)
+    tl.store(sums + at, tl.sum(tl.where(live[:, None], p, 0.0), 0), mask=e < E)
+
+
+@triton.jit
+def scan_kernel(
+    histogram, sums, start, offsets, counts, balance, blocks, capacity,
+    E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr,
+):  # fmt: skip
+    # pairs of each expert before each block, the experts' slots, and E sum_e m_e P_e
+    e = tl.arange(0, EP)
+    before = tl.zeros((EP,), tl.int64)
+    mass = tl.zeros((EP,), tl.float32)
+    for b in range(blocks):
+        at = b * E + e
+        tl.store(start + at, before, mask=e < E)
+        before += tl.load(histogram + at, mask=e < E, other=0).to(tl.int64)
+        mass += tl.load(sums + at, mask=e < E, other=0.0)
+    tl.store(counts + e, before, mask=e < E)
+    kept = before
+    if capacity >= 0:
+        kept = tl.minimum(before, capacity)
+    tl.store(offsets + 1 + e, tl.cumsum(kept, 0), mask=e < E)
+    tl.store(offsets + e, tl.zeros((EP,), tl.int64), mask=e == 0)
+    routed = tl.maximum(tl.sum(before, 0), 1).to(tl.float32)
+    live = routed / TOP_K
+    tl.store(balance, E * tl.sum(before.to(tl.float32) / routed * (mass / live), 0))
+
+
+@triton.jit
+def slot_kernel(
+    experts, mask, start, offsets, slots, order, tokens, capacity,
+    E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, MASKED: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    # a pair's rank among its expert's pairs is the number of earlier tokens that chose the expert
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    e = tl.arange(0, EP)
+    live = t < tokens
+    if MASKED:
+        live = live & (tl.load(mask + t, mask=live, other=0) != 0)
+    hot = tl.zeros((BT, EP), tl.int32)
+    for k in tl.static_range(TOP_K):
+        index = tl.load(experts + t * TOP_K + k, mask=live, other=-1)
+        hot += (e[None, :] == index[:, None]).to(tl.int32)
+    first = tl.load(start + tl.program_id(0).to(tl.int64) * E + e, mask=e < E, other=0)
+    rank = tl.cumsum(hot, 0) - hot + first[None, :]
+    place = rank + tl.load(offsets + e, mask=e < E, other=0)[None, :]
+    for k in tl.static_range(TOP_K):
+        index = tl.load(experts + t * TOP_K + k, mask=live, other=-1)
+        hit = e[None, :] == index[:, None]
+        kept = live
+        if capacity >= 0:
+            kept = live & (tl.sum(tl.where(hit, rank, 0), 1) < capacity)
+        slot = tl.where(kept, tl.sum(tl.where(hit, place, 0), 1), -1)
+        tl.store(slots + t * TOP_K + k, slot, mask=t < tokens)
+        tl.store(order + slot, t * TOP_K + k, mask=kept)
+
+
+@triton.jit
+def route_backward_kernel(
+    grad_gates, grad_balance, probabilities, experts, counts, mask, out, tokens,
+    E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, MASKED: tl.constexpr, NORMAL: tl.constexpr,
+    BT: tl.constexpr,
+):  # fmt: skip
+    # dlogit = p (dp - <dp, p>), dp = d gate at the chosen experts + d balance E m_e / T
+    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    e = tl.arange(0, EP)
+    live = t < tokens
+    if MASKED:
+        live = live & (tl.load(mask + t, mask=live, other=0) != 0)
+    inside = (t < tokens)[:, None] & (e < E)[None, :]
+    p = tl.load(probabilities + t[:, None] * E + e[None, :], mask=inside, other=0.0)
+    count = tl.load(counts + e, mask=e < E, other=0).to(tl.float32)
+    routed = tl.maximum(tl.sum(count, 0), 1.0)
+    slope = tl.load(grad_balance) * E * count / routed * (TOP_K / routed)
+    dp = tl.where(live[:, None], slope[None, :], 0.0)
+    total = tl.full((BT,), 1.0, tl.float32)
+    mean = tl.zeros((BT,), tl.float32)
+    if NORMAL:
+        total = tl.zeros((BT,), tl.float32)
+        for k in tl.static_range(TOP_K):
+            index = tl.load(experts + t * TOP_K + k, mask=t < tokens, other=-1)
+            chosen = tl.sum(tl.where(e[None, :] == index[:, None], p, 0.0), 1)
+            total += chosen
+            mean += chosen * tl.load(grad_gates + t * TOP_K + k, mask=t < tokens, other=0.0)
+        total = tl.where(t < tokens, total, 1.0)
+        mean = mean / total
+    for k in tl.static_range(TOP_K):
+        index = tl.load(experts + t * TOP_K + k, mask=t < tokens, other=-1)
+        g = tl.load(grad_gates + t * TOP_K + k, mask=t < tokens, other=0.0)
+        dp += tl.where(e[None, :] == index[:, None], ((g - mean) / total)[:, None], 0.0)
+    tl.store(out + t[:, None] * E + e[None, :], p * (dp - tl.sum(dp * p, 1)[:, None]), mask=inside)
+
+
+def sizes(experts: int, top_k: int, mask: Tensor | None) -> dict:
+    return {"E": experts, "EP": triton.next_power_of_2(experts), "TOP_K": top_k, "MASKED": mask is not None}
+
+
+def route(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renormalize: bool) -> Parts:
+    tokens, count = logits.shape
+    index: Any = {"dtype": torch.int64, "device": logits.device}
+    gates, probabilities = logits.new_empty(tokens, top_k), torch.empty_like(logits)
+    experts, slots = torch.empty(tokens, top_k, **index), torch.empty(tokens, top_k, **index)
+    order = torch.full((tokens * top_k,), -1, **index)
+    offsets, counts, balance = torch.empty(count + 1, **index), torch.empty(count, **index), logits.new_empty(())
+    blocks, shape = triton.cdiv(tokens, BLOCK), sizes(count, top_k, mask)
+    histogram, start = torch.empty(blocks, count, **index), torch.empty(blocks, count, **index)
+    sums, flags = logits.new_empty(blocks, count), logits if mask is None else mask
+    if blocks:
+        choose_kernel[(blocks,)](
+            logits, flags, probabilities, gates, experts, histogram, sums, tokens, NORMAL=renormalize, BT=BLOCK, **shape
+        )
+    shape.pop("MASKED")
+    scan_kernel[(1,)](histogram, sums, start, offsets, counts, balance, blocks, capacity, **shape)
+    if blocks:
+        slot_kernel[(blocks,)](
+            experts, flags, start, offsets, slots, order, tokens, capacity, MASKED=mask is not None, BT=BLOCK, **shape
+        )
+    return gates, balance, experts, slots, order, offsets, counts, probabilities
+
+
+def route_backward(
+    grad_gates: Tensor, grad_balance: Tensor, probabilities: Tensor, experts: Tensor, counts: Tensor,
+    mask: Tensor | None, renormalize: bool,
+) -> Tensor:  # fmt: skip
+    out = torch.empty_like(probabilities)
+    tokens, count = out.shape
+    if tokens:
+        route_backward_kernel[(triton.cdiv(tokens, BLOCK),)](
+            grad_gates, grad_balance, probabilities, experts, counts, out if mask is None else mask, out, tokens,
+            NORMAL=renormalize, BT=BLOCK, **sizes(count, experts.shape[1], mask),
+        )  # fmt: skip
+    return out
