@@ -7,6 +7,7 @@ and leaves if there are none, so that the host never waits for the device.
 
 # Triton's constexpr parameters take plain values, and its language is not quite Python's.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 # Triton's constexpr parameters take plain values, and its language is not quite Python's.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
