@@ -3,6 +3,7 @@
 A table stands between `<!-- table:NAME -->` and `<!-- end -->`.
 """
 
+import functools
 import json
 import re
 import statistics
@@ -25,22 +26,25 @@ def footnote(records):
 
 
 def kernel_table(name):
-    """Rivals against settings: the time over ours in forward + backward."""
+    """Rivals against settings: the time over ours, in each setting's last mode."""
     records = read(f"{name}.jsonl")
-    mode = next(r["mode"] for r in reversed(records) if "mode" in r)
-    settings = list(dict.fromkeys(r["setting"] for r in records))
-    lines = [f"| {mode}, time / grassland | {' | '.join(settings)} |", "|---|" + "---|" * len(settings)]
+    settings = {r["setting"]: r["mode"] for r in records if "mode" in r}
+    heads = [f"{setting}, {mode}" for setting, mode in settings.items()]
+    lines = [f"| time / grassland | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for rival in dict.fromkeys(r["rival"] for r in records):
-        cells = []
-        for setting in settings:
-            found = [r for r in records if r["rival"] == rival and r["setting"] == setting]
-            timed = [r for r in found if r.get("mode") == mode]
-            cells.append(cell(timed[0]) if timed else found[0]["error"])
+        own = [r for r in records if r["rival"] == rival]
+        cells = [next((cell(r) for r in own if "error" in r or shown(r, *item)), "") for item in settings.items()]
         lines.append(f"| {rival} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", footnote(records)])
 
 
+def shown(record, setting, mode):
+    return record["setting"] == setting and record["mode"] == mode
+
+
 def cell(record):
+    if "error" in record:
+        return f"not run: {record['error']}"
     return f"{record['ms']:.1f} ms" if record["rival"] == "grassland" else f"{record['ratio']:.2f}"
 
 
@@ -80,7 +84,9 @@ def summary(path):
     }
 
 
-TABLES = {"plucker": lambda: kernel_table("plucker-cpu-float32"), "lm": lambda: lm_table("wikitext-2")}
+OPS = ("plucker", "kronecker", "subspace", "moe")
+TABLES = {op: functools.partial(kernel_table, f"{op}-cpu-float32") for op in OPS}
+TABLES |= {"lm": functools.partial(lm_table, "wikitext-2")}
 
 
 def render(text):

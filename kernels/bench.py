@@ -204,19 +204,19 @@ def table(records: Sequence[dict[str, Any]], ours: str) -> str:
 
 
 def plot(records: Sequence[dict[str, Any]], benchmark: Benchmark, path: Path) -> None:
-    """Bars of time over ours, one panel a setting, for the last mode."""
+    """Bars of time over ours, one panel a setting, for its last mode."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     timed = [r for r in records if "error" not in r]
-    mode = timed[-1]["mode"]
     settings = list(dict.fromkeys(r["setting"] for r in timed))
     figure, axes = plt.subplots(
         1, len(settings), figsize=(4.5 * len(settings), 3.2), squeeze=False, layout="constrained"
     )
     for axis, setting in zip(axes[0], settings, strict=True):
+        mode = [r["mode"] for r in timed if r["setting"] == setting][-1]
         rows = [r for r in timed if r["setting"] == setting and r["mode"] == mode]
         colours = ["#2f7d4f" if r["rival"] == benchmark.ours else "#9aa5a0" for r in rows]
         bars = axis.barh([r["rival"] for r in rows], [r["ratio"] for r in rows], color=colours)
