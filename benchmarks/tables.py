@@ -62,31 +62,60 @@ def lm_table(name):
     return "\n".join([*lines, "", footnote(runs)])
 
 
-def summary(path):
-    """What a table says of a run: its settings, its results, and the median of its throughput."""
+def vision_table(name):
+    """One line a training run of an image model."""
+    runs = [vision_summary(path) for path in sorted((RESULTS / name).glob("*.jsonl"))]
+    lines = [
+        "| head | parameters | epochs | valid top-1 | test top-1 | test top-5 | test ECE |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in runs:
+        quality = " | ".join(f"{100 * r[key]:.1f} %" for key in ("valid_top1", "top1", "top5"))
+        lines.append(f"| {r['head']} | {r['parameters']:,} | {r['epochs']:g} | {quality} | {r['ece']:.3f} |")
+    return "\n".join([*lines, "", footnote(runs)])
+
+
+def about(path):
+    """The events of a run, and what a table's footnote says of it."""
     events = read(path)
     start = next(e for e in events if e["event"] == "start")
+    facts = {"torch": start["versions"]["torch"], "date": start.get("date"), "commit": start.get("commit")}
+    return events, start, {**start["machine"], **facts, "dtype": start["config"]["dtype"]}
+
+
+def summary(path):
+    """What a table says of a language model's run: its settings, its results, and the median of its throughput."""
+    events, start, facts = about(path)
     test = next(e for e in events if e["event"] == "test")
-    speed = statistics.median(e["tokens_per_s"] for e in events if e["event"] == "train" and e["tokens_per_s"])
-    config, machine = start["config"], start["machine"]
-    return {
-        **machine,
-        **{key: config[key] for key in ("model", "steps", "dtype")},
-        "torch": start["versions"]["torch"],
-        "date": start.get("date"),
-        "commit": start.get("commit"),
+    return facts | {
+        "model": start["config"]["model"],
+        "steps": start["config"]["steps"],
         "parameters": start["parameters"],
         "valid_perplexity": min(e["perplexity"] for e in events if e["event"] == "valid"),
         "test_perplexity": test["perplexity"],
         "word_perplexity": test["word_perplexity"],
         "bits_per_byte": test["bits_per_byte"],
-        "tokens_per_s": speed,
+        "tokens_per_s": statistics.median(e["tokens_per_s"] for e in events if e["event"] == "train"),
+    }
+
+
+def vision_summary(path):
+    """The same for an image model."""
+    events, start, facts = about(path)
+    config, test = start["config"], next(e for e in events if e["event"] == "test")
+    head = f"Grassmann, k = {config['subspace_dim']}" if config["head"] == "grassmann" else config["head"]
+    return facts | {
+        "head": head,
+        "epochs": config["epochs"],
+        "parameters": start["parameters"],
+        "valid_top1": max(e["top1"] for e in events if e["event"] == "valid"),
+        **{key: test[key] for key in ("top1", "top5", "ece")},
     }
 
 
 OPS = ("plucker", "kronecker", "subspace", "moe")
 TABLES = {op: functools.partial(kernel_table, f"{op}-cpu-float32") for op in OPS}
-TABLES |= {"lm": functools.partial(lm_table, "wikitext-2")}
+TABLES |= {"lm": functools.partial(lm_table, "wikitext-2"), "vision": functools.partial(vision_table, "cifar-10")}
 
 
 def render(text):
