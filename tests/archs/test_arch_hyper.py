@@ -134,14 +134,15 @@ def test_one_stream_and_disable_are_the_plain_residual(kind, off):
 
 
 def test_paper_init_values():
-    for kind in ("kromhc", "mhc", "mhc_lite"):
+    # What stands beside the identity, each of weight e^-8: a swap in a factor, three entries of a row, or the 23 other
+    # permutations.
+    for kind, others in (("kromhc", 2), ("mhc", 3), ("mhc_lite", 23)):
         layer = CLASSES[kind](None, 5, layer_index=6, **FLOAT64)
         h_pre, h_post, mixing = layer.coefficients(normal(4, 5))
         assert h_pre.sum().item() == pytest.approx(1.538, abs=5e-4)
         assert h_post.sum().item() == pytest.approx(3.076, abs=5e-4)
         assert h_pre.argmax() == 2 == h_post.argmax()
-        # mHC-lite has 23 other permutations, each of weight e^-8.
-        torch.testing.assert_close(mixing, torch.eye(4, **FLOAT64), atol=23 * math.exp(-8), rtol=0)
+        torch.testing.assert_close(mixing, torch.eye(4, **FLOAT64), atol=others * math.exp(-8), rtol=0)
     layer = KromHC(None, 5, init="identity", **FLOAT64)
     h_pre, h_post, _ = layer.coefficients(normal(4, 5))
     assert h_pre.sum().item() == pytest.approx(1, abs=1e-14) and torch.equal(h_post, torch.ones_like(h_post))
