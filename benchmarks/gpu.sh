@@ -4,7 +4,8 @@
 #   OUT=/tmp/out bash benchmarks/gpu.sh [minutes for the WikiText-2 comparison, default 5]
 set -uo pipefail
 cd "$(dirname "$0")/.."
-archive=${OUT:?set OUT to a folder}/results.tgz
+mkdir -p "${OUT:?set OUT to a folder}"
+archive=$OUT/results.tgz
 minutes=${1:-5}
 OUT=$(mktemp -d)
 trap 'tar -czf "$archive" -C "$OUT" --exclude "*.safetensors" .' EXIT
