@@ -6,6 +6,7 @@ from .encoder import Encoder, EncoderConfig
 from .ffns import MLP, SharedMoE
 from .heads import ClassifierHead, GrassmannHead, LinearHead, TiedHead
 from .heads.cross_entropy import linear_cross_entropy
+from .interop.swap import SwapReport, swap
 from .io import CheckpointError, MissingCheckpointError, atomic_write, load_model, read_config, save_model
 from .lm import LanguageModel
 from .mixers import BidirectionalAttention, CausalAttention, CausalGrassmannMixer
@@ -42,6 +43,7 @@ __all__ = [
     "PlainResidual",
     "SharedMoE",
     "StreamState",
+    "SwapReport",
     "TiedHead",
     "VisionConfig",
     "VisionModel",
@@ -57,4 +59,5 @@ __all__ = [
     "register_model",
     "register_slot",
     "save_model",
+    "swap",
 ]
