@@ -73,6 +73,17 @@ def vision(arguments: list[str]) -> int:
     return run(ImageClassification, config)
 
 
+def nli(arguments: list[str]) -> int:
+    """train a head for sentence pairs on an encoder's features"""
+    from .nli_config import NLIConfig
+
+    config = read_run_config(NLIConfig, _lengths_in_steps(NLIConfig(), arguments), arguments, "nli")
+    from .start import run
+    from .tasks.nli import NaturalLanguageInference
+
+    return run(NaturalLanguageInference, config)
+
+
 def transfer(arguments: list[str]) -> int:
     """judge a trained image model's features on other images"""
     import json
@@ -136,7 +147,7 @@ def env(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    command.__name__: command for command in (lm, sample, vision, transfer, plot, inspect, env)
+    command.__name__: command for command in (lm, sample, vision, transfer, nli, plot, inspect, env)
 }
 
 
@@ -220,7 +231,11 @@ def _vision_recipe(arguments: list[str]) -> VisionConfig:
     else:
         model = _argument(arguments, "--model")
         chosen = default_vision() if model is None else named_vision(model)
-    # A length given in steps counts over the recipe's own in epochs.
+    return _lengths_in_steps(chosen, arguments)
+
+
+def _lengths_in_steps(chosen: C, arguments: list[str]) -> C:
+    """A length given in steps counts over the default's own in epochs."""
     lengths = (("--steps", "epochs"), ("--warmup", "warmup_epochs"), ("--eval-every", "eval_epochs"))
     dropped: dict[str, Any] = {name: None for option, name in lengths if _argument(arguments, option) is not None}
     return replace(chosen, steps=chosen.steps or 1, **dropped)

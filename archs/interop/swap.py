@@ -109,10 +109,10 @@ def swap(
 ) -> SwapReport:
     """Replace modules inside `model`, in place and reversibly.
 
-    replacements: class (subclasses included) or glob of qualified names ("layers.*.mlp") to a factory of the new module,
-    called as `factory(old)` or, if it has a second required parameter or one called name, `factory(old, name)`. The
-    first key that fits counts. The new module may contain the old one. where: glob or predicate of qualified names that
-    narrows all keys.
+    replacements: class (with its subclasses) or glob of qualified names ("layers.*.mlp") to a factory of the new
+    module, called as `factory(old)` or, if it has a second required parameter or one called name, `factory(old, name)`.
+    The first key that fits counts. The new module may contain the old one. where: glob or predicate of qualified names
+    that narrows all keys.
 
     Of modules inside one another the outermost is replaced. A module that several places share is replaced once, and
     the new one is shared by those of them that match. What is new gets the device and floating dtype of the old

@@ -199,7 +199,7 @@ def test_errors_name_what_is_wrong_and_change_nothing():
         swap(model, {nn.Conv2d: Scale}, "a*")
     with pytest.raises(TypeError, match="factory for 0 must return a module, got int"):
         swap(model, {nn.Linear: lambda old: 3})
-    with pytest.raises(TypeError, match="key must be a subclass of nn.Module or a glob of names, got 3"):
+    with pytest.raises(TypeError, match=r"key must be a subclass of nn\.Module or a glob of names, got 3"):
         swap(model, {3: Scale})
     with pytest.raises(ZeroDivisionError):
         swap(model, {"0": Scale, "3": lambda old: 1 / 0})
