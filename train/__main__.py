@@ -174,6 +174,8 @@ def read_run_config(kind: type[C], default: C, arguments: list[str], command: st
     Raises ValueError if a resumed run is to change what must stay, CheckpointError if it cannot be read.
     """
     folder = _argument(arguments, "--resume")
+    if folder == "auto":
+        folder = _started_run(_argument(arguments, "--out"))
     stored = None if folder is None else _stored_config(kind, Path(folder))
     if stored is not None:
         # What is given on the command line counts over what is stored: steps over stored epochs, too.
@@ -200,14 +202,20 @@ def _usage() -> str:
     return f"usage: python -m grassland.train COMMAND [--help | options]\n\n{commands}"
 
 
-def _stored_config(kind: type[C], folder: Path) -> C:
-    from ..archs import CheckpointError, read_config
+def _started_run(out: str | None) -> str | None:
+    from .checkpoint import has_state
 
-    values = read_config(folder).get("run")
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{folder / 'config.json'}: no settings of a run in it, nothing to resume")
+    return out if out is not None and has_state(Path(out)) else None
+
+
+def _stored_config(kind: type[C], folder: Path) -> C:
+    from ..archs import CheckpointError
+    from .checkpoint import stored_settings
+
     try:
-        return kind.from_dict(values)
+        return kind.from_dict(stored_settings(folder))
+    except CheckpointError:
+        raise
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
 
