@@ -15,6 +15,7 @@ from ..kernels.machine import commit, machine, versions
 from .checkpoint import CheckpointError, load_state, rng_state, save_run_config, save_state, set_rng_state
 from .config import RunConfig
 from .env import peak_flops
+from .experts import ExpertLoad
 from .log import Meter, MetricsLog, ProgressLine, duration
 from .optim import build_optimizer
 from .plot import try_plot
@@ -49,6 +50,7 @@ class Trainer:
         )
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.model: Any = torch.compile(task.model) if config.compile else task.model
+        self.experts = ExpertLoad(task.model)
         self.meter, self.line = Meter(), ProgressLine()
         self.step = self.position = self.saved_step = self.validated_step = 0
         self.best, self.best_step, self.elapsed = math.inf, 0, 0.0
@@ -114,7 +116,7 @@ class Trainer:
         epoch = self.position / self.task.batches_per_epoch
         values = {"loss": loss, "lr": lr, "grad_norm": norms[-1], "epoch": epoch, f"{self.task.unit}_per_s": rate}
         mfu = self._mfu(rate)
-        counted = self.task.train_metrics()
+        counted = {**self.experts.take(), **self.task.train_metrics()}
         self.log.write("train", self.step, **values, **counted, mfu=mfu, elapsed_s=self._elapsed())
         speed = "" if rate is None else f"  {rate:,.0f} {self.task.unit}/s  ETA {duration(self._remaining(rate))}"
         share = "" if mfu is None else f"  MFU {mfu:.1%}"
@@ -193,6 +195,7 @@ class Trainer:
         self.pending = [entry.to(self.task.device) for entry in state["pending"]]
         self.saved_step = self.step
         self.task.load_state(state["task"])
+        self.experts.load_state(state["experts"])
         set_rng_state(state["rng"])
         save_run_config(self.folder, self.config)
         log = MetricsLog(self.folder, state["metrics_offset"], self.config.tensorboard)
@@ -205,6 +208,7 @@ class Trainer:
             "model": self.task.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "task": self.task.state(),
+            "experts": self.experts.state(),
             "step": self.step,
             "position": self.position,
             "best": self.best,
