@@ -134,6 +134,10 @@ class Encoder(nn.Module):
         """The classifier's logits (B, num_classes); ValueError for a model without."""
         return self.class_logits(self.features(input_ids, mask=mask, token_types=token_types)[0])
 
+    def token_logits(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Logits (B, L, V) from features (B, L, dim), or (B, P, V) at positions (B, P)."""
+        return self.head.logits(self._places(x, positions))
+
     def class_logits(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) from features (B, L, dim); ValueError for a model without a classifier."""
         if self.classifier is None:

@@ -64,6 +64,15 @@ def lm(arguments: list[str]) -> int:
     return run(LanguageModeling, config)
 
 
+def mlm(arguments: list[str]) -> int:
+    """pre-train a text encoder by hidden words"""
+    from .start import run
+    from .tasks.mlm import MaskedLanguageModeling, MLMConfig, mlm_settings
+
+    settings = mlm_settings(_argument(arguments, "--recipe"), _argument(arguments, "--model"))
+    return run(MaskedLanguageModeling, read_run_config(MLMConfig, settings, arguments, "mlm"))
+
+
 def vision(arguments: list[str]) -> int:
     """train an image classifier"""
     config = read_run_config(VisionConfig, _vision_recipe(arguments), arguments, "vision")
@@ -136,7 +145,7 @@ def env(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    command.__name__: command for command in (lm, sample, vision, transfer, plot, inspect, env)
+    command.__name__: command for command in (lm, mlm, sample, vision, transfer, plot, inspect, env)
 }
 
 
