@@ -55,7 +55,7 @@ class Encoder(nn.Module):
     """A bidirectional encoder with a masked-token loss through the transposed embedding, so without weights of its own.
 
     Token (V, e), position and type embeddings of width e, LayerNorm, Linear(e, dim), blocks, pooler (arXiv 1909.11942).
-    With norm="pre" a final LayerNorm follows the blocks. With `num_classes`, a linear classifier on the pooler's output.
+    With norm="pre" a final LayerNorm follows the blocks. With `num_classes`, a linear classifier follows the pooler.
     """
 
     config_class = EncoderConfig
@@ -114,9 +114,9 @@ class Encoder(nn.Module):
             places = self._places(x, positions)
             if labels is None:
                 return self.head.logits(places)
-            if labels.shape != places.shape[:-1]:
-                wanted = "input_ids'" if positions is None else "positions'"
-                raise ValueError(f"labels must have {wanted} shape {tuple(places.shape[:-1])}, got {tuple(labels.shape)}")
+            if (shape := places.shape[:-1]) != labels.shape:
+                owner = "input_ids'" if positions is None else "positions'"
+                raise ValueError(f"labels must have {owner} shape {tuple(shape)}, got {tuple(labels.shape)}")
             check_range("labels", labels, self.config.vocab_size, ignore=IGNORE)
             losses.append(self.head.loss(places, labels, reduction))
         if classes is not None:
@@ -128,9 +128,7 @@ class Encoder(nn.Module):
             losses.append(F.cross_entropy(logits, classes, reduction=reduction))
         return sum(losses + auxiliary) if self.training else sum(losses)  # type: ignore[return-value]
 
-    def classify(
-        self, input_ids: Tensor, *, mask: Tensor | None = None, token_types: Tensor | None = None
-    ) -> Tensor:
+    def classify(self, input_ids: Tensor, *, mask: Tensor | None = None, token_types: Tensor | None = None) -> Tensor:
         """The classifier's logits (B, num_classes); ValueError for a model without."""
         return self.class_logits(self.features(input_ids, mask=mask, token_types=token_types)[0])
 

@@ -15,7 +15,7 @@ class ExpertLoad:
         self.layers = [module for module in model.modules() if isinstance(module, SharedMoE)]
 
     def take(self) -> dict[str, Any]:
-        """"expert_share": for each set of experts, the share of the assignments that chose each; "expert_dropped": the
+        """ "expert_share": for each set of experts, the share of the assignments that chose each; "expert_dropped": the
         share of all assignments that found no place. Empty without experts, or if nothing was counted. Starts anew.
 
         Waits for the device.

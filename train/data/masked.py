@@ -38,17 +38,15 @@ class MaskedBatch(NamedTuple):
     order: Tensor | None
 
 
-def assemble(
-    first: NDArray, second: NDArray | None, special: SpecialTokens, length: int
-) -> tuple[NDArray, NDArray, NDArray]:
-    """[CLS] first [SEP] second [SEP], padded to `length`: ids, types (1 for the second segment), mask; each (length,)."""
-    parts = [[special.cls], first, [special.sep]]
-    parts += [] if second is None else [second, [special.sep]]
-    content = np.concatenate(parts).astype(np.int64)
+def assemble(segments: Sequence[NDArray], special: SpecialTokens, length: int) -> tuple[NDArray, NDArray, NDArray]:
+    """[CLS] A [SEP] or [CLS] A [SEP] B [SEP], padded: ids, types (1 for B and its end), mask; each (length,)."""
+    parts = [part for segment in segments for part in (segment, [special.sep])]
+    content = np.concatenate([[special.cls], *parts]).astype(np.int64)
     ids = np.full(length, special.pad, np.int64)
     ids[: len(content)] = content
     place = np.arange(length)
-    return ids, ((place >= len(first) + 2) & (place < len(content))).astype(np.int64), place < len(content)
+    mask = place < len(content)
+    return ids, (mask & (place >= len(segments[0]) + 2)).astype(np.int64), mask
 
 
 class MaskedText:
@@ -75,7 +73,7 @@ class MaskedText:
         self.sentences = _sentence_starts(split, tokenizer)
         self.spans = _spans(len(split.tokens), self.capacity, self.sentences, self.words)
         if sentence_order:
-            first, end = np.searchsorted(self.words, self.spans + [1, 0]).T
+            first, end = (np.searchsorted(self.words, edge) for edge in (self.spans[:, 0] + 1, self.spans[:, 1]))
             self.spans = self.spans[end > first]
         if not len(self.spans):
             raise ValueError(f"the {name} text is too short: not one sequence of {1 + sentence_order} words in it")
@@ -108,14 +106,14 @@ class MaskedText:
             generator = np.random.default_rng(entropy)
             segments, order[row] = self._segments(index, generator)
             texts = [self.tokens[segment].astype(np.int64) for segment in segments]
-            ids[row], types[row], mask[row] = assemble(texts[0], *texts[1:] or [None], self.special, self.seq_len)
+            ids[row], types[row], mask[row] = assemble(texts, self.special, self.seq_len)
             places, words = self._layout(segments)
             chosen = places[_choose_words(words, self._count(len(places)), generator)[: self.most_told]]
             positions[row, : len(chosen)] = chosen
             labels[row, : len(chosen)] = ids[row, chosen]
             ids[row, chosen] = self._hidden(ids[row, chosen], generator)
-        arrays = map(torch.from_numpy, (ids, types, mask, positions, labels))
-        return MaskedBatch(*arrays, torch.from_numpy(order) if self.sentence_order else None)
+        ids, types, mask, positions, labels, order = map(torch.from_numpy, (ids, types, mask, positions, labels, order))
+        return MaskedBatch(ids, types, mask, positions, labels, order if self.sentence_order else None)
 
     def _segments(self, index: int, generator: np.random.Generator) -> tuple[list[slice], int]:
         """Where the segments lie in the split, and whether they are exchanged."""
@@ -150,7 +148,7 @@ class MaskedText:
 
 
 def _choose_words(words: NDArray, count: int, generator: np.random.Generator) -> NDArray:
-    """The tokens, in order, of words in random order, each of which still fits into `count` tokens; at least one word."""
+    """The tokens of words in random order, each of which still fits into `count` tokens; one word at least."""
     lengths = np.bincount(words)
     order, total, chosen = generator.permutation(len(lengths)), 0, np.zeros(len(lengths), bool)
     for word in order:

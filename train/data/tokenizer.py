@@ -40,7 +40,6 @@ def special_tokens(tokenizer: "Tokenizer") -> SpecialTokens:
     return SpecialTokens(*ids)
 
 
-
 def load_tokenizer(spec: str, text: str = "") -> "Tokenizer":
     """The tokeniser that `spec` names.
 
