@@ -51,8 +51,9 @@ class VisionConfig(ModelConfig):
             raise ValueError(f"pooling must be one of {POOLING}, got {self.pooling!r}")
         if not isinstance(self.moe_blocks, int) or not 0 <= self.moe_blocks < self.depth:
             raise ValueError(f"moe_blocks must be an integer in [0, depth={self.depth}), got {self.moe_blocks!r}")
-        if self.moe_blocks and self.share:
-            raise ValueError(f"moe_blocks={self.moe_blocks} needs blocks that share nothing, got share={self.share!r}")
+        if self.moe_blocks and (self.share or self.share_groups > 1):
+            sharing = f"share={self.share!r}, share_groups={self.share_groups}"
+            raise ValueError(f"moe_blocks={self.moe_blocks} needs blocks that share nothing, got {sharing}")
 
 
 @register_assembly("vision")

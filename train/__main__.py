@@ -64,6 +64,30 @@ def lm(arguments: list[str]) -> int:
     return run(LanguageModeling, config)
 
 
+def mlm(arguments: list[str]) -> int:
+    """pre-train a text encoder by hidden words"""
+    from .start import run
+    from .tasks.mlm import MaskedLanguageModeling, MLMConfig, mlm_settings
+
+    settings = mlm_settings(_argument(arguments, "--recipe"), _argument(arguments, "--model"))
+    return run(MaskedLanguageModeling, read_run_config(MLMConfig, settings, arguments, "mlm"))
+
+
+def finetune(arguments: list[str]) -> int:
+    """train a text classifier from an encoder: finetune RUN --data DATA"""
+    from .start import run
+    from .tasks.finetune import FinetuneConfig, TextClassification, finetune_settings
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--model", *arguments]
+    recipe, model, data = (_argument(arguments, name) for name in ("--recipe", "--model", "--data"))
+    settings = _lengths(finetune_settings(recipe, model or "", data or ""), arguments)
+    config = read_run_config(FinetuneConfig, settings, arguments, "finetune")
+    if not config.model or not config.data:
+        raise ValueError("finetune takes the folder of a trained encoder and data: finetune RUN --data DATA")
+    return run(TextClassification, config)
+
+
 def vision(arguments: list[str]) -> int:
     """train an image classifier"""
     config = read_run_config(VisionConfig, _vision_recipe(arguments), arguments, "vision")
@@ -136,7 +160,7 @@ def env(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    command.__name__: command for command in (lm, sample, vision, transfer, plot, inspect, env)
+    command.__name__: command for command in (lm, mlm, finetune, sample, vision, transfer, plot, inspect, env)
 }
 
 
@@ -228,7 +252,11 @@ def _vision_recipe(arguments: list[str]) -> VisionConfig:
     else:
         model = _argument(arguments, "--model")
         chosen = default_vision() if model is None else named_vision(model)
-    # A length given in steps counts over the recipe's own in epochs.
+    return _lengths(chosen, arguments)
+
+
+def _lengths(chosen: C, arguments: list[str]) -> C:
+    """A length given in steps counts over a recipe's own in epochs."""
     lengths = (("--steps", "epochs"), ("--warmup", "warmup_epochs"), ("--eval-every", "eval_epochs"))
     dropped: dict[str, Any] = {name: None for option, name in lengths if _argument(arguments, option) is not None}
     return replace(chosen, steps=chosen.steps or 1, **dropped)

@@ -16,6 +16,7 @@ from .checkpoint import CheckpointError, load_state, save_run_config, save_state
 from .config import RunConfig
 from .data.errors import WorkerError
 from .env import peak_flops
+from .experts import ExpertLoad
 from .log import Meter, MetricsLog, NoLog, ProgressLine, duration
 from .optim import build_optimizer, parts
 from .plot import try_plot
@@ -58,6 +59,7 @@ class Trainer:
         )
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.model: Any = torch.compile(self.spread.module) if config.compile else self.spread.module
+        self.experts = ExpertLoad(task.model)
         self.meter, self.line = Meter(), ProgressLine(silent=not parallel.is_main())
         self.watch, self.agreement = Watch(config.on_nan), parallel.Agreement()
         self.step = self.position = self.saved_step = self.validated_step = 0
@@ -135,7 +137,7 @@ class Trainer:
         lr, epoch = self.optimizer.param_groups[0]["lr"], self.position / self.task.batches_per_epoch
         values = {"loss": loss, "lr": lr, "grad_norm": norm, "epoch": epoch, f"{self.task.unit}_per_s": rate}
         mfu = None if rate is None or self.peak_units is None else rate / self.peak_units
-        counted = self.task.train_metrics()
+        counted = {**self.experts.take(), **self.task.train_metrics()}
         if self.config.on_nan == "skip":
             counted["skipped_steps"] = self.watch.skipped
         self.watch.clear()
@@ -241,6 +243,7 @@ class Trainer:
         self.watch.load_state(state["watch"])
         self.saved_step = self.step
         self.task.load_state(state["task"])
+        self.experts.load_state(state["experts"])
         log = self.log = self._open_log(state["metrics_offset"])
         log.write("resume", self.step, steps=self.steps, versions=versions(), machine=machine())
         self._check_model()
@@ -276,6 +279,7 @@ class Trainer:
             "model": self.task.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "task": self.task.state(),
+            "experts": self.experts.state(),
             "step": self.step,
             "position": self.position,
             "best": self.best,
