@@ -6,6 +6,8 @@ from .encoder import Encoder, EncoderConfig
 from .ffns import MLP, SharedMoE
 from .heads import ClassifierHead, GrassmannHead, LinearHead, TiedHead
 from .heads.cross_entropy import linear_cross_entropy
+from .heads.nli import PluckerNLIHead, TransformerNLIHead
+from .interop.swap import SwapReport, swap
 from .io import CheckpointError, MissingCheckpointError, atomic_write, load_model, read_config, save_model
 from .lm import LanguageModel
 from .mixers import BidirectionalAttention, CausalAttention, CausalGrassmannMixer
@@ -40,9 +42,12 @@ __all__ = [
     "MissingCheckpointError",
     "ModelConfig",
     "PlainResidual",
+    "PluckerNLIHead",
     "SharedMoE",
     "StreamState",
+    "SwapReport",
     "TiedHead",
+    "TransformerNLIHead",
     "VisionConfig",
     "VisionModel",
     "WideNet",
@@ -57,4 +62,5 @@ __all__ = [
     "register_model",
     "register_slot",
     "save_model",
+    "swap",
 ]

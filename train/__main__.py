@@ -97,6 +97,17 @@ def vision(arguments: list[str]) -> int:
     return run(ImageClassification, config)
 
 
+def nli(arguments: list[str]) -> int:
+    """train a head for sentence pairs on an encoder's features"""
+    from .nli_config import NLIConfig
+
+    config = read_run_config(NLIConfig, _lengths(NLIConfig(), arguments), arguments, "nli")
+    from .start import run
+    from .tasks.nli import NaturalLanguageInference
+
+    return run(NaturalLanguageInference, config)
+
+
 def transfer(arguments: list[str]) -> int:
     """judge a trained image model's features on other images"""
     import json
@@ -160,7 +171,7 @@ def env(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    command.__name__: command for command in (lm, mlm, finetune, sample, vision, transfer, plot, inspect, env)
+    command.__name__: command for command in (lm, mlm, finetune, nli, sample, vision, transfer, plot, inspect, env)
 }
 
 
