@@ -173,8 +173,8 @@ class VisionConfig(RunConfig):
     """Column of a parquet file or hub data set; by default the first that holds images."""
     label_column: str | None = None
     """Column of a parquet file or hub data set; by default label, or the first of its like."""
-    head: Literal["linear", "grassmann"] = "linear"
-    """The classifier: linear leaves the model's own; grassmann makes each class a subspace."""
+    head: Literal["linear", "cosine", "grassmann"] = "linear"
+    """The classifier: linear leaves the model's own; cosine normalises it; grassmann makes each class a subspace."""
     subspace_dim: int = 8
     """Dimension k of a Grassmann head's class subspaces."""
     head_lr: float | None = None
