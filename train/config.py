@@ -122,7 +122,7 @@ class RunConfig:
 
     def overrides(self) -> dict[str, Any]:
         """The parsed `--set` arguments."""
-        return dict(map(_override, self.set))
+        return dict(map(parse_setting, self.set))
 
     def changed(self, other: "RunConfig") -> list[str]:
         """The settings, other than those a resumed run may change, in which `other` differs."""
@@ -280,7 +280,8 @@ def default_lm() -> LMConfig:
     )
 
 
-def _override(text: str) -> tuple[str, Any]:
+def parse_setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE as the name and a number, bool, None, word or tuple; ValueError without a name or "="."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ValueError(f"--set takes NAME=VALUE, got {text!r}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..kernels.machine import commit, machine, versions
 from .checkpoint import CheckpointError, load_state, rng_state, save_run_config, save_state, set_rng_state
 from .config import RunConfig
-from .env import peak_flops
+from .env import peak_flops, peak_memory
 from .log import Meter, MetricsLog, ProgressLine, duration
 from .optim import build_optimizer
 from .plot import try_plot
@@ -161,7 +161,8 @@ class Trainer:
             self.line.say(f"--- sample ---\n{sample}")
         rate = self._units_per_second(self.meter.average())
         ending = {"elapsed_s": self._elapsed(), f"{self.task.unit}_per_s": rate, "samples": samples}
-        self.log.write("end", self.step, **ending, best_step=self.best_step)
+        cost = {"peak_bytes": peak_memory(self.task.device), "flops_per_unit": self.task.flops_per_unit}
+        self.log.write("end", self.step, **ending, **cost, best_step=self.best_step)
         self.line.say(f"run: {self.folder}  ({duration(self._elapsed())}; {try_plot(self.folder)})")
         return 0
 
