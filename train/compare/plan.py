@@ -83,9 +83,9 @@ class Comparison:
             raise ValueError(f"task must be one of {tuple(TASKS)}, got {values['task']!r}")
         kind, common = TASKS[values["task"]], dict(values.get("settings", {}))
         arms = {name: kind.from_dict(merged(common, own)) for name, own in values["arms"].items()}
-        lists = {key: tuple(values[key]) for key in ("lrs", "seeds") if key in values}
-        texts = {"title": values.get("title", values["name"]), "note": values.get("note", "")}
-        return cls(name=values["name"], arms=arms, **texts, **lists)
+        rest: dict[str, Any] = {key: tuple(values[key]) for key in ("lrs", "seeds") if key in values}
+        rest |= {"title": values.get("title", values["name"]), "note": values.get("note", "")}
+        return cls(name=values["name"], arms=arms, **rest)
 
 
 def merged(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

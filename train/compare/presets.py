@@ -12,17 +12,17 @@ from .plan import Comparison, merged, read_comparisons
 
 CONTROLS = ("convolution", "hadamard", "concatenation", "local_attention")
 RESIDUALS = ("plain", "hc", "mhc", "mhc_lite", "kromhc")
-LRS = (1e-3, 4e-3)
+LRS = (1e-3, 3e-3, 1e-2)
 DIMENSIONS = (1, 2, 4, 8, 16, 32)
 WIKITEXT: dict[str, Any] = {"data": "wikitext:wikitext-2-raw-v1", "tokenizer": "bert-base-uncased"}
 PAPER: dict[str, Any] = {"epochs": 30, "eval_epochs": 1.0, "warmup": 2000, "weight_decay": 0.01, "samples": 0}
 SMALL_TEXT: dict[str, Any] = {
-    "data": "pydoc", "tokenizer": "bpe:1024", "seq_len": 64, "batch_size": 8, "steps": 200, "warmup": 20,
-    "eval_every": 40, "save_every": 0, "samples": 0, "device": "cpu",
+    "data": "pydoc", "tokenizer": "bpe:1024", "seq_len": 64, "batch_size": 8, "steps": 120, "warmup": 12,
+    "eval_every": 30, "save_every": 0, "samples": 0, "device": "cpu",
 }  # fmt: skip
 DIGITS: dict[str, Any] = {
     "data": "digits", "img_size": 16, "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop": "padded", "crop_pct": 1.0,
-    "hflip": 0.0, "batch_size": 32, "steps": 200, "warmup": 20, "eval_every": 40, "save_every": 0, "device": "cpu",
+    "hflip": 0.0, "batch_size": 32, "steps": 120, "warmup": 12, "eval_every": 30, "save_every": 0, "device": "cpu",
 }  # fmt: skip
 CIFAR: dict[str, Any] = {
     "data": "cifar10", "img_size": 32, "mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.2435, 0.2616),
@@ -129,13 +129,13 @@ def smoke() -> list[Comparison]:
     blocks["set"] = ("dim=48", "depth=4", "ffn_dim=96", "patch_size=4", "dropout=0.0")
     nets = {**DIGITS, "model": "timm/resnet10t", "optimizer": "sgd", "weight_decay": 5e-4}
     nets["set"] = ("channels=16,32,64,64", "stem_width=8")
-    text = "A smoke test: about 100,000 tokens of CPython's documentation, a model of some hundred thousand parameters"
-    image = "A smoke test: 200 steps of 32 images of scikit-learn's digits"
+    text = "A smoke test on CPython's documentation, models of some hundred thousand parameters"
+    image = "A smoke test on scikit-learn's digits, models of some ten or hundred thousand parameters"
     return [
         _small("mixers", "Mixers, 4 layers of width 64", text, _texts(pairs, **mixers), LRS),
         _small("residuals", "Residuals, 3 layers of width 64", text, _texts(_residuals(), **streams), LRS),
         _small("sharing", "Sharing, 4 blocks of width 48", image, _images(_sharing(39, 78), **blocks), LRS),
-        _small("heads", "Heads on a ResNet-10-T", image, _images(_heads(), **nets), (0.03, 0.1)),
+        _small("heads", "Heads on a ResNet-10-T", image, _images(_heads(), **nets), (0.01, 0.03, 0.1)),
     ]
 
 

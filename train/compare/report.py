@@ -51,7 +51,7 @@ def arm_table(records: Sequence[Record]) -> str:
     """One row an arm, at its chosen learning rate, over the seeds."""
     finished = done(records)
     unit, label = finished[0]["unit"], SHOWN[finished[0]["task"]][4]
-    heads = ["arm", "lr", "parameters", f"training FLOPs a {unit}", f"{unit}s/s", "peak memory"]
+    heads = ["arm", "lr", "parameters", f"training FLOPs / {unit}", f"{unit}s/s", "peak memory"]
     heads += [f"valid {label}", f"test {label}", "test − first arm [95 %]", "p", "p (Holm)"]
     differences = {arm: difference(records, arm) for arm in by(records, "arm")}
     adjusted = dict(zip(differences, holm([d and d.p for d in differences.values()]), strict=True))

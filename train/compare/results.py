@@ -35,7 +35,7 @@ def outcome(folder: Path, task: str) -> Record:
     valid = [e for e in events if e["event"] == "valid"]
     shown, unit, config = SHOWN[task][1], {"lm": "tokens", "vision": "images"}[task], start["config"]
     per_step = config["batch_size"] * config["grad_accum"] * config.get("seq_len", 1)
-    facts = {key: start[key] for key in ("data", "parameters", "commit", "date")}
+    facts = {key: start[key] for key in ("parameters", "commit", "date")}
     return {
         "unit": unit.removesuffix("s"),
         "steps": end["step"],
@@ -53,6 +53,7 @@ def outcome(folder: Path, task: str) -> Record:
             "seconds": [round(e["elapsed_s"], 3) for e in valid],
             "metric": [e[shown] for e in valid],
         },
+        "data": Path(config["data"]).name or config["data"],
         **facts,
         "dtype": config["dtype"],
         "device": config["device"],
