@@ -201,6 +201,10 @@ class Encoder(nn.Module):
     def flops_per_token(self, seq_len: int, *, training: bool = False) -> int:
         """FLOPs a token (a multiply-add is two), norms and activations left out; training is three forward passes."""
         blocks = [self._block(layer) for layer in range(self.config.depth)]
-        parts = [part.branch.flops_per_token(seq_len) for block in blocks for part in (block.mixer, block.ffn)]
+        parts = [
+            part.branch.flops_per_token(seq_len) + part.flops_per_token()
+            for block in blocks
+            for part in (block.mixer, block.ffn)
+        ]
         forward = sum(parts) + 4 * self.proj.weight.numel() + self.head.flops_per_token()
         return 3 * forward if training else forward

@@ -136,9 +136,9 @@ class VisionModel(nn.Module):
     def flops_per_image(self, *, training: bool = False) -> int:
         """FLOPs an image (a multiply-add is two), norms and activations left out; training is three forward passes."""
         tokens = self.num_tokens
-        parts = [part.branch.flops_per_token(tokens) for block in self.blocks for part in (block.mixer, block.ffn)]
         dense = self.head.flops_per_token() + (0 if self.pre_logits is None else 2 * self.pre_logits.weight.numel())
-        forward = sum(parts) * tokens + 2 * self.patches.weight.numel() * (tokens - 1) + dense
+        blocks = sum(block.flops_per_token(tokens) for block in self.blocks)
+        forward = blocks * tokens + 2 * self.patches.weight.numel() * (tokens - 1) + dense
         return 3 * forward if training else forward
 
 

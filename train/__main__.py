@@ -160,6 +160,14 @@ def inspect(arguments: list[str]) -> int:
     return 0
 
 
+def compare(arguments: list[str]) -> int:
+    """arms x learning rates x seeds on one data set, and a report"""
+    from .compare import CompareOptions
+    from .compare import compare as run_all
+
+    return run_all(read_options(CompareOptions, arguments, "compare"))
+
+
 def env(arguments: list[str]) -> int:
     """versions, devices, what was built, and the backend that each op takes"""
     if arguments:
@@ -171,7 +179,8 @@ def env(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    command.__name__: command for command in (lm, mlm, finetune, nli, sample, vision, transfer, plot, inspect, env)
+    command.__name__: command
+    for command in (lm, mlm, finetune, nli, vision, transfer, compare, sample, plot, inspect, env)
 }
 
 

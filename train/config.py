@@ -129,7 +129,7 @@ class RunConfig:
 
     def overrides(self) -> dict[str, Any]:
         """The parsed `--set` arguments."""
-        return dict(map(_override, self.set))
+        return dict(map(parse_setting, self.set))
 
     def changed(self, other: "RunConfig") -> list[str]:
         """The settings, other than those a resumed run may change, in which `other` differs."""
@@ -180,8 +180,8 @@ class VisionConfig(RunConfig):
     """Column of a parquet file or hub data set; by default the first that holds images."""
     label_column: str | None = None
     """Column of a parquet file or hub data set; by default label, or the first of its like."""
-    head: Literal["linear", "grassmann"] = "linear"
-    """The classifier: linear leaves the model's own; grassmann makes each class a subspace."""
+    head: Literal["linear", "cosine", "grassmann"] = "linear"
+    """The classifier: linear leaves the model's own; cosine normalises it; grassmann makes each class a subspace."""
     subspace_dim: int = 8
     """Dimension k of a Grassmann head's class subspaces."""
     head_lr: float | None = None
@@ -287,7 +287,8 @@ def default_lm() -> LMConfig:
     )
 
 
-def _override(text: str) -> tuple[str, Any]:
+def parse_setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE as the name and a number, bool, None, word or tuple; ValueError without a name or "="."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ValueError(f"--set takes NAME=VALUE, got {text!r}")

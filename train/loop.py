@@ -15,7 +15,7 @@ from . import parallel
 from .checkpoint import CheckpointError, load_state, save_run_config, save_state
 from .config import RunConfig
 from .data.errors import WorkerError
-from .env import peak_flops
+from .env import peak_flops, peak_memory
 from .experts import ExpertLoad
 from .log import Meter, MetricsLog, NoLog, ProgressLine, duration
 from .optim import build_optimizer, parts
@@ -193,7 +193,8 @@ class Trainer:
             self.line.say(f"--- sample ---\n{sample}")
         rate = self._units_per_second(self.meter.average())
         ending = {"elapsed_s": self._elapsed(), f"{self.task.unit}_per_s": rate, "samples": samples}
-        self.log.write("end", self.step, **ending, best_step=self.best_step)
+        cost = {"peak_bytes": peak_memory(self.task.device), "flops_per_unit": self.task.flops_per_unit}
+        self.log.write("end", self.step, **ending, **cost, best_step=self.best_step)
         self.line.say(f"run: {self.folder}  ({duration(self._elapsed())}; {try_plot(self.folder)})")
         return 0
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...archs.heads import grassmann_heads
 from ..classify import evaluate_classifier
 from ..config import RunConfig, VisionConfig
 from ..data.image_batches import EvalBatches, ImageBatch, TrainBatches, load_batches
@@ -58,7 +59,9 @@ class ImageClassification(Task):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self.model.eval()(self._images(image))
         self.model.train(training)
-        return 3.0 * counter.get_total_flops()
+        # The counter does not see into grassland's own operators.
+        heads = sum(head.flops_per_token() for head in grassmann_heads(self.model))
+        return 3.0 * (counter.get_total_flops() + heads)
 
     def models(self) -> list[nn.Module]:
         return [self.model, *(self.average.models() if self.average else ())]
