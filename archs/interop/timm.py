@@ -3,6 +3,7 @@
     model = timm.create_model("resnet18", num_classes=10)
     put_grassmann_head(model, subspace_dim=8)
     optimizer = build_optimizer(model, "sgd", lr=0.1, head_lr=0.1)
+    model(images, labels=labels).backward()
 
 timm's own optimiser factory knows no manifold: use `grassland.train.optim.build_optimizer`, which reads the mark of
 the head.
@@ -12,7 +13,8 @@ import types
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..heads.grassmann import GrassmannHead, grassmann_heads, reproject_
 
@@ -31,6 +33,10 @@ def put_grassmann_head(
     of a distilled model is replaced. num_classes: None for as many as before. The head gets the old one's device, and
     its dtype if that is float32 or float64, else float32.
 
+    `model(images, labels=labels, label_smoothing=0.0)` is then the mean cross entropy by `GrassmannHead.loss`, whose
+    logits are never in memory; labels are classes (B,) int64 or probabilities (B, num_classes). Without labels the
+    model gives logits, as ever. A distilled model's loss is that of the logits it gives.
+
     With timm models, `reset_classifier` goes on giving Grassmann heads of the same kind (and none for num_classes=0),
     and `no_weight_decay` names their weights, so that timm's own parameter groups do not decay them.
 
@@ -48,7 +54,7 @@ def put_grassmann_head(
         _replace(model, name, head)
     if num_classes is not None and hasattr(model, "num_classes"):
         model.__dict__["num_classes"] = num_classes
-    _remember(model, {"subspace_dim": subspace_dim, "scale": scale, "backend": backend})
+    _remember(model, names, {"subspace_dim": subspace_dim, "scale": scale, "backend": backend})
     return model
 
 
@@ -93,17 +99,40 @@ def _replace(model: nn.Module, name: str, head: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, head)
 
 
-def _remember(model: Any, options: dict[str, Any]) -> None:
-    """Shadow the two methods with bound ones: they survive deepcopy, and the class stays as it is."""
-    model._grassmann_options = options
+def _remember(model: Any, names: list[str], options: dict[str, Any]) -> None:
+    """Shadow the methods with bound ones: they survive deepcopy, and the class stays as it is."""
+    model._grassmann_names, model._grassmann_options = names, options
+    model.forward = types.MethodType(_forward, model)
     if callable(getattr(model, "reset_classifier", None)):
         model.reset_classifier = types.MethodType(_reset_classifier, model)
     model.no_weight_decay = types.MethodType(_no_weight_decay, model)
 
 
+def _forward(
+    model: Any, *args: Any, labels: Tensor | None = None, label_smoothing: float = 0.0, **keywords: Any
+) -> Any:
+    """The class's own `forward`; with labels, the loss of what it hands to the head."""
+    forward = type(model).forward
+    if labels is None:
+        return forward(model, *args, **keywords)
+    if not model._grassmann_names:
+        raise ValueError(f"labels: {type(model).__name__} has no Grassmann head to compute a loss with")
+    if len(model._grassmann_names) > 1:
+        logits = forward(model, *args, **keywords)
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    head = model.get_submodule(model._grassmann_names[0])
+    head.features_only = True
+    try:
+        features = forward(model, *args, **keywords)
+    finally:
+        head.features_only = False
+    return head.loss(features, labels, label_smoothing=label_smoothing)
+
+
 def _reset_classifier(model: Any, num_classes: int, *args: Any, **keywords: Any) -> None:
     """The class's own `reset_classifier`, then a new Grassmann head."""
     type(model).reset_classifier(model, num_classes, *args, **keywords)
+    model._grassmann_names = []
     if num_classes > 0:
         put_grassmann_head(model, **model._grassmann_options)
 
