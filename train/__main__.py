@@ -46,12 +46,13 @@ class PlotOptions:
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """How far a trained model's residual mixing is from doubly stochastic, layer by layer."""
+    """How far the residual mixing of trained models is from doubly stochastic, layer by layer."""
 
-    folder: Path
-    """Folder of the run."""
+    folders: tuple[Path, ...]
+    """Folders of the runs, which come side by side on one picture."""
     out: Path | None = None
-    """Folder for inspect.png and inspect.json; the run's own if not given."""
+    """Folder for inspect.png and inspect.json, or inspect-RUN.json of several runs; if not given, the run's own folder,
+    for several the current one."""
 
 
 def lm(arguments: list[str]) -> int:
@@ -148,15 +149,15 @@ def plot(arguments: list[str]) -> int:
 
 
 def inspect(arguments: list[str]) -> int:
-    """the residual mixing of a trained model: double stochasticity, stream norms, eigenvalues"""
+    """the residual mixing of trained models: double stochasticity, stream norms, eigenvalues"""
     options = read_options(InspectOptions, arguments, "inspect")
-    from .inspect import PICTURE
-    from .inspect import inspect as examine
+    from .inspect import PICTURE, compare
 
-    layers = examine(options.folder, options.out)
-    worst = max(layer["product_deviation"] for layer in layers)
-    print(f"{len(layers)} sublayers; product of the mixing matrices off by {worst:.1e} at most")
-    print((options.out or options.folder) / PICTURE)
+    out = options.out or (options.folders[0] if len(options.folders) == 1 else Path())
+    for run, layers in compare(options.folders, out).items():
+        worst = max(layer["product_deviation"] for layer in layers)
+        print(f"{run}: {len(layers)} sublayers; product of the mixing matrices off by {worst:.1e} at most")
+    print(out / PICTURE)
     return 0
 
 
