@@ -73,9 +73,9 @@ def benchmark_tables() -> dict[str, Any]:
     return tables.TABLES
 
 
-def on_page_content(page: str, **_: Any) -> str:
+def on_page_content(markup: str, **_: Any) -> str:
     """TeX to MathML, which browsers show without a script."""
-    return FORMULA.sub(lambda match: mathml(html.unescape(match[2]), match[1]), page)
+    return FORMULA.sub(lambda match: mathml(html.unescape(match[2]), match[1]), markup)
 
 
 def mathml(tex: str, tag: str) -> str:

@@ -1,4 +1,4 @@
-"""The lists of the documentation, as Markdown, from what they list: presets, recipes, slot choices, command-line options.
+"""The lists of the documentation, as Markdown, from what they list: presets, recipes, slot choices, options.
 
 A page asks for one by `<!-- table:NAME -->` and `<!-- end -->`, as README.md does for its tables.
 """
@@ -17,7 +17,6 @@ from typing import Any, Literal
 from unittest import mock
 
 import griffe
-import torch
 import tyro
 
 from grassland.archs import create_model, list_models, model_config
@@ -72,12 +71,11 @@ def presets() -> str:
     """Every registered model with its number of parameters, counted."""
     rows = []
     for name in list_models():
-        config, module = model_config(name), create_model(name, device=torch.device("meta"))
-        slots = ", ".join(f"{choice}" for choice in config.choices.values())
+        config = model_config(name)
+        size = sum(p.numel() for p in create_model(name, device="meta").parameters())
+        slots = ", ".join(config.choices.values())
         shared = " and ".join(config.share) or "nothing"
-        rows.append(
-            [f"`{name}`", f"{config.kind}: {slots}", shared, f"{sum(p.numel() for p in module.parameters()):,}"]
-        )
+        rows.append([f"`{name}`", f"{config.kind}: {slots}", shared, f"{size:,}"])
     return table(["preset", "assembly: mixer, residual, ffn, head", "shared across depth", "parameters"], rows)
 
 
@@ -135,10 +133,8 @@ def differences(default: Any, kind: type) -> str:
     """What a bare command sets otherwise than the dataclass does."""
     if default is None:
         return ""
-    found = {
-        f.name: getattr(default, f.name) for f in dataclasses.fields(kind) if getattr(default, f.name) != f.default
-    }
-    return ", ".join(f"`{flag(name)} {shown(value)}`" for name, value in found.items())
+    names = [f.name for f in dataclasses.fields(kind) if getattr(default, f.name) != f.default]
+    return ", ".join(f"`{flag(name)} {shown(getattr(default, name))}`" for name in names)
 
 
 def rows_of(kind: type, known: dict[str, Any]) -> str:
