@@ -142,7 +142,11 @@ def support_state(records):
 BACKENDS = {"eager": "eager", "cpp": "C++ on CPU", "triton": "Triton", "cuda": "CUDA C++"}
 OPS = ("plucker", "kronecker", "subspace", "moe")
 TABLES = {op: functools.partial(kernel_table, f"{op}-cpu-float32") for op in OPS}
-TABLES |= {"support": support_table, "lm": functools.partial(lm_table, "wikitext-2"), "vision": functools.partial(vision_table, "cifar-10")}
+TABLES |= {
+    "support": support_table,
+    "lm": functools.partial(lm_table, "wikitext-2"),
+    "vision": functools.partial(vision_table, "cifar-10"),
+}
 
 
 def render(text):
