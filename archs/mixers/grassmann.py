@@ -74,7 +74,7 @@ class CausalGrassmannMixer(nn.Module):
             raise ValueError(f"rank must be an integer of at least 2, got {rank!r}")
         if not eps > 0:
             raise ValueError(f"eps must be positive, got {eps!r}")
-        self.dim, self.rank, self.offsets, self.eps, self.backend = dim, rank, _checked(offsets), eps, backend
+        self.dim, self.rank, self.offsets, self.eps, self.backend = dim, rank, checked_offsets(offsets), eps, backend
         self.reduce = nn.Linear(dim, rank, **dd)
         self.plucker = nn.Linear(rank * (rank - 1) // 2, dim, **dd)
         self.out_proj = nn.Linear(dim, dim, **dd) if out_proj else None
@@ -156,7 +156,7 @@ def mean_coordinates(z: Tensor, past: Tensor, valid: Tensor, eps: float) -> Tens
     return plucker_coordinates(z, y)
 
 
-def _checked(offsets: Sequence[int]) -> tuple[int, ...]:
+def checked_offsets(offsets: Sequence[int]) -> tuple[int, ...]:
     values = tuple(offsets) if isinstance(offsets, Sequence) and not isinstance(offsets, str) else ()
     if not values or not all(isinstance(delta, int) and not isinstance(delta, bool) and delta > 0 for delta in values):
         raise ValueError(f"offsets must be a non-empty sequence of positive integers, got {offsets!r}")
