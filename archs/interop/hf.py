@@ -48,9 +48,10 @@ class GrasslandConfig(transformers.PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         values = self.model or {}
-        self.model = assembly_class(values.get("kind", ModelConfig.kind)).config_class.from_dict(values).to_dict()
-        if "num_classes" in self.model and self.id2label is None:
-            kwargs.setdefault("num_labels", self.model["num_classes"])
+        own = assembly_class(values.get("kind", ModelConfig.kind)).config_class.from_dict(values)
+        self.model = own.to_dict()
+        if hasattr(own, "num_classes") and self.id2label is None:
+            kwargs.setdefault("num_labels", own.num_classes)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -153,7 +154,8 @@ class GrasslandPreTrainedModel(transformers.PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; CheckpointError for tensors that are missing or superfluous, or have another shape."""
         wanted = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, **kwargs, output_loading_info=True)
+        loaded: Any = super().from_pretrained(*args, **kwargs, output_loading_info=True)
+        model, info = loaded
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if found := sorted(map(str, info[what])):
                 raise CheckpointError(f"{args[0] if args else ''}: {what.replace('_', ' ')}: {', '.join(found[:3])}")
@@ -195,13 +197,15 @@ class GrasslandModel(GrasslandPreTrainedModel):
         return_dict: bool | None = None,
     ) -> Any:
         if self.model.config.kind == "vision":
-            output = BaseModelOutputWithPooling(pooler_output=self.model.features(pixel_values)[0])
+            pooled = self.model.features(_given(pixel_values, "pixel_values"))[0]
+            output = BaseModelOutputWithPooling(pooler_output=pooled)
         elif self.model.config.kind == "mlm":
             mask = None if attention_mask is None else attention_mask.bool()
-            features = self.model.features(input_ids, mask=mask, token_types=token_type_ids)[0]
+            ids = _given(input_ids, "input_ids")
+            features = self.model.features(ids, mask=mask, token_types=token_type_ids)[0]
             output = BaseModelOutputWithPooling(last_hidden_state=features)
         else:
-            features = _causal_features(self.model, input_ids, attention_mask, None)[0]
+            features = _causal_features(self.model, _given(input_ids, "input_ids"), attention_mask, None)[0]
             output = BaseModelOutputWithPooling(last_hidden_state=features)
         return output.to_tuple() if return_dict is False else output
 
@@ -233,8 +237,7 @@ class GrasslandForCausalLM(GrasslandPreTrainedModel, transformers.GenerationMixi
         labels (B, T): input_ids again, −100 not counting; shifted here. The loss is the mean over the labels that
         count, or their sum over `num_items_in_batch`; in training the auxiliary losses are added.
         """
-        if input_ids is None:
-            raise ValueError("input_ids must be given")
+        input_ids = _given(input_ids, "input_ids")
         use_cache = bool(self.config.use_cache and not self.training) if use_cache is None else use_cache
         if use_cache and cache is None:
             cache = GrasslandCache(self.model.init_state(input_ids.shape[0]))
@@ -270,9 +273,7 @@ class GrasslandForImageClassification(GrasslandPreTrainedModel):
         self, pixel_values: Tensor | None = None, labels: Tensor | None = None, return_dict: bool | None = None
     ) -> Any:
         """labels (B,) int64, or probabilities (B, num_classes); in training the auxiliary losses are added."""
-        if pixel_values is None:
-            raise ValueError("pixel_values must be given")
-        x, auxiliary = self.model.features(pixel_values)
+        x, auxiliary = self.model.features(_given(pixel_values, "pixel_values"))
         loss = None
         if labels is not None:
             loss = self.model.head.loss(x, labels)
@@ -290,6 +291,12 @@ def register() -> None:
     auto.register(GrasslandConfig, GrasslandForImageClassification, exist_ok=True)
     fast = transformers.PreTrainedTokenizerFast
     transformers.AutoTokenizer.register(GrasslandConfig, fast_tokenizer_class=fast, exist_ok=True)
+
+
+def _given(tensor: Tensor | None, name: str) -> Tensor:
+    if tensor is None:
+        raise ValueError(f"{name} must be given")
+    return tensor
 
 
 def _causal_features(
