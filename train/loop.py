@@ -15,7 +15,8 @@ from . import parallel
 from .checkpoint import CheckpointError, load_state, save_run_config, save_state
 from .config import RunConfig
 from .data.errors import WorkerError
-from .env import peak_flops
+from .env import peak_flops, peak_memory
+from .experts import ExpertLoad
 from .log import Meter, MetricsLog, NoLog, ProgressLine, duration
 from .optim import build_optimizer, parts
 from .plot import try_plot
@@ -58,6 +59,7 @@ class Trainer:
         )
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.model: Any = torch.compile(self.spread.module) if config.compile else self.spread.module
+        self.experts = ExpertLoad(task.model)
         self.meter, self.line = Meter(), ProgressLine(silent=not parallel.is_main())
         self.watch, self.agreement = Watch(config.on_nan), parallel.Agreement()
         self.step = self.position = self.saved_step = self.validated_step = 0
@@ -135,7 +137,7 @@ class Trainer:
         lr, epoch = self.optimizer.param_groups[0]["lr"], self.position / self.task.batches_per_epoch
         values = {"loss": loss, "lr": lr, "grad_norm": norm, "epoch": epoch, f"{self.task.unit}_per_s": rate}
         mfu = None if rate is None or self.peak_units is None else rate / self.peak_units
-        counted = self.task.train_metrics()
+        counted = {**self.experts.take(), **self.task.train_metrics()}
         if self.config.on_nan == "skip":
             counted["skipped_steps"] = self.watch.skipped
         self.watch.clear()
@@ -191,7 +193,8 @@ class Trainer:
             self.line.say(f"--- sample ---\n{sample}")
         rate = self._units_per_second(self.meter.average())
         ending = {"elapsed_s": self._elapsed(), f"{self.task.unit}_per_s": rate, "samples": samples}
-        self.log.write("end", self.step, **ending, best_step=self.best_step)
+        cost = {"peak_bytes": peak_memory(self.task.device), "flops_per_unit": self.task.flops_per_unit}
+        self.log.write("end", self.step, **ending, **cost, best_step=self.best_step)
         self.line.say(f"run: {self.folder}  ({duration(self._elapsed())}; {try_plot(self.folder)})")
         return 0
 
@@ -241,6 +244,7 @@ class Trainer:
         self.watch.load_state(state["watch"])
         self.saved_step = self.step
         self.task.load_state(state["task"])
+        self.experts.load_state(state["experts"])
         log = self.log = self._open_log(state["metrics_offset"])
         log.write("resume", self.step, steps=self.steps, versions=versions(), machine=machine())
         self._check_model()
@@ -276,6 +280,7 @@ class Trainer:
             "model": self.task.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "task": self.task.state(),
+            "experts": self.experts.state(),
             "step": self.step,
             "position": self.position,
             "best": self.best,

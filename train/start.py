@@ -31,12 +31,12 @@ def run(task: Callable[[C, torch.device], Task], config: C) -> int:
     with parallel.processes(mode, device):
         config = replace(config, resume=parallel.from_main(lambda: resumed_folder(config)), parallel=mode)
         folder = parallel.from_main(lambda: run_folder(config))
+        config = replace(config, out=str(folder), resume=None if config.resume == AUTO else config.resume)
         seed_everything(config.seed)
         built = parallel.one_a_node_first(lambda: task(config, device))
         if parallel.size() > 1:
             # The same weights everywhere, but each process its own dropout.
             seed_everything(config.seed, 0, parallel.rank())
-        config = replace(config, out=str(folder), resume=None if config.resume == AUTO else config.resume)
         return Trainer(built, config, folder).run()
 
 
@@ -64,8 +64,8 @@ def run_folder(config: RunConfig) -> Path:
         if folder.exists() and not (folder.is_dir() and all(_is_early(config, path) for path in folder.iterdir())):
             raise ValueError(f"{folder} is not an empty folder; continue its run with --resume, or give another --out")
         return folder
-    data = Path(config.data).name or config.data
-    base = Path("runs") / f"{config.model}-{data}".replace(":", "-")
+    model, data = (Path(name).name or name for name in (config.model, config.data))
+    base = Path("runs") / f"{model}-{data}".replace(":", "-")
     names = (base if number == 1 else base.with_name(f"{base.name}-{number}") for number in range(1, 1 << 31))
     return next(folder for folder in names if not folder.exists())
 

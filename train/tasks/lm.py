@@ -100,7 +100,7 @@ class LanguageModeling(Task):
 
 def _corpus(config: LMConfig) -> tuple[Corpus, bool]:
     """The corpus, and whether the run's own vocabulary could not be read."""
-    if not config.resume or config.resume == "auto":
+    if not config.resume:
         return load_corpus(config.data, config.tokenizer, config.text_column), False
     # A resumed run reads the vocabulary it has been trained with, whatever has become of the tokeniser's source.
     own = Path(config.resume) / TOKENIZER_FILE
