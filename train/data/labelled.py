@@ -60,7 +60,7 @@ class LabelledData:
 
 
 class TextBatch(NamedTuple):
-    """ids, types (B, L) int64, mask (B, L) bool, False for padding, classes (B,) int64, −100 for rows that do not count."""
+    """ids, types (B, L) int64; mask (B, L) bool, False for padding; classes (B,) int64, −100 for an uncounted row."""
 
     ids: Tensor
     types: Tensor
