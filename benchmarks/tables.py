@@ -79,14 +79,12 @@ def sharing_table(name):
     """One line a run of an image model that is named by its sizes, not by its head."""
     runs = [sharing_summary(path) for path in sorted((RESULTS / name).glob("*.jsonl"))]
     lines = [
-        "| model | parameters | GFLOPs an image, training | images seen | valid top-1 | test top-1 | test loss |",
-        "|---|---|---|---|---|---|---|",
+        "| model | parameters | images seen | valid top-1 | test top-1 | test loss |",
+        "|---|---|---|---|---|---|",
     ]
     for r in runs:
-        cost = f"{r['parameters']:,} | {r['gflops']:.2f} | {r['images']:,}"
-        lines.append(
-            f"| {r['model']} | {cost} | {100 * r['valid_top1']:.1f} % | {100 * r['top1']:.1f} % | {r['loss']:.3f} |"
-        )
+        quality = f"{100 * r['valid_top1']:.1f} % | {100 * r['top1']:.1f} % | {r['loss']:.3f}"
+        lines.append(f"| {r['model']} | {r['parameters']:,} | {r['images']:,} | {quality} |")
     return "\n".join([*lines, "", footnote(runs)])
 
 
@@ -142,7 +140,6 @@ def sharing_summary(path):
         "valid_top1": max(e["top1"] for e in events if e["event"] == "valid"),
         "top1": test["top1"],
         "loss": test["loss"],
-        "gflops": next(e for e in events if e["event"] == "end")["flops_per_unit"] / 1e9,
     }
 
 
