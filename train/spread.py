@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -127,6 +127,8 @@ def _shard(model: nn.Module, mesh: DeviceMesh) -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for unit in (*_units(model), model):
         fully_shard(unit, mesh=mesh, ignored_params=kept)
+    for method in getattr(model, "forward_methods", ()):
+        register_fsdp_forward_method(model, method)
     for name, parameter in model.named_parameters():
         # Shards are new parameters: how the optimiser treats them goes along.
         vars(parameter).update(marks[name])

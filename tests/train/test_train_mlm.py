@@ -216,10 +216,11 @@ def test_loss_is_masked_words_and_order_and_balance(mlm):
     batch = next(task.batches(0))
     model = task.model.train()
     inputs = {"mask": batch.mask, "token_types": batch.types}
-    x, balance = model.features(batch.ids, **inputs)
+    _, balance = model.features(batch.ids, **inputs)
     assert len(balance) == 2 and all(part > 0 for part in balance)
-    words = F.cross_entropy(model.token_logits(x, batch.positions).flatten(0, 1), batch.labels.flatten())
-    order = F.cross_entropy(model.class_logits(x), batch.order)
+    told, exchanged = model.predict(batch.ids, positions=batch.positions, **inputs)
+    words = F.cross_entropy(told.flatten(0, 1), batch.labels.flatten())
+    order = F.cross_entropy(exchanged, batch.order)
     torch.testing.assert_close(task.loss(model, batch), words + order + sum(balance))
 
 

@@ -93,11 +93,10 @@ class MaskedLanguageModeling(LanguageModeling):
             position += 1
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        inputs = {"mask": batch.mask, "token_types": batch.types, "positions": batch.positions}
-        return model(batch.ids, labels=batch.labels, classes=batch.order, **inputs)
+        return model(batch.ids, labels=batch.labels, classes=batch.order, **_inputs(batch))
 
     def weight(self, batch: Any) -> Tensor:
-        # Sentence order, which counts by sequences, follows: its share differs by what the rows' lengths do.
+        # The order of sentences, which has one target a sequence, counts by the words of its rows as well.
         return (batch.labels != IGNORED).sum().float()
 
     @torch.no_grad()
@@ -106,13 +105,12 @@ class MaskedLanguageModeling(LanguageModeling):
         training = model.training
         model.eval()
         words, order = Hits(self.device), Hits(self.device)
-        for batch in map(
-            self._moved, self.texts[split].evaluation(self.config.batch_size, rows(self.config.batch_size))
-        ):
-            x, _ = encoder.features(batch.ids, mask=batch.mask, token_types=batch.types)
-            words.add(encoder.token_logits(x, batch.positions), batch.labels)
+        size = self.config.batch_size
+        for batch in map(self._moved, self.texts[split].evaluation(size, rows(size))):
+            told, exchanged = encoder.predict(batch.ids, **_inputs(batch))
+            words.add(told, batch.labels)
             if batch.order is not None:
-                order.add(encoder.class_logits(x), batch.order)
+                order.add(exchanged, batch.order)
         model.train(training)
         loss, accuracy = words.means()
         found = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}
@@ -131,8 +129,7 @@ class MaskedLanguageModeling(LanguageModeling):
         """The first sequences of the test text with what is hidden, and what the model puts there."""
         batch = self._moved(next(self.texts["test"].evaluation(max(count, 1))))
         encoder: Any = model
-        x, _ = encoder.features(batch.ids, mask=batch.mask, token_types=batch.types)
-        guesses = encoder.token_logits(x, batch.positions).argmax(-1)
+        guesses = encoder.predict(batch.ids, **_inputs(batch))[0].argmax(-1)
         told = batch.ids.scatter(1, batch.positions, guesses.where(batch.labels != IGNORED, batch.ids[:, :1]))
         return [
             f"{self._decoded(before[mask])}\n{self._decoded(after[mask])}"
@@ -144,6 +141,10 @@ class MaskedLanguageModeling(LanguageModeling):
 
     def _moved(self, batch: MaskedBatch) -> MaskedBatch:
         return MaskedBatch(*(None if part is None else self.to_device(part) for part in batch))  # type: ignore[arg-type]
+
+
+def _inputs(batch: MaskedBatch) -> dict[str, Tensor]:
+    return {"mask": batch.mask, "token_types": batch.types, "positions": batch.positions}
 
 
 class Hits:
