@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,8 @@ from .plan import FREE, Comparison
 from .results import SHOWN, Record, is_done, outcome, select
 
 # Imported once, in the process from which the runs are forked: several seconds that a run need not spend.
-PRELOADED = ("grassland.train.start", "grassland.train.tasks.lm", "matplotlib.figure")
-PRELOADED_FOR_IMAGES = ("grassland.train.tasks.vision", "timm", "torchvision")
+PRELOADED = ["grassland.train.start", "grassland.train.tasks.lm", "grassland.train.tasks.vision", "matplotlib.figure"]
+PRELOADED += ["timm", "torchvision", "sklearn.datasets"]
 
 
 class Runner:
@@ -116,13 +116,13 @@ def train(config: RunConfig, log: Path) -> None:
     sys.exit(code)
 
 
-def processes(tasks: Iterable[str]) -> Any:
-    """A multiprocessing context whose processes are forked from one that has imported what `tasks` need and has used
-    none of it; where there is no fork, they are new ones."""
+def processes() -> Any:
+    """A multiprocessing context whose processes are forked from one that has imported what runs need, where it is
+    installed, and has used none of it; where there is no fork, they are new ones."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, *(PRELOADED_FOR_IMAGES if "vision" in tasks else ())])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 
