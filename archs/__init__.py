@@ -6,6 +6,8 @@ from .encoder import Encoder, EncoderConfig
 from .ffns import MLP, SharedMoE
 from .heads import ClassifierHead, CosineHead, GrassmannHead, LinearHead, TiedHead
 from .heads.cross_entropy import linear_cross_entropy
+from .heads.nli import PluckerNLIHead, TransformerNLIHead
+from .interop.swap import SwapReport, swap
 from .io import CheckpointError, MissingCheckpointError, atomic_write, load_model, read_config, save_model
 from .lm import LanguageModel
 from .mixers import (
@@ -53,9 +55,12 @@ __all__ = [
     "MissingCheckpointError",
     "ModelConfig",
     "PlainResidual",
+    "PluckerNLIHead",
     "SharedMoE",
     "StreamState",
+    "SwapReport",
     "TiedHead",
+    "TransformerNLIHead",
     "VisionConfig",
     "VisionModel",
     "WideNet",
@@ -70,4 +75,5 @@ __all__ = [
     "register_model",
     "register_slot",
     "save_model",
+    "swap",
 ]

@@ -223,8 +223,8 @@ def build_blocks(config: ModelConfig, dd: dict[str, Any]) -> Iterator[Block]:
         return partial(build_slot, name, getattr(config, name), *args, **keywords)
 
     def layers(name: str, *args: object) -> Iterator[Any]:
-        shared = name in config.share
-        return branches(name, getattr(config, name), config.options, config.depth, shared, slot(name, *args))
+        shared, choice = name in config.share, getattr(config, name)
+        return branches(name, choice, config.options, config.depth, config.share_groups, shared, slot(name, *args))
 
     pairs = zip(layers("mixer", config.dim), layers("ffn", config.dim, config.ffn_dim), strict=True)
     residual = partial(build_slot, "residual", config.residual, **keywords, **config.options)

@@ -7,7 +7,6 @@ run are listed with the reason. Before anything is timed, the results of the riv
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
 import json
 import statistics
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import bench_report, dispatch
-from .machine import commit, machine, versions
+from .machine import about
 
 Step = Callable[[], Any]
 
@@ -237,14 +236,13 @@ def chosen_settings(benchmark: Benchmark, options: argparse.Namespace) -> list[S
 
 def run(benchmark: Benchmark, settings: Sequence[Setting], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure, print and, with --out, write one op's records and pictures."""
-    about = {"date": datetime.date.today().isoformat(), "commit": commit(), **machine(), **versions()}
-    about |= peaks(getattr(torch, options.dtype), torch.device(options.device))
+    facts = about() | peaks(getattr(torch, options.dtype), torch.device(options.device))
     records: list[dict[str, Any]] = []
     for setting in settings:
         records += measure(benchmark, setting, options)
         print(f"{benchmark.name}, {setting.id}: done", file=sys.stderr)
-    print(f"{benchmark.title}\n\n{bench_report.table(records, benchmark.ours)}\n\n{json.dumps(about)}\n")
-    records = [{**record, **about} for record in records]
+    print(f"{benchmark.title}\n\n{bench_report.table(records, benchmark.ours)}\n\n{json.dumps(facts)}\n")
+    records = [{**record, **facts} for record in records]
     if options.out:
         write(records, benchmark, options)
     return records

@@ -5,7 +5,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..archs import create_model, model_config
-from ..kernels.machine import commit, machine, versions
+from ..kernels.machine import about
 from .config import VisionConfig
 from .data import BlockOrder, block_batch, num_blocks
 from .optim import build_optimizer
@@ -109,12 +108,11 @@ def profile(options: ProfileOptions) -> list[Record]:
     loss are the head's, the clipping of gradients the optimiser's. ValueError for a model without slots.
     """
     device = pick_device(options.device)
-    about = {"date": date.today().isoformat(), "commit": commit(), **machine(), **versions()}
     settings = {**asdict(options), "out": None, "models": None, "device": device.type}
     records = []
     for name in options.models:
         seconds = profile_model(name, options, device)
-        records.append({"model": name, "seconds": seconds, **settings, **about})
+        records.append({"model": name, "seconds": seconds, **settings, **about()})
         print(f"{name}: {1e3 * sum(seconds.values()):.1f} ms a step", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / NUMBERS).write_text("".join(json.dumps(record) + "\n" for record in records))

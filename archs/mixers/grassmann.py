@@ -138,14 +138,17 @@ class CausalGrassmannMixer(nn.Module):
 
 
 def mean_coordinates(z: Tensor, past: Tensor, valid: Tensor, eps: float) -> Tensor:
-    """Mean of the normalised Plücker coordinates of z (B, T, r) with each valid past vector (B, T, m, r): (B, T, K).
+    """Mean of the normalised Plücker coordinates of z (…, r) with each valid past vector (…, m, r): (…, K).
+
+    valid: (…, m) bool, or int for how often a vector counts.
 
     All pairs share z, so the mean of wedges is one wedge z ∧ y. The part δ of a past vector that is orthogonal to z
     spans the same wedge and has ‖z ∧ δ‖ = ‖z‖‖δ‖ without the cancellation of the direct form.
     """
     z, past = (t if t.dtype is torch.float64 else t.float() for t in (z, past))
-    square = z.square().sum(-1, keepdim=True)[..., None]
-    along = (past * z[..., None, :]).sum(-1, keepdim=True) / square.clamp_min(torch.finfo(z.dtype).tiny)
+    # Clamped before the root too, whose derivative at zero is infinite.
+    square = z.square().sum(-1, keepdim=True)[..., None].clamp_min(torch.finfo(z.dtype).tiny)
+    along = (past * z[..., None, :]).sum(-1, keepdim=True) / square
     delta = past - along * z[..., None, :]
     norm = square.sqrt() * delta.norm(dim=-1, keepdim=True)
     weight = valid.to(z.dtype) / valid.sum(-1, keepdim=True).clamp_min(1)

@@ -78,5 +78,5 @@ def test_command_writes_numbers_and_a_picture(monkeypatch, tmp_path, capsys):
     monkeypatch.undo()
     assert main(["profile", "--models", "grassmann", *sizes]) == 2
     assert "unknown model 'grassmann'" in capsys.readouterr().err
-    assert main(["profile", "--steps", "0"]) == 2
-    assert "steps must be positive, got 0" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="steps must be positive, got 0"):
+        ProfileOptions(steps=0)

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import traceback
@@ -14,8 +13,9 @@ from types import FrameType
 from typing import Any
 
 from ...archs import read_config
-from ..checkpoint import STATE_FILE
+from ..checkpoint import has_state
 from ..config import RunConfig
+from ..start import AUTO
 from .plan import FREE, Comparison
 from .results import SHOWN, Record, is_done, outcome, select
 
@@ -71,20 +71,16 @@ class Runner:
 
     def _run(self, config: RunConfig, folder: Path) -> str | None:
         """Make sure that the run is done; the reason if it cannot be."""
-        started = (folder / STATE_FILE).is_file() or is_done(folder)
-        if started:
+        started, ended = has_state(folder), is_done(folder)
+        if started or ended:
             _check_same(folder, config)
-        if is_done(folder):
+        if ended:
             return None
         if self.context is None:
             return "interrupted" if started else "not run"
-        if not started and folder.exists():
-            # Killed before there was anything to resume.
-            shutil.rmtree(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        where = {"resume": str(folder), "out": None} if started else {"out": str(folder)}
         log = folder.with_name(f"{folder.name}.log")
-        process = self.context.Process(target=train, args=(replace(config, **where), log))
+        process = self.context.Process(target=train, args=(replace(config, out=str(folder), resume=AUTO), log))
         with _ended(process):
             process.join()
         if is_done(folder):
