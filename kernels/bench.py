@@ -30,6 +30,10 @@ class Unavailable(Exception):
     """A rival cannot run here; the message is the reason."""
 
 
+class Disagreement(Exception):
+    """Two rivals that should compute the same do not."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """One problem size, or what else a table has a row for."""
@@ -115,7 +119,7 @@ def agreement(benchmark: Benchmark, steps: dict[str, dict[str, Step]], dtype: to
             continue
         difference = disagreement(modes["check"](), expected)
         if not difference <= benchmark.tolerance[dtype]:
-            raise SystemExit(f"error: {name} and {benchmark.ours} differ by {difference:.1e}: nothing was timed")
+            raise Disagreement(f"{benchmark.name}: {name} and {benchmark.ours} differ by {difference:.1e}")
 
 
 def elapsed(step: Step, device: torch.device) -> float:
@@ -273,7 +277,14 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         baseline = bench_report.read_baseline(options.baseline) if options.baseline else []
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    records = [r for b in benchmarks if settings[b.name] for r in run(b, settings[b.name], options)]
+    records, failed = [], []
+    for benchmark in benchmarks:
+        try:
+            records += run(benchmark, settings[benchmark.name], options) if settings[benchmark.name] else []
+        except Disagreement as error:
+            failed.append(f"error: {error}: nothing was timed")
+    if failed:
+        raise SystemExit("\n".join(failed))
     if options.baseline:
         compare(records, baseline)
     return records

@@ -118,7 +118,7 @@ def test_every_smoke_arm_runs(tmp_path):
 def test_presets_are_whole(name):
     for plan in load_comparisons(name):
         assert len(plan.arms) >= 2 and len(plan.seeds) >= 3 and plan.describe()
-        allowed = {"model", "set", "head", "subspace_dim", "head_lr", "head_dropout", "loss"}
+        allowed = {"model", "set", "head", "subspace_dim", "head_lr", "head_dropout", "loss", "bce_threshold"}
         assert all(differs.keys() <= allowed for differs in plan.differing().values())
 
 
