@@ -51,8 +51,9 @@ class VisionConfig(ModelConfig):
             raise ValueError(f"pooling must be one of {POOLING}, got {self.pooling!r}")
         if not isinstance(self.moe_blocks, int) or not 0 <= self.moe_blocks < self.depth:
             raise ValueError(f"moe_blocks must be an integer in [0, depth={self.depth}), got {self.moe_blocks!r}")
-        if self.moe_blocks and self.share:
-            raise ValueError(f"moe_blocks={self.moe_blocks} needs blocks that share nothing, got share={self.share!r}")
+        if self.moe_blocks and (self.share or self.share_groups > 1):
+            sharing = f"share={self.share!r}, share_groups={self.share_groups}"
+            raise ValueError(f"moe_blocks={self.moe_blocks} needs blocks that share nothing, got {sharing}")
 
 
 @register_assembly("vision")
@@ -142,9 +143,9 @@ class VisionModel(nn.Module):
     def flops_per_image(self, *, training: bool = False) -> int:
         """FLOPs an image (a multiply-add is two), norms and activations left out; training is three forward passes."""
         tokens = self.num_tokens
-        parts = [part.branch.flops_per_token(tokens) for block in self.blocks for part in (block.mixer, block.ffn)]
         dense = self.head.flops_per_token() + (0 if self.pre_logits is None else 2 * self.pre_logits.weight.numel())
-        forward = sum(parts) * tokens + 2 * self.patches.weight.numel() * (tokens - 1) + dense
+        blocks = sum(block.flops_per_token(tokens) for block in self.blocks)
+        forward = blocks * tokens + 2 * self.patches.weight.numel() * (tokens - 1) + dense
         return 3 * forward if training else forward
 
 

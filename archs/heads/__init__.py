@@ -6,7 +6,8 @@ label_smoothing)` without materialised logits, and `flops_per_token()`.
 """
 
 from .classifier import ClassifierHead
+from .cosine import CosineHead
 from .grassmann import GrassmannHead, grassmann_heads, reproject_
 from .linear import LinearHead, TiedHead
 
-__all__ = ["ClassifierHead", "GrassmannHead", "LinearHead", "TiedHead", "grassmann_heads", "reproject_"]
+__all__ = ["ClassifierHead", "CosineHead", "GrassmannHead", "LinearHead", "TiedHead", "grassmann_heads", "reproject_"]

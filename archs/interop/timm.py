@@ -1,4 +1,4 @@
-"""A Grassmann head on any timm or torchvision classifier.
+"""A Grassmann or cosine head on any timm or torchvision classifier.
 
     model = timm.create_model("resnet18", num_classes=10)
     put_grassmann_head(model, subspace_dim=8)
@@ -10,12 +10,15 @@ the head.
 """
 
 import types
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..heads.cosine import CosineHead
 from ..heads.grassmann import GrassmannHead, grassmann_heads, reproject_
 
 
@@ -42,20 +45,19 @@ def put_grassmann_head(
 
     Raises ValueError when there is no linear classifier, or subspace_dim exceeds its width.
     """
-    names = classifier_names(model)
-    for name in names:
-        old: Any = model.get_submodule(name)
-        before = old.num_classes if isinstance(old, GrassmannHead) else old.out_features
-        classes = before if num_classes is None else num_classes
-        dtype = old.weight.dtype if old.weight.dtype in (torch.float32, torch.float64) else torch.float32
-        options = {"backend": backend, "device": old.weight.device, "dtype": dtype}
-        head = GrassmannHead(old.in_features, classes, subspace_dim, scale, **options)
-        head.train(old.training)
-        _replace(model, name, head)
-    if num_classes is not None and hasattr(model, "num_classes"):
-        model.__dict__["num_classes"] = num_classes
-    _remember(model, names, {"subspace_dim": subspace_dim, "scale": scale, "backend": backend})
-    return model
+
+    def make(in_features: int, classes: int, **dd: Any) -> nn.Module:
+        # Bases in half precision would not be orthonormal.
+        dtype = dd["dtype"] if dd["dtype"] in (torch.float32, torch.float64) else torch.float32
+        return GrassmannHead(in_features, classes, subspace_dim, scale, backend=backend, **{**dd, "dtype": dtype})
+
+    again = partial(put_grassmann_head, subspace_dim=subspace_dim, scale=scale, backend=backend)
+    return _put(model, num_classes, make, again)
+
+
+def put_cosine_head(model: nn.Module, num_classes: int | None = None, scale: float = 25.0) -> nn.Module:
+    """Replace the classifier of `model` by a `CosineHead`, in the same way as `put_grassmann_head`."""
+    return _put(model, num_classes, partial(CosineHead, scale=scale), partial(put_cosine_head, scale=scale))
 
 
 def classifier_names(model: nn.Module) -> list[str]:
@@ -83,8 +85,24 @@ def reproject_ema_(ema: Any) -> nn.Module:
     return reproject_(inner)
 
 
+def _put(model: nn.Module, num_classes: int | None, make: Callable[..., nn.Module], again: Any) -> nn.Module:
+    """Replace every classifier by `make(in_features, num_classes, device=…, dtype=…)`, and by `again` after a reset."""
+    names = classifier_names(model)
+    for name in names:
+        old: Any = model.get_submodule(name)
+        before = old.num_classes if isinstance(old, GrassmannHead) else old.out_features
+        classes = before if num_classes is None else num_classes
+        head = make(old.in_features, classes, device=old.weight.device, dtype=old.weight.dtype)
+        head.train(old.training)
+        _replace(model, name, head)
+    if num_classes is not None and hasattr(model, "num_classes"):
+        model.__dict__["num_classes"] = num_classes
+    _remember(model, names, again)
+    return model
+
+
 def _is_classifier(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Linear | GrassmannHead)
+    return isinstance(module, nn.Linear | GrassmannHead | CosineHead)
 
 
 def _find(model: nn.Module, name: str) -> nn.Module | None:
@@ -99,9 +117,9 @@ def _replace(model: nn.Module, name: str, head: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, head)
 
 
-def _remember(model: Any, names: list[str], options: dict[str, Any]) -> None:
+def _remember(model: Any, names: list[str], again: Callable[..., nn.Module]) -> None:
     """Shadow the methods with bound ones: they survive deepcopy, and the class stays as it is."""
-    model._grassmann_names, model._grassmann_options = names, options
+    model._head_names, model._put_head = names, again
     model.forward = types.MethodType(_forward, model)
     if callable(getattr(model, "reset_classifier", None)):
         model.reset_classifier = types.MethodType(_reset_classifier, model)
@@ -115,12 +133,12 @@ def _forward(
     forward = type(model).forward
     if labels is None:
         return forward(model, *args, **keywords)
-    if not model._grassmann_names:
-        raise ValueError(f"labels: {type(model).__name__} has no Grassmann head to compute a loss with")
-    if len(model._grassmann_names) > 1:
+    if not model._head_names:
+        raise ValueError(f"labels: {type(model).__name__} has no head to compute a loss with")
+    if len(model._head_names) > 1:
         logits = forward(model, *args, **keywords)
         return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    head = model.get_submodule(model._grassmann_names[0])
+    head = model.get_submodule(model._head_names[0])
     head.features_only = True
     try:
         features = forward(model, *args, **keywords)
@@ -130,11 +148,11 @@ def _forward(
 
 
 def _reset_classifier(model: Any, num_classes: int, *args: Any, **keywords: Any) -> None:
-    """The class's own `reset_classifier`, then a new Grassmann head."""
+    """The class's own `reset_classifier`, then a new head of the same kind."""
     type(model).reset_classifier(model, num_classes, *args, **keywords)
-    model._grassmann_names = []
+    model._head_names = []
     if num_classes > 0:
-        put_grassmann_head(model, **model._grassmann_options)
+        model._put_head(model)
 
 
 def _no_weight_decay(model: Any) -> set[str]:

@@ -161,7 +161,7 @@ def test_the_classifier_is_replaced_and_survives_reset_classifier():
     assert isinstance(fresh, GrassmannHead) and (fresh.num_classes, fresh.subspace_dim) == (3, 4)
     twin.reset_classifier(0)
     assert not grassmann_heads(twin)
-    with pytest.raises(ValueError, match="no Grassmann head"):
+    with pytest.raises(ValueError, match="has no head"):
         twin(torch.randn(2, 3, 32, 32), labels=torch.tensor([0, 2]))
     with pytest.raises(ValueError, match="no linear classifier"):
         put_grassmann_head(nn.Sequential(nn.Conv2d(3, 3, 1)))

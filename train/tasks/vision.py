@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...archs.heads import grassmann_heads
 from ..classify import evaluate_classifier
 from ..config import RunConfig, VisionConfig
 from ..data.image_batches import EvalBatches, ImageBatch, TrainBatches, load_batches
 from ..data.image_sources import load_images
 from ..ema import WeightAverage
+from ..parallel import gather, is_main
 from ..vision_model import ImageModelSpec, build_vision_model, load_vision_model, num_parameters, save_vision_model
 from .base import Task
 
@@ -58,7 +60,12 @@ class ImageClassification(Task):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self.model.eval()(self._images(image))
         self.model.train(training)
-        return 3.0 * counter.get_total_flops()
+        # The counter does not see into grassland's own operators.
+        heads = sum(head.flops_per_token() for head in grassmann_heads(self.model))
+        return 3.0 * (counter.get_total_flops() + heads)
+
+    def models(self) -> list[nn.Module]:
+        return [self.model, *(self.average.models() if self.average else ())]
 
     @cached_property
     def binary_loss(self) -> Any:
@@ -114,15 +121,15 @@ class ImageClassification(Task):
             self.average.update(self.model)
 
     def train_metrics(self) -> dict[str, Any]:
-        skipped, self.skipped = self.skipped, 0
+        skipped, self.skipped = sum(gather(self.skipped)), 0
         return {"skipped": skipped} if self.config.bad_images == "skip" else {}
 
     def state(self) -> dict[str, Any]:
         average = {} if self.average is None else {"average": self.average.state_dict()}
-        return {"skipped": self.skipped, **average}
+        return {"skipped": sum(gather(self.skipped)), **average}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.skipped = state["skipped"]
+        self.skipped = state["skipped"] if is_main() else 0
         if self.average is not None:
             self.average.load_state_dict(state["average"])
 
