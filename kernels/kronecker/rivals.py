@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import dispatch
 from ..bench import Benchmark, Rival, Setting, Step, Unavailable, with_gradients
 from ..testing import normal
-from . import kronecker_post, kronecker_pre, kronecker_step
+from . import kronecker_open, kronecker_post, kronecker_pre, kronecker_step
 
 Values = dict[str, Any]
 SINKHORN = 20
@@ -93,7 +93,7 @@ def build_ours(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str,
     backend = dispatch.preferred(device.type)
 
     def run(x: Tensor, *weights: Tensor) -> Tensor:
-        u, h = kronecker_pre(x, *fold(x, *weights), backend=backend)
+        x, u, h = kronecker_open(x, *fold(x, *weights), backend=backend)
         return kronecker_post(x, u, h, backend=backend)
 
     return with_gradients(run, inputs(v, dtype, device, 2 * stages(v)))
