@@ -28,9 +28,13 @@ class MissingCheckpointError(CheckpointError, FileNotFoundError):
     """A checkpoint's file that is not there."""
 
 
-def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], object]) -> None:
+def atomic_write(
+    path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], object], *, keep: Path | None = None
+) -> None:
     """Replace a file by `content` (bytes, or a function that writes into a binary file) so that a kill at any instant
     leaves either the old file or the new one, whole and on disk. Parent folders are made.
+
+    keep: where the old file goes, in place of what is there.
 
     Whatever goes wrong (a full disk, an error in `content`), the old file stays and the temporary one is removed.
     """
@@ -45,14 +49,28 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Binary
                 content(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and target.exists():
+            _keep(target, keep)
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def _keep(target: Path, keep: Path) -> None:
+    link = keep.with_name(f".{keep.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        link.hardlink_to(target)
+    except OSError:
+        # A file system without links: for an instant the file is missing, but what is kept is there.
+        target.replace(keep)
+    else:
+        link.replace(keep)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

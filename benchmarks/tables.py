@@ -113,9 +113,40 @@ def vision_summary(path):
     }
 
 
+def support_table():
+    """Ops against backends: how far the tests of each have got, from what `pytest --support FILE` wrote."""
+    records = [r for path in sorted(RESULTS.glob("support-*.jsonl")) for r in read(path.name)]
+    ops = list(dict.fromkeys(r["op"] for r in records))
+    lines = [f"| op | {' | '.join(BACKENDS.values())} |", "|---|" + "---|" * len(BACKENDS)]
+    for op in ops:
+        cells = [support_cell([r for r in records if (r["op"], r["backend"]) == (op, name)]) for name in BACKENDS]
+        lines.append(f"| `{op}` | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *dict.fromkeys(footnote([{**r, "dtype": "all tests"}]) for r in records)])
+
+
+def support_cell(records):
+    """One state for all dtypes that share it: "tested (float32, bfloat16)"."""
+    states = {}
+    for dtype in dict.fromkeys(r["dtype"] for r in records):
+        states.setdefault(support_state([r for r in records if r["dtype"] == dtype]), []).append(dtype)
+    return "; ".join(f"{state} ({', '.join(dtypes)})" for state, dtypes in states.items()) or "none"
+
+
+def support_state(records):
+    """The furthest that one op, backend and dtype has got; a failure counts over everything."""
+    if any(r["failed"] for r in records):
+        return "failed"
+    return "tested" if any(r["how"] == "run" for r in records) else "compiled, not yet run"
+
+
+BACKENDS = {"eager": "eager", "cpp": "C++ on CPU", "triton": "Triton", "cuda": "CUDA C++"}
 OPS = ("plucker", "kronecker", "subspace", "moe")
 TABLES = {op: functools.partial(kernel_table, f"{op}-cpu-float32") for op in OPS}
-TABLES |= {"lm": functools.partial(lm_table, "wikitext-2"), "vision": functools.partial(vision_table, "cifar-10")}
+TABLES |= {
+    "support": support_table,
+    "lm": functools.partial(lm_table, "wikitext-2"),
+    "vision": functools.partial(vision_table, "cifar-10"),
+}
 
 
 def render(text):

@@ -7,7 +7,6 @@ run are listed with the reason. Before anything is timed, the results of the riv
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
 import json
 import statistics
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .machine import commit, machine, versions
+from .machine import about
 
 Step = Callable[[], Any]
 
@@ -252,17 +251,16 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if not settings:
         names = ", ".join(s.id for s in benchmark.settings)
         raise SystemExit(f"error: --setting must be one of {names}, got {', '.join(options.setting)}")
-    about = {"date": datetime.date.today().isoformat(), "commit": commit(), **machine(), **versions()}
-    records = []
+    facts, records = about(), []
     for setting in settings:
         records += measure(benchmark, setting, options)
         print(f"{setting.id}: done", file=sys.stderr)
     text = table(records, benchmark.ours)
-    print(f"{benchmark.title}\n\n{text}\n\n{json.dumps(about)}")
+    print(f"{benchmark.title}\n\n{text}\n\n{json.dumps(facts)}")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         stem = f"{options.op}-{options.device}-{options.dtype}"
-        lines = [json.dumps({**record, **about}) for record in records]
+        lines = [json.dumps({**record, **facts}) for record in records]
         (options.out / f"{stem}.jsonl").write_text("\n".join(lines) + "\n")
         plot(records, benchmark, options.out / f"{stem}.png")
     return records

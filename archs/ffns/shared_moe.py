@@ -26,12 +26,14 @@ class SharedMoE(nn.Module):
     capacity holds in evaluation too, where by default nothing is dropped, so that a token's output does not depend on
     its batch. out_act: None, or "gelu" on the experts' outputs. dropout: both rates, in [0, 1).
 
-    `routing` is that of the last call, and `load()` its statistics. ValueError names a bad argument.
+    `routing` is that of the last call, and `load()` its statistics. `tally` (2, E) int64 counts the assignments and the
+    kept pairs of all calls in training, on the device; who reads it may zero it. ValueError names a bad argument.
     """
 
     # The experts drop their own outputs; a residual around them need not do so again.
     drops = True
     takes_mask = True
+    group_options = ("num_experts", "top_k", "capacity_factor")
 
     def __init__(
         self,
@@ -64,14 +66,16 @@ class SharedMoE(nn.Module):
         self.w_down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, **dd))
         self.b_down = nn.Parameter(torch.empty(num_experts, dim, **dd))
         self.routing: Routing | None = None
+        self.tally: Tensor
+        self.register_buffer("tally", torch.empty(2, num_experts, dtype=torch.int64, device=device), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """N(0, 0.02) for all weights, zero biases."""
+        """N(0, 0.02) for all weights, zero biases, an empty tally."""
         for weight in (self.router, self.w_up, self.w_down):
             nn.init.normal_(weight, std=INIT_STD)
-        nn.init.zeros_(self.b_up)
-        nn.init.zeros_(self.b_down)
+        for zero in (self.b_up, self.b_down, self.tally):
+            nn.init.zeros_(zero)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (…, dim) → y (…, dim) and the balance loss, a scalar that is scaled already.
@@ -107,6 +111,8 @@ class SharedMoE(nn.Module):
         )
         if not torch.compiler.is_compiling():
             self.routing = Routing(*(t.detach() for t in routing))
+        if self.training:
+            self._count(routing)
         return y.view(x.shape), self.balance_weight * routing.balance
 
     def _logits(self, rows: Tensor) -> Tensor:
@@ -127,6 +133,11 @@ class SharedMoE(nn.Module):
                 f"{tokens} tokens: raise it, or use capacity_factor=None"
             )
         return places
+
+    def _count(self, routing: Routing) -> None:
+        # A checkpoint calls the layer again from within the backward, for tokens that have been counted.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self.tally += torch.stack([routing.counts, routing.offsets.diff()])
 
     def load(self) -> dict[str, Tensor]:
         """Statistics of the last call, each (E,) float32 but "dropped", a scalar: "share" of the assignments that chose

@@ -8,6 +8,7 @@ A residual is constructed as `Residual(branch, dim, layer_index, *, norm, dropou
 - `num_layers`, if its constructor takes it: the number of sublayers of the model.
 - `expand(x)`, called on the first sublayer's residual, and `reduce(x)`, called on the last one's: from (B, T, dim) to
   the stream and back.
+- `flops_per_token()`: forward FLOPs a token of the residual itself, the branch not counted.
 - `branch`: any callable. It is registered only if it is a module; a branch shared across depth is given to all blocks
   but the first as a plain callable, so that a state dict has it once.
 """

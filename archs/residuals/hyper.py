@@ -203,6 +203,19 @@ class Hyper(nn.Module):
         total = x.sum(-2)
         return total if self.reduce_kind == "sum" else total / self.num_streams
 
+    def flops_per_token(self) -> int:
+        """Forward FLOPs a token of the connections themselves: the projections of the streams to coefficients, the
+        branch's input, its output into n streams, and the mixing. Norms and activations are left out."""
+        if self.disabled:
+            return 0
+        return self.projection_flops() + 4 * self.num_streams * self.dim + self.mixing_flops()
+
+    def projection_flops(self) -> int:
+        return 2 * sum(weight.numel() for name, weight in self.named_parameters(recurse=False) if name in self.decayed)
+
+    def mixing_flops(self) -> int:
+        return 2 * self.num_streams**2 * self.dim
+
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_streams={self.num_streams}, init={self.init!r}, disable={self.disabled}"
 
@@ -257,6 +270,10 @@ class HyperConnection(Hyper):
             ):
                 weight.zero_()
                 scale.fill_(SCALE)
+
+    def projection_flops(self) -> int:
+        # One projection serves every stream.
+        return self.num_streams * super().projection_flops()
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = wide(x)

@@ -61,6 +61,9 @@ class KromHC(Manifold):
             dtype=dtype,
         )  # fmt: skip
 
+    def mixing_flops(self) -> int:
+        return 2 * sum(self.factors) * self.num_streams * self.dim
+
     def mixing_logits(self) -> int:
         return sum(map(math.factorial, self.factors))
 

@@ -94,3 +94,28 @@ def vision():
         device="cpu",
     )
     return lambda **changes: replace(settings, **changes)
+
+
+@pytest.fixture
+def mlm(text_file):
+    """A run of 12 steps that takes a second, with everything random that a run can have."""
+    from grassland.train.tasks.mlm import MLMConfig
+
+    settings = MLMConfig(
+        model="widenet_albert_4e",
+        set=("dim=16", "depth=2", "ffn_dim=24", "embed_dim=8", "num_heads=2", "max_len=32", "dropout=0.1"),
+        data=str(text_file),
+        tokenizer="bpe:280",
+        seq_len=24,
+        batch_size=4,
+        steps=12,
+        warmup=3,
+        lr=1e-2,
+        log_every=4,
+        eval_every=4,
+        save_every=4,
+        samples=1,
+        sentence_order=True,
+        device="cpu",
+    )
+    return lambda **changes: replace(settings, **changes)
