@@ -112,12 +112,12 @@ class StreamState:
         """
         if dim != -2 or options:
             return self.tensor().sum(dim, **options)
-        total = self._x.sum(-2)
         if self._pending is None:
-            return total
+            return self._x.sum(-2)
         y, h = self._pending
         n = self._x.shape[-2]
-        return (total.to(h.dtype) + h[..., n : 2 * n].sum(-1, keepdim=True) * y.to(h.dtype)).to(total.dtype)
+        joined = h[..., n : 2 * n].sum(-1, keepdim=True) * y.to(h.dtype)
+        return (self._x.sum(-2, dtype=h.dtype) + joined).to(self._x.dtype)
 
     def _settle(self, x: Tensor, y: Tensor, h: Tensor) -> None:
         if self._keep > 1:

@@ -83,13 +83,13 @@ def registered_pre(tensors: Tensors, options: dict[str, Any], backend: str) -> l
     plain = (torch.ones_like(u), torch.ones_like(coefs), x.detach(), weight.detach(), coefs, saved)
     return [
         (op.kronecker_pre, (x, weight, bias, EPS, backend)),
-        (op.kronecker_pre_backward, (None, *plain, EPS, backend)),
+        (op.kronecker_pre_backward, (*plain, EPS, backend)),
     ]
 
 
 def registered_open(tensors: Tensors, options: dict[str, Any], backend: str) -> list[tuple[Any, tuple]]:
-    (_, (_, *rest)) = registered_pre(tensors, options, backend)[1]
-    return [(op.kronecker_pre_backward, (torch.ones_like(rest[2]), *rest))]
+    operator, arguments = registered_pre(tensors, options, backend)[1]
+    return [(operator, (*arguments, torch.ones_like(arguments[2])))]
 
 
 def registered_post(tensors: Tensors, options: dict[str, Any], backend: str) -> list[tuple[Any, tuple]]:

@@ -71,8 +71,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tupl
 
 @torch.library.custom_op("grassland::kronecker_pre_backward", mutates_args=())
 def kronecker_pre_backward(
-    dx: Tensor | None, du: Tensor, dh: Tensor, x: Tensor, weight: Tensor, h: Tensor, saved: Tensor, eps: float,
-    backend: str,
+    du: Tensor, dh: Tensor, x: Tensor, weight: Tensor, h: Tensor, saved: Tensor, eps: float, backend: str,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dweight, dbias); the dx that comes in is what else flows into the streams."""
     backend = _backend(PRE, x, backend)
@@ -87,8 +87,8 @@ def kronecker_pre_backward(
 
 @kronecker_pre_backward.register_fake
 def _(
-    dx: Tensor | None, du: Tensor, dh: Tensor, x: Tensor, weight: Tensor, h: Tensor, saved: Tensor, eps: float,
-    backend: str,
+    du: Tensor, dh: Tensor, x: Tensor, weight: Tensor, h: Tensor, saved: Tensor, eps: float, backend: str,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
@@ -179,7 +179,7 @@ def _setup_pre(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward_pre(ctx: Any, du: Tensor, dh: Tensor, _: Any) -> tuple:
-    return (*kronecker_pre_backward(None, du, dh, *ctx.saved_tensors, ctx.eps, ctx.backend), None, None)
+    return (*kronecker_pre_backward(du, dh, *ctx.saved_tensors, ctx.eps, ctx.backend), None, None)
 
 
 def _setup_post(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -225,5 +225,5 @@ class KroneckerOpen(torch.autograd.Function):
         x, weight, h, saved = ctx.saved_tensors
         du = x.new_zeros(x.shape[0], x.shape[2]) if du is None else du
         dh = torch.zeros_like(h) if dh is None else dh
-        grads = kronecker_pre_backward(dx, du, dh, x, weight, h, saved, ctx.eps, ctx.backend)
+        grads = kronecker_pre_backward(du, dh, x, weight, h, saved, ctx.eps, ctx.backend, dx)
         return (*grads, None, None)
