@@ -34,13 +34,13 @@ def kernel_table(name):
     lines = [f"| time / grassland | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for rival in dict.fromkeys(r["rival"] for r in records):
         own = [r for r in records if r["rival"] == rival]
-        cells = [next((cell(r) for r in own if "error" in r or shown(r, *item)), "") for item in settings.items()]
+        cells = [next((cell(r) for r in own if shown(r, *item)), "") for item in settings.items()]
         lines.append(f"| {rival} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", footnote(records)])
 
 
 def shown(record, setting, mode):
-    return record["setting"] == setting and record["mode"] == mode
+    return record["setting"] == setting and ("error" in record or record["mode"] == mode)
 
 
 def cell(record):
