@@ -136,7 +136,8 @@ def support_state(records):
     """The furthest that one op, backend and dtype has got; a failure counts over everything."""
     if any(r["failed"] for r in records):
         return "failed"
-    return "tested" if any(r["how"] == "run" for r in records) else "compiled, not yet run"
+    done = {r["how"] for r in records}
+    return "tested" if "run" in done else "compiled, not yet run" if "compiled" in done else "interpreted, not yet run"
 
 
 BACKENDS = {"eager": "eager", "cpp": "C++ on CPU", "triton": "Triton", "cuda": "CUDA C++"}
