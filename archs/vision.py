@@ -91,7 +91,14 @@ class VisionModel(nn.Module):
         for child in self.children():
             child.apply(init_weights)
 
-    def forward(self, images: Tensor, labels: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
         """Logits (B, num_classes) of images (B, channels, S, S); with labels, their cross entropy as a scalar instead.
 
         labels: (B,) int64, −100 ignored, or probabilities (B, num_classes). In training the ffns' auxiliary losses are
@@ -103,7 +110,7 @@ class VisionModel(nn.Module):
         if labels.shape not in ((len(images),), (len(images), self.config.num_classes)):
             shapes = f"({len(images)},) or ({len(images)}, {self.config.num_classes})"
             raise ValueError(f"labels must be {shapes}, got {tuple(labels.shape)}")
-        loss = self.head.loss(x, labels, reduction)
+        loss = self.head.loss(x, labels, reduction, label_smoothing=label_smoothing)
         return loss + sum(auxiliary) if self.training and auxiliary else loss
 
     def features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -326,7 +326,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
                                                     const Tensor& w_up, const Tensor& w_down, const Tensor& b_down,
                                                     const Tensor& h, const Tensor& o, double rate,
                                                     const std::optional<Tensor>& seed, bool act,
-                                                    const std::vector<Tensor>& totals, bool accumulate) {
+                                                    const std::optional<Tensor>& total_up,
+                                                    const std::optional<Tensor>& total_down, bool accumulate) {
   const Shape s = shape_of(x, slots, w_up);
   const Sizes sizes(offsets, s.experts);
   const Dropout inner = dropout_of(seed, rate, 0), outer = dropout_of(seed, rate, kOutputSalt);
@@ -350,8 +351,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
       down_backward(data<T>(h) + begin * s.inner, gate, pairs, inner, act, s.inner, first, last, data<T>(de),
                     data<T>(ae), data<float>(dgates));
     });
-    weight_gradient<T>(expert(totals[1], e), ge, ae, accumulate);
-    weight_gradient<T>(expert(totals[0], e), de, gather<T>(x, pairs, s, n), accumulate);
+    if (total_down) weight_gradient<T>(expert(*total_down, e), ge, ae, accumulate);
+    if (total_up) weight_gradient<T>(expert(*total_up, e), de, gather<T>(x, pairs, s, n), accumulate);
     bias_gradient<T>(de, nullptr, pairs, n, data<float>(db_up) + e * s.inner);
     bias_gradient<T>(ge, gate, pairs, n, data<float>(db_down) + e * s.dim);
     if (n > 0) mm(rows(dsorted, begin, begin + n), de, expert(w_up, e));
@@ -375,16 +376,19 @@ std::tuple<Tensor, Tensor, Tensor> moe_ffn_cpu(const Tensor& x, const Tensor& ga
 std::tuple<Tensor, Tensor, Tensor, Tensor> moe_ffn_backward_cpu(
     const Tensor& grad, const Tensor& x, const Tensor& gates, const Tensor& slots, const Tensor& order,
     const Tensor& offsets, const Tensor& w_up, const Tensor& w_down, const Tensor& b_down, const Tensor& h,
-    const Tensor& o, double rate, std::optional<Tensor> seed, bool act, std::vector<Tensor> totals, bool accumulate) {
+    const Tensor& o, double rate, std::optional<Tensor> seed, bool act, std::optional<Tensor> total_up,
+    std::optional<Tensor> total_down, bool accumulate) {
   const auto run = x.scalar_type() == ScalarType::BFloat16 ? backward<bf16> : backward<float>;
-  return run(grad, x, gates, slots, order, offsets, w_up, w_down, b_down, h, o, rate, seed, act, totals, accumulate);
+  return run(grad, x, gates, slots, order, offsets, w_up, w_down, b_down, h, o, rate, seed, act, total_up, total_down,
+             accumulate);
 }
 
 }  // namespace
 }  // namespace grassland
 
-// All tensors contiguous and of the dtype of x, float32 or bfloat16, but gates float32, indices int64. `totals` are the
-// gradients of w_up and w_down, of the dtype of x or float32; they are overwritten, or added to if `accumulate`.
+// All tensors contiguous and of the dtype of x, float32 or bfloat16, but gates float32, indices int64. The totals are the
+// gradients of w_up and w_down, of the dtype of x or float32; they are overwritten, or added to if `accumulate`, and not
+// computed where there is none.
 STABLE_TORCH_LIBRARY_FRAGMENT(grassland_cpp, m) {
   m.def(
       "moe_ffn(Tensor x, Tensor gates, Tensor slots, Tensor order, Tensor offsets, Tensor w_up, Tensor b_up, "
@@ -392,7 +396,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(grassland_cpp, m) {
   m.def(
       "moe_ffn_backward(Tensor grad, Tensor x, Tensor gates, Tensor slots, Tensor order, Tensor offsets, Tensor w_up, "
       "Tensor w_down, Tensor b_down, Tensor h, Tensor o, float rate, Tensor? seed, bool gelu_out, "
-      "Tensor(a!)[] totals, bool accumulate) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor(a!)? total_up, Tensor(b!)? total_down, bool accumulate) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(grassland_cpp, CPU, m) {

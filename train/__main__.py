@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,12 +46,13 @@ class PlotOptions:
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """How far a trained model's residual mixing is from doubly stochastic, layer by layer."""
+    """How far the residual mixing of trained models is from doubly stochastic, layer by layer."""
 
-    folder: Path
-    """Folder of the run."""
+    folders: tuple[Path, ...]
+    """Folders of the runs, which come side by side on one picture."""
     out: Path | None = None
-    """Folder for inspect.png and inspect.json; the run's own if not given."""
+    """Folder for inspect.png and inspect.json, or inspect-RUN.json of several runs; if not given, the run's own folder,
+    for several the current one."""
 
 
 def lm(arguments: list[str]) -> int:
@@ -148,15 +149,15 @@ def plot(arguments: list[str]) -> int:
 
 
 def inspect(arguments: list[str]) -> int:
-    """the residual mixing of a trained model: double stochasticity, stream norms, eigenvalues"""
+    """the residual mixing of trained models: double stochasticity, stream norms, eigenvalues"""
     options = read_options(InspectOptions, arguments, "inspect")
-    from .inspect import PICTURE
-    from .inspect import inspect as examine
+    from .inspect import PICTURE, compare
 
-    layers = examine(options.folder, options.out)
-    worst = max(layer["product_deviation"] for layer in layers)
-    print(f"{len(layers)} sublayers; product of the mixing matrices off by {worst:.1e} at most")
-    print((options.out or options.folder) / PICTURE)
+    out = options.out or (options.folders[0] if len(options.folders) == 1 else Path())
+    for run, layers in compare(options.folders, out).items():
+        worst = max(layer["product_deviation"] for layer in layers)
+        print(f"{run}: {len(layers)} sublayers; product of the mixing matrices off by {worst:.1e} at most")
+    print(out / PICTURE)
     return 0
 
 
@@ -208,8 +209,7 @@ def describe(error: Exception) -> str:
 
 def read_options(kind: type[Any], arguments: list[str], command: str) -> Any:
     """A dataclass from command-line arguments; fields without a default are positional."""
-    tyro = _tyro()
-    return tyro.cli(kind, args=arguments, prog=_program(command), config=(tyro.conf.PositionalRequiredArgs,))
+    return _parse(kind, arguments, command, config=(_tyro().conf.PositionalRequiredArgs,))
 
 
 def read_run_config(kind: type[C], default: C, arguments: list[str], command: str) -> C:
@@ -225,10 +225,20 @@ def read_run_config(kind: type[C], default: C, arguments: list[str], command: st
         # What is given on the command line counts over what is stored: steps over stored epochs, too.
         epochs = stored.epochs if _argument(arguments, "--steps") is None or stored.steps is None else None
         default = replace(stored, resume=folder, epochs=epochs)
-    config = _tyro().cli(kind, args=arguments, default=default, prog=_program(command))
+    config: C = _parse(kind, arguments, command, default)
     if stored is not None and (changed := stored.changed(config)):
         raise ValueError(f"{folder}: a resumed run keeps its {', '.join(changed)}; start a new one with --out instead")
     return config
+
+
+def _parse(kind: type[Any], arguments: list[str], command: str, default: Any = None, **options: Any) -> Any:
+    """What tyro reads, built without its own checks first: their errors are one line, not the box that tyro draws."""
+    unchecked: Any = type(kind.__name__, (kind,), {"__doc__": kind.__doc__, "__post_init__": lambda self: None})
+    values: Callable[[Any], dict[str, Any]] = lambda c: {f.name: getattr(c, f.name) for f in fields(kind)}  # noqa: E731
+    if default is not None:
+        options["default"] = unchecked(**values(default))
+    program = f"python -m grassland.train {command}"
+    return kind(**values(_tyro().cli(unchecked, args=arguments, prog=program, **options)))
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -295,10 +305,6 @@ def _is_defect(error: Exception) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     return not type(error).__module__.startswith(__package__.rpartition(".")[0] if __package__ else "grassland")
-
-
-def _program(command: str) -> str:
-    return f"python -m grassland.train {command}"
 
 
 def _tyro() -> Any:

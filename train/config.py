@@ -196,6 +196,8 @@ class VisionConfig(RunConfig):
     """Largest norm of the gradient; 0 leaves it as it is."""
     loss: Literal["ce", "bce"] = "ce"
     """Softmax cross entropy, or binary cross entropy summed over the classes."""
+    bce_threshold: float | None = None
+    """With --loss bce: targets above it count as 1, the others as 0; by default they count as they are."""
     img_size: int = 224
     """Side of the square that the model sees."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -215,7 +217,7 @@ class VisionConfig(RunConfig):
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     color_jitter: float = 0.0
-    """Strength of brightness, contrast and saturation jitter; without effect beside --auto-augment."""
+    """Strength of brightness, contrast and saturation jitter; without effect beside --auto-augment, 3a excepted."""
     auto_augment: str | None = None
     """A policy as timm writes it: rand-m9-mstd0.5-inc1, augmix-m3-w3, original …"""
     erase: float = 0.0
@@ -252,6 +254,8 @@ class VisionConfig(RunConfig):
         for name in ("hflip", "erase", "mix_prob", "switch_prob", "label_smoothing", "crop_pct"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.bce_threshold is not None and not 0 <= self.bce_threshold < 1:
+            raise ValueError(f"bce_threshold must lie in [0, 1), got {self.bce_threshold}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
         if self.mixes and self.batch_size % 2:

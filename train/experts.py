@@ -10,8 +10,10 @@ from . import parallel
 
 
 class ExpertLoad:
-    """What each expert of `model` was given in training since the last `take`, in all processes, counted on the device by the
-    layers."""
+    """What each expert of `model` was given in training since the last `take`, in all processes.
+
+    The layers count on the device.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [module for module in model.modules() if isinstance(module, SharedMoE)]

@@ -1,6 +1,7 @@
 """The cosine classifier: normalised features against normalised class vectors."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ class CosineHead(nn.Module):
         if isinstance(scale, bool) or not (isinstance(scale, int | float) and 0 < scale < math.inf):
             raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
         self.in_features, self.out_features, self.scale = dim, num_classes, float(scale)
+        # For models that compute their loss with `loss`: the classifier hands on what it is given.
+        self.features_only = False
         self.weight = nn.Parameter(torch.empty(num_classes, dim, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -40,21 +43,24 @@ class CosineHead(nn.Module):
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (…, num_classes) of x (…, dim), between −scale and scale."""
+        """Logits (…, num_classes) of x (…, dim), between −scale and scale; x itself while `features_only` is set."""
+        if self.features_only:
+            return x
         return F.linear(*self._normalised(x))
 
     def logits(self, x: Tensor) -> Tensor:
         """As `forward`; the head protocol's name."""
         return self(x)
 
-    def loss(self, x: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    def loss(self, x: Tensor, labels: Tensor, reduction: str = "mean", *, label_smoothing: float = 0.0) -> Tensor:
         """Cross entropy of x (…, dim) against labels (…) int64, −100 ignored, without materialised logits, or against
         probabilities (B, num_classes); at least float32. reduction: "mean" or "sum"."""
         if labels.is_floating_point():
             logits = self(x)
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return F.cross_entropy(wide, labels, reduction=reduction)
-        return linear_cross_entropy(*self._normalised(x), labels, reduction=reduction)
+            return F.cross_entropy(wide, labels, reduction=reduction, label_smoothing=label_smoothing)
+        options: Any = {"reduction": reduction, "label_smoothing": label_smoothing}
+        return linear_cross_entropy(*self._normalised(x), labels, **options)
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.scale * F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1)

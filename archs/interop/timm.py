@@ -3,6 +3,7 @@
     model = timm.create_model("resnet18", num_classes=10)
     put_grassmann_head(model, subspace_dim=8)
     optimizer = build_optimizer(model, "sgd", lr=0.1, head_lr=0.1)
+    model(images, labels=labels).backward()
 
 timm's own optimiser factory knows no manifold: use `grassland.train.optim.build_optimizer`, which reads the mark of
 the head.
@@ -14,7 +15,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..heads.cosine import CosineHead
 from ..heads.grassmann import GrassmannHead, grassmann_heads, reproject_
@@ -33,6 +35,10 @@ def put_grassmann_head(
     The classifier is the `nn.Linear` that the model's timm configuration names, else the last one. Every classifier
     of a distilled model is replaced. num_classes: None for as many as before. The head gets the old one's device, and
     its dtype if that is float32 or float64, else float32.
+
+    `model(images, labels=labels, label_smoothing=0.0)` is then the mean cross entropy by `GrassmannHead.loss`, whose
+    logits are never in memory; labels are classes (B,) int64 or probabilities (B, num_classes). Without labels the
+    model gives logits, as ever. A distilled model's loss is that of the logits it gives.
 
     With timm models, `reset_classifier` goes on giving Grassmann heads of the same kind (and none for num_classes=0),
     and `no_weight_decay` names their weights, so that timm's own parameter groups do not decay them.
@@ -81,7 +87,8 @@ def reproject_ema_(ema: Any) -> nn.Module:
 
 def _put(model: nn.Module, num_classes: int | None, make: Callable[..., nn.Module], again: Any) -> nn.Module:
     """Replace every classifier by `make(in_features, num_classes, device=…, dtype=…)`, and by `again` after a reset."""
-    for name in classifier_names(model):
+    names = classifier_names(model)
+    for name in names:
         old: Any = model.get_submodule(name)
         before = old.num_classes if isinstance(old, GrassmannHead) else old.out_features
         classes = before if num_classes is None else num_classes
@@ -90,7 +97,7 @@ def _put(model: nn.Module, num_classes: int | None, make: Callable[..., nn.Modul
         _replace(model, name, head)
     if num_classes is not None and hasattr(model, "num_classes"):
         model.__dict__["num_classes"] = num_classes
-    _remember(model, again)
+    _remember(model, names, again)
     return model
 
 
@@ -110,17 +117,40 @@ def _replace(model: nn.Module, name: str, head: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, head)
 
 
-def _remember(model: Any, again: Callable[..., nn.Module]) -> None:
-    """Shadow the two methods with bound ones: they survive deepcopy, and the class stays as it is."""
-    model._put_head = again
+def _remember(model: Any, names: list[str], again: Callable[..., nn.Module]) -> None:
+    """Shadow the methods with bound ones: they survive deepcopy, and the class stays as it is."""
+    model._head_names, model._put_head = names, again
+    model.forward = types.MethodType(_forward, model)
     if callable(getattr(model, "reset_classifier", None)):
         model.reset_classifier = types.MethodType(_reset_classifier, model)
     model.no_weight_decay = types.MethodType(_no_weight_decay, model)
 
 
+def _forward(
+    model: Any, *args: Any, labels: Tensor | None = None, label_smoothing: float = 0.0, **keywords: Any
+) -> Any:
+    """The class's own `forward`; with labels, the loss of what it hands to the head."""
+    forward = type(model).forward
+    if labels is None:
+        return forward(model, *args, **keywords)
+    if not model._head_names:
+        raise ValueError(f"labels: {type(model).__name__} has no head to compute a loss with")
+    if len(model._head_names) > 1:
+        logits = forward(model, *args, **keywords)
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    head = model.get_submodule(model._head_names[0])
+    head.features_only = True
+    try:
+        features = forward(model, *args, **keywords)
+    finally:
+        head.features_only = False
+    return head.loss(features, labels, label_smoothing=label_smoothing)
+
+
 def _reset_classifier(model: Any, num_classes: int, *args: Any, **keywords: Any) -> None:
     """The class's own `reset_classifier`, then a new head of the same kind."""
     type(model).reset_classifier(model, num_classes, *args, **keywords)
+    model._head_names = []
     if num_classes > 0:
         model._put_head(model)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from . import op, reference, routing
+from . import op, reference, routing, shared
 from .reference import Routing
 
 __all__ = ["Routing", "expert_capacity", "moe_ffn", "moe_route"]
@@ -75,7 +75,9 @@ def moe_ffn(
     """y_t = sum_k g_tk E_{e_tk}(x_t) over the kept pairs, E_e(x) = Drop(W_down Drop(GELU(W_up x + b_up)) + b_down).
 
     GELU is the tanh form. The sum over k runs in a fixed order. The backward keeps x, the weights, the rows before
-    their GELU, and nothing of the experts' outputs (except with `gelu_out`). Source: arXiv 2107.11817, section 3.1.
+    their GELU, and nothing of the experts' outputs (except with `gelu_out`). However many calls share w_up and w_down,
+    one backward sums their gradients in one float32 buffer each (autograd does so in a copy a call under torch.compile
+    and torch.func). A second derivative is that of the eager form. Source: arXiv 2107.11817, section 3.1.
 
     Args:
         x: (T, H); float32, bfloat16, float16 or float64, any layout.
@@ -95,22 +97,27 @@ def moe_ffn(
         ValueError, TypeError: naming the argument that is wrong, what it was and what is allowed.
         grassland.kernels.dispatch.BackendError: when a requested backend is not there.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        x, w_up, b_up, w_down, b_down = (t.to(dtype) for t in (x, w_up, b_up, w_down, b_down))
     _check_ffn(x, gates, slots, order, offsets, dropout, seed)
     _check_weights(x, {"w_up": w_up, "b_up": b_up, "w_down": w_down, "b_down": b_down}, offsets)
-    if dropout == 0:
-        seed = None
-    chosen = dispatch.requested(backend)
-    if chosen == "reference":
-        return reference.moe_ffn(x, gates, slots, offsets, w_up, b_up, w_down, b_down, dropout, seed, gelu_out)
     inputs = (x, gates, w_up, b_up, w_down, b_down)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if autocast(x):
+        x, b_up, b_down = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, b_up, b_down))
+    seed = None if dropout == 0 else seed
+    chosen = dispatch.requested(backend)
+    if save and chosen != "reference" and not torch.compiler.is_compiling():
+        weights = (w_up, b_up, w_down, b_down)
+        return shared.moe_ffn(x, gates, slots, order, offsets, *weights, float(dropout), seed, gelu_out, chosen)
+    w_up, w_down = w_up.to(x.dtype), w_down.to(x.dtype)
+    if chosen == "reference":
+        return reference.moe_ffn(x, gates, slots, offsets, w_up, b_up, w_down, b_down, dropout, seed, gelu_out)
     return op.moe_ffn(
         x, gates, slots, order, offsets, w_up, b_up, w_down, b_down, float(dropout), seed, gelu_out, save, chosen
     )[0]
+
+
+def autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
 def _check_route(logits: Tensor, top_k: int, capacity: int | None, mask: Tensor | None) -> None:
@@ -163,7 +170,7 @@ def _check_weights(x: Tensor, weights: dict[str, Tensor], offsets: Tensor) -> No
     for name, tensor in weights.items():
         if tensor.shape != shapes[name]:
             raise ValueError(f"{name} must be {tuple(shapes[name])}, got {tuple(tensor.shape)}")
-        if tensor.dtype != x.dtype:
+        if tensor.dtype != x.dtype and not autocast(x):
             raise TypeError(f"{name} must have the dtype of x ({x.dtype}), got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x ({x.device}), got {tensor.device}")

@@ -76,8 +76,8 @@ def registered(tensors: Tensors, options: dict[str, Any], backend: str) -> list[
     saved = (torch.ones_like(x), x, gates, slots, order, offsets, w_up, w_down, b_down, h, o, *settings)
     return [
         (op.moe_ffn, (*list(tensors.values())[:9], *settings, True, backend)),
-        (op.moe_ffn_backward, (*saved, backend)),
-        (op.moe_ffn_backward_into, (*saved, torch.ones_like(w_up), torch.ones_like(w_down), True, backend)),
+        (op.moe_ffn_backward, (*saved, torch.ones_like(w_up), torch.ones_like(w_down), True, backend)),
+        (op.moe_ffn_backward, (*saved, None, torch.ones_like(w_down), False, backend)),
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -133,10 +132,11 @@ def moe_ffn_backward(
     dropout: float,
     seed: Tensor | None,
     gelu_out: bool,
-    totals: Sequence[Tensor],
+    total_up: Tensor | None,
+    total_down: Tensor | None,
     accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dgates, db_up, db_down); the weights' gradients are written to, or added to, `totals`.
+    """(dx, dgates, db_up, db_down); the weights' gradients are written to, or added to, the totals.
 
     With G the output rows' gradient before the gate and D = G W_down: dgate = <D, a> + <G, b_down>, so that the
     experts' outputs need not be kept.
@@ -161,8 +161,9 @@ def moe_ffn_backward(
         d = torch.ops.aten.gelu_backward(d * gate * first, h[begin:end], approximate="tanh")
         db_up[e], db_down[e] = d.sum(0, dtype=wide), (g * gate).sum(0, dtype=wide)
         dx[begin:end] = d @ w_up[e]
-        for total, left, right in ((totals[0], d, x[pairs // top_k]), (totals[1], g, a * gate)):
-            product = left.T @ right
-            total[e] = total[e] + product if accumulate else product
+        for total, left, right in ((total_up, d, x[pairs // top_k]), (total_down, g, a * gate)):
+            if total is not None:
+                product = left.T @ right
+                total[e] = total[e] + product if accumulate else product
     dgates = gathered(dgate[:, None], slots).view(gates.shape)
     return gathered(dx, slots).sum(1), dgates.to(gates.dtype), db_up, db_down

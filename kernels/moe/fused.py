@@ -11,7 +11,6 @@ and leaves if there are none, so that the host never waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -347,12 +346,12 @@ def bias_gradient(x: Tensor, gates: Tensor | None, order: Tensor, offsets: Tenso
 def moe_ffn_backward(
     grad: Tensor, x: Tensor, gates: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, w_up: Tensor,
     w_down: Tensor, b_down: Tensor, h: Tensor, o: Tensor, rate: float, seed: Tensor | None, gelu_out: bool,
-    totals: Sequence[Tensor], accumulate: bool,
+    total_up: Tensor | None, total_down: Tensor | None, accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     pairs, top_k, (experts, inner, dim) = order.shape[0], gates.shape[1], w_up.shape
     if pairs == 0:
-        for total in totals:
-            if not accumulate:
+        for total in (total_up, total_down):
+            if total is not None and not accumulate:
                 total.zero_()
         db_up, db_down = (x.new_zeros(experts, width, dtype=torch.float32) for width in (inner, dim))
         return torch.zeros_like(x), torch.zeros_like(gates), db_up, db_down
@@ -370,8 +369,10 @@ def moe_ffn_backward(
         g, w_down, dh, *common, mode=SLOPE, extra=h, gates=gates, out2=active, partial=partial, transposed=True,
         dropped=dropped,
     )  # fmt: skip
-    weight_gradient(g, active, order, offsets, top_k, totals[1], False, accumulate)
-    weight_gradient(dh, x, order, offsets, top_k, totals[0], True, accumulate)
+    if total_down is not None:
+        weight_gradient(g, active, order, offsets, top_k, total_down, False, accumulate)
+    if total_up is not None:
+        weight_gradient(dh, x, order, offsets, top_k, total_up, True, accumulate)
     grouped(dh, w_up, dx, *common, mode=PLAIN, transposed=True)
     dgates = torch.empty_like(gates)
     gate_gradient_kernel[(triton.cdiv(pairs, 256),)](dgate, partial, slots, dgates, pairs, PARTS=parts, BLOCK=256)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from .. import dispatch
 from . import eager
 
 HALVES = (torch.bfloat16, torch.float16)
+Parts = tuple[Tensor, Tensor, Tensor]
 OP = dispatch.register("moe_ffn", cpp=(torch.float32, torch.bfloat16), triton=(torch.float32, *HALVES))
 
 
@@ -51,28 +51,13 @@ def moe_ffn(
 
 
 @moe_ffn.register_fake
-def _(
-    x: Tensor,
-    gates: Tensor,
-    slots: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    w_up: Tensor,
-    b_up: Tensor,
-    w_down: Tensor,
-    b_down: Tensor,
-    dropout: float,
-    seed: Tensor | None,
-    gelu_out: bool,
-    save: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    pairs = order.shape[0]
+def _(x: Tensor, gates: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, w_up: Tensor, *rest: Any) -> Parts:
+    pairs, (gelu_out, save) = order.shape[0], rest[-3:-1]
     h = x.new_empty(pairs if save else 0, w_up.shape[1])
     return x.new_empty(x.shape), h, x.new_empty(pairs if save and gelu_out else 0, x.shape[1])
 
 
-@torch.library.custom_op("grassland::moe_ffn_backward", mutates_args=())
+@torch.library.custom_op("grassland::moe_ffn_backward", mutates_args=("total_up", "total_down"))
 def moe_ffn_backward(
     grad: Tensor,
     x: Tensor,
@@ -88,113 +73,13 @@ def moe_ffn_backward(
     dropout: float,
     seed: Tensor | None,
     gelu_out: bool,
-    backend: str,
-) -> list[Tensor]:
-    """[dx, dgates, db_up, db_down, dw_up, dw_down]: one buffer for each stacked weight."""
-    totals = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in (w_up, w_down)]
-    small = _backward_into(
-        grad, x, gates, slots, order, offsets, w_up, w_down, b_down, h, o, dropout, seed, gelu_out,
-        totals, False, backend,
-    )  # fmt: skip
-    return [*small, *totals]
-
-
-@moe_ffn_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    gates: Tensor,
-    slots: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    b_down: Tensor,
-    h: Tensor,
-    o: Tensor,
-    dropout: float,
-    seed: Tensor | None,
-    gelu_out: bool,
-    backend: str,
-) -> list[Tensor]:
-    shapes = [x.shape, gates.shape, w_up.shape[:2], b_down.shape, w_up.shape, w_down.shape]
-    return [(gates if k == 1 else x).new_empty(shape) for k, shape in enumerate(shapes)]
-
-
-@torch.library.custom_op("grassland::moe_ffn_backward_into", mutates_args=("total_up", "total_down"))
-def moe_ffn_backward_into(
-    grad: Tensor,
-    x: Tensor,
-    gates: Tensor,
-    slots: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    b_down: Tensor,
-    h: Tensor,
-    o: Tensor,
-    dropout: float,
-    seed: Tensor | None,
-    gelu_out: bool,
-    total_up: Tensor,
-    total_down: Tensor,
+    total_up: Tensor | None,
+    total_down: Tensor | None,
     accumulate: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dgates, db_up, db_down); the weights' gradients go to the totals, added to what is there if `accumulate`."""
-    totals = [total_up, total_down]
-    return _backward_into(
-        grad, x, gates, slots, order, offsets, w_up, w_down, b_down, h, o, dropout, seed, gelu_out,
-        totals, accumulate, backend,
-    )  # fmt: skip
-
-
-@moe_ffn_backward_into.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    gates: Tensor,
-    slots: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    b_down: Tensor,
-    h: Tensor,
-    o: Tensor,
-    dropout: float,
-    seed: Tensor | None,
-    gelu_out: bool,
-    total_up: Tensor,
-    total_down: Tensor,
-    accumulate: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shapes = [x.shape, gates.shape, w_up.shape[:2], b_down.shape]
-    dx, dgates, db_up, db_down = ((gates if k == 1 else x).new_empty(shape) for k, shape in enumerate(shapes))
-    return dx, dgates, db_up, db_down
-
-
-def _backward_into(
-    grad: Tensor,
-    x: Tensor,
-    gates: Tensor,
-    slots: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    b_down: Tensor,
-    h: Tensor,
-    o: Tensor,
-    dropout: float,
-    seed: Tensor | None,
-    gelu_out: bool,
-    totals: Sequence[Tensor],
-    accumulate: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dgates, db_up, db_down). The weights' gradients go to the totals, contiguous and of the dtype of x or wider,
+    added to what is there if `accumulate`; without a total, that gradient is not computed."""
     backend = dispatch.pick(OP, x, backend)
     grad, x, gates, slots, order, offsets, w_up, w_down, b_down = (
         t.contiguous() for t in (grad, x, gates, slots, order, offsets, w_up, w_down, b_down)
@@ -209,27 +94,56 @@ def _backward_into(
         call, wide = torch.ops.grassland_cpp.moe_ffn_backward, gates.float()
     dx, dgates, db_up, db_down = call(
         grad, x, wide, slots, order, offsets, w_up, w_down, b_down, h, o, dropout, seed, gelu_out,
-        list(totals), accumulate,
+        total_up, total_down, accumulate,
     )  # fmt: skip
     return dx, dgates.to(gates.dtype), db_up.to(x.dtype), db_down.to(x.dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, gates, slots, order, offsets, w_up, _, w_down, b_down = inputs[:9]
-    ctx.dropout, seed, ctx.gelu_out, _, ctx.backend = inputs[9:]
+@moe_ffn_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_down: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), gates.new_empty(gates.shape), x.new_empty(w_up.shape[:2]), x.new_empty(b_down.shape)
+
+
+def setup_context(ctx: Any, inputs: tuple, output: Parts) -> None:
+    *tensors, ctx.dropout, seed, ctx.gelu_out, _, ctx.backend = inputs
     _, h, o = output
     ctx.mark_non_differentiable(h, o)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, gates, slots, order, offsets, w_up, w_down, b_down, h, o, seed)
+    ctx.save_for_backward(*tensors, h, o, seed)
+
+
+def backward(
+    ctx: Any, grad: Tensor, total_up: Tensor | None, total_down: Tensor | None, accumulate: bool
+) -> tuple[Tensor, ...]:
+    """What `moe_ffn_backward` returns, from what `setup_context` has kept."""
+    x, gates, slots, order, offsets, w_up, _, w_down, b_down, h, o, seed = ctx.saved_tensors
+    return moe_ffn_backward(
+        grad, x, gates, slots, order, offsets, w_up, w_down, b_down, h, o, ctx.dropout, seed, ctx.gelu_out,
+        total_up, total_down, accumulate, ctx.backend,
+    )  # fmt: skip
+
+
+def plain_backward(ctx: Any, grad: Tensor, wanted: tuple[bool, ...]) -> tuple:
+    """Gradients of the fourteen inputs; `wanted` says of each whether it needs one."""
+    weights = (ctx.saved_tensors[5], wanted[5]), (ctx.saved_tensors[7], wanted[7])
+    up, down = (torch.empty_like(w, memory_format=torch.contiguous_format) if needed else None for w, needed in weights)
+    dx, dgates, db_up, db_down = backward(ctx, grad, up, down, False)
+    return dx, dgates, None, None, None, up, db_up, down, db_down, *(None,) * 5
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple:
-    if grad is None:
-        return (None,) * 14
-    *tensors, seed = ctx.saved_tensors
-    found = moe_ffn_backward(grad, *tensors, ctx.dropout, seed, ctx.gelu_out, ctx.backend)
-    dx, dgates, db_up, db_down, dw_up, dw_down = found
-    return dx, dgates, None, None, None, dw_up, db_up, dw_down, db_down, *(None,) * 5
+    return (None,) * 14 if grad is None else plain_backward(ctx, grad, ctx.needs_input_grad)
 
 
-moe_ffn.register_autograd(_backward, setup_context=_setup_context)
+moe_ffn.register_autograd(_backward, setup_context=setup_context)

@@ -151,13 +151,16 @@ def test_accumulating_backward_adds_to_what_is_there():
         for backend in FLOAT32:
             _, h, o = op.moe_ffn(*args, *w.values(), 0.0, None, False, True, backend)
             saved = (x, *args, w["w_up"], w["w_down"], w["b_down"], h, o, 0.0, None, False)
-            once = op.moe_ffn_backward(*saved, backend)[4:]
+            once, twice = ([torch.empty_like(w[n]) for n in ("w_up", "w_down")] for _ in "ab")
+            small = op.moe_ffn_backward(*saved, *once, False, backend)
             totals = [torch.ones_like(t, dtype=torch.float32) for t in once]
             for _ in range(2):
-                op.moe_ffn_backward_into(*saved, *totals, True, backend)
+                op.moe_ffn_backward(*saved, *totals, True, backend)
             for total, single in zip(totals, once, strict=True):
                 relative = 1e-5 if dtype == torch.float32 else 1e-2
                 torch.testing.assert_close(total, 1 + 2 * single.float(), atol=1e-5, rtol=relative)
+            alone = op.moe_ffn_backward(*saved, None, twice[1], False, backend)
+            assert all(torch.equal(a, b) for a, b in zip((*small, once[1]), (*alone, twice[1]), strict=True))
 
 
 def test_capacity_formula():
