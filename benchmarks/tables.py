@@ -121,7 +121,13 @@ def support_table():
     for op in ops:
         cells = [support_cell([r for r in records if (r["op"], r["backend"]) == (op, name)]) for name in BACKENDS]
         lines.append(f"| `{op}` | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *dict.fromkeys(footnote([{**r, "dtype": "all tests"}]) for r in records)])
+    return "\n".join([*lines, "", *dict.fromkeys(map(tested_on, records))])
+
+
+def tested_on(record):
+    where = ", ".join(record["gpus"]) or f"{record['cpu']} ({record['cpu_capability']})"
+    what = ", ".join(f"{name} {record[name]}" for name in ("torch", "triton", "date", "commit"))
+    return f"{where}, {what}."
 
 
 def support_cell(records):

@@ -12,12 +12,10 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 from unittest import mock
 
 import griffe
-import tyro
 
 from grassland.archs import create_model, list_models, model_config
 from grassland.archs.registry import CONTEXT, SLOTS, slot_choices, slot_class
@@ -42,14 +40,14 @@ def ask(command: str, arguments: Sequence[str] = ("--help",)) -> Asked | None:
     With `--help` nothing is parsed. SystemExit, as the command line has it, for an option that does not exist.
     """
 
-    def cli(kind: type, *, args: Sequence[str], default: Any = None, **rest: Any) -> None:
-        given = {} if default is None else {"default": default}
-        raise Asked(kind, default, None if "--help" in args else tyro.cli(kind, args=args, **given, **rest))
+    parse = program._parse
 
-    parser = SimpleNamespace(cli=cli, conf=tyro.conf)
+    def stop(kind: type, given: list[str], command: str, default: Any = None, **rest: Any) -> None:
+        raise Asked(kind, default, None if "--help" in given else parse(kind, given, command, default, **rest))
+
     # A run to be resumed is not there: any settings do.
     stored = mock.patch.object(program, "_stored_config", lambda kind, folder: kind(steps=1))
-    with mock.patch.object(program, "_tyro", lambda: parser), stored:
+    with mock.patch.object(program, "_parse", stop), stored:
         try:
             program.COMMANDS[command](list(arguments))
         except Asked as asked:
