@@ -152,7 +152,13 @@ def support_table():
     for op in ops:
         cells = [support_cell([r for r in records if (r["op"], r["backend"]) == (op, name)]) for name in BACKENDS]
         lines.append(f"| `{op}` | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *dict.fromkeys(footnote([{**r, "dtype": "all tests"}]) for r in records)])
+    return "\n".join([*lines, "", *dict.fromkeys(map(tested_on, records))])
+
+
+def tested_on(record):
+    where = ", ".join(record["gpus"]) or f"{record['cpu']} ({record['cpu_capability']})"
+    what = ", ".join(f"{name} {record[name]}" for name in ("torch", "triton", "date", "commit"))
+    return f"{where}, {what}."
 
 
 def support_cell(records):
@@ -167,7 +173,8 @@ def support_state(records):
     """The furthest that one op, backend and dtype has got; a failure counts over everything."""
     if any(r["failed"] for r in records):
         return "failed"
-    return "tested" if any(r["how"] == "run" for r in records) else "compiled, not yet run"
+    done = {r["how"] for r in records}
+    return "tested" if "run" in done else "compiled, not yet run" if "compiled" in done else "interpreted, not yet run"
 
 
 def kernel_tables(device):
