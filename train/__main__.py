@@ -185,6 +185,17 @@ def compare(arguments: list[str]) -> int:
     return run_all(read_options(CompareOptions, arguments, "compare"))
 
 
+def profile(arguments: list[str]) -> int:
+    """where the time of a training step goes, slot by slot"""
+    from .profile import PICTURE, ProfileOptions
+    from .profile import profile as measure
+
+    options = read_options(ProfileOptions, arguments, "profile")
+    measure(options)
+    print(options.out / PICTURE)
+    return 0
+
+
 def env(arguments: list[str]) -> int:
     """versions, devices, what was built, and the backend that each op takes"""
     if arguments:
@@ -197,7 +208,7 @@ def env(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     command.__name__.rstrip("_"): command
-    for command in (lm, mlm, finetune, nli, vision, transfer, compare, sample, eval_, plot, inspect, env)
+    for command in (lm, mlm, finetune, nli, vision, transfer, compare, sample, eval_, plot, inspect, profile, env)
 }
 
 
