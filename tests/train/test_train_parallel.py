@@ -225,8 +225,8 @@ def test_a_process_that_has_lost_another_says_so(variant, arguments, start, tmp_
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     ranks = [{**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     (first, said), (second, _) = [start(words, rank, DIE_ONCE) for rank in ranks]
-    second.join(120)
-    first.join(120)
+    second.join(600)
+    first.join(600)
     assert second.exitcode == -signal.SIGKILL and first.exitcode == 2, said.read_text()
     assert "another process of the run is gone" in said.read_text()
     assert "the checkpoint of step 4 is intact: continue with: torchrun" in said.read_text()
