@@ -146,21 +146,22 @@ def _filling(function, left):
 
 
 LIMIT_FILES = """
-import resource
+import os, resource
 from grassland.train.loop import Trainer
 advance = Trainer.advance
 def advance_and_limit(self):
     advance(self)
     if self.step == 6:
-        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
+        limit = os.path.getsize(self.folder / "metrics.jsonl") + {more}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 Trainer.advance = advance_and_limit
 """
 
 
-@pytest.mark.parametrize("limit", [100, 20_000], ids=["log", "state"])
-def test_a_file_that_cannot_grow_stops_the_run_with_advice(variant, arguments, start, again, straight, tmp_path, limit):
+@pytest.mark.parametrize("more", [20, 10_000], ids=["log", "state"])
+def test_a_file_that_cannot_grow_stops_the_run_with_advice(variant, arguments, start, again, straight, tmp_path, more):
     words = arguments(variant(samples=0), out=tmp_path / "run")
-    process, output = start(words, before=LIMIT_FILES.format(limit=limit))
+    process, output = start(words, before=LIMIT_FILES.format(more=more))
     process.join(600)
     said = output.read_text()
     assert process.exitcode == 2 and "Traceback" not in said
