@@ -17,9 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import parallel
 
-# What tasks call besides `forward`: shards have to be gathered for it.
-FORWARD_METHODS = ("features", "token_logits", "class_logits", "classify")
-
 
 class Spread:
     """The processes' copies or shards of `models`, the first of which is trained.
@@ -131,9 +128,8 @@ def _shard(model: nn.Module, mesh: DeviceMesh) -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for unit in (*_units(model), model):
         fully_shard(unit, mesh=mesh, ignored_params=kept)
-    for method in FORWARD_METHODS:
-        if hasattr(model, method):
-            register_fsdp_forward_method(model, method)
+    for method in getattr(model, "forward_methods", ()):
+        register_fsdp_forward_method(model, method)
     for name, parameter in model.named_parameters():
         # Shards are new parameters: how the optimiser treats them goes along.
         vars(parameter).update(marks[name])

@@ -77,7 +77,7 @@ class TextClassification(Task):
     def __init__(self, config: FinetuneConfig, device: torch.device) -> None:
         self.config = config
         # A resumed run has the encoder's sizes and the vocabulary in its own folder.
-        source = Path(config.resume or config.model)
+        source = Path(config.resume if config.resume not in (None, "auto") else config.model)
         self.data = load_labelled(config.data, config.text_column, config.pair_column, config.label_column)
         model = classifier_from(source, len(self.data.classes), config.overrides())
         check_length(config.seq_len, model)
@@ -104,9 +104,10 @@ class TextClassification(Task):
 
     def batches(self, position: int) -> Iterator[TextBatch]:
         size = self.config.batch_size
+        mine = parallel.rows(size)
         while True:
-            rows = torch.from_numpy(self.order.at(position * size, size)[parallel.rows(size)])
-            yield TextBatch(*(self.to_device(part[rows]) for part in self.rows["train"]))
+            chosen = torch.from_numpy(self.order.at(position * size, size)[mine])
+            yield TextBatch(*(self.to_device(part[chosen]) for part in self.rows["train"]))
             position += 1
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -119,8 +120,8 @@ class TextClassification(Task):
         model.eval()
         confusion = Confusion(len(self.data.classes), self.device)
         mine = parallel.rows(self.config.batch_size)
-        for rows in evaluation_rows(self.rows[split], self.config.batch_size):
-            batch = TextBatch(*(self.to_device(part[mine]) for part in rows))
+        for all_rows in evaluation_rows(self.rows[split], self.config.batch_size):
+            batch = TextBatch(*(self.to_device(part[mine]) for part in all_rows))
             confusion.add(classifier.classify(batch.ids, mask=batch.mask, token_types=batch.types), batch.classes)
         model.train(training)
         return confusion.metrics()
