@@ -45,9 +45,9 @@ class Trainer:
         self.warmup = in_steps(config, config.warmup_epochs, task.batches_per_epoch, config.warmup)
         self.eval_every = in_steps(config, config.eval_epochs, task.batches_per_epoch, config.eval_every)
         self.save_every = in_steps(config, config.eval_epochs, task.batches_per_epoch, config.save_every)
+        peak = peak_flops(task.device, config.dtype)
         # Counted before the model is spread: counting runs it.
         self.flops_per_unit = task.flops_per_unit
-        peak = peak_flops(task.device, config.dtype)
         self.peak_units = None if peak is None else peak * parallel.size() / self.flops_per_unit
         self.spread = Spread(task.models(), config.parallel or "none", task.device)
         self.optimizer = build_optimizer(

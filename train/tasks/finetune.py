@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from ...archs import CheckpointError, load_model, save_model
 from ...archs.encoder import Encoder
 from ...archs.registry import unknown
+from .. import parallel
 from ..config import RunConfig
 from ..data import BlockOrder, load_tokenizer, save_tokenizer
 from ..data.blocks import IGNORED
 from ..data.labelled import TextBatch, encode_labelled, evaluation_rows, load_labelled
 from ..data.tokenizer import FILE as TOKENIZER_FILE
-from ..parallel import rows
-from ..parallel import total as parallel_total
 from .base import Task
 from .mlm import check_length
 
@@ -105,7 +104,7 @@ class TextClassification(Task):
 
     def batches(self, position: int) -> Iterator[TextBatch]:
         size = self.config.batch_size
-        mine = rows(size)
+        mine = parallel.rows(size)
         while True:
             chosen = torch.from_numpy(self.order.at(position * size, size)[mine])
             yield TextBatch(*(self.to_device(part[chosen]) for part in self.rows["train"]))
@@ -120,7 +119,7 @@ class TextClassification(Task):
         training = model.training
         model.eval()
         confusion = Confusion(len(self.data.classes), self.device)
-        mine = rows(self.config.batch_size)
+        mine = parallel.rows(self.config.batch_size)
         for all_rows in evaluation_rows(self.rows[split], self.config.batch_size):
             batch = TextBatch(*(self.to_device(part[mine]) for part in all_rows))
             confusion.add(classifier.classify(batch.ids, mask=batch.mask, token_types=batch.types), batch.classes)
@@ -164,7 +163,7 @@ class Confusion:
     def metrics(self) -> dict[str, float]:
         """loss (nats), error, accuracy, f1 (of class 1 where there are two, otherwise the mean over the classes) and
         matthews, the correlation of guesses and truth (Gorodkin 2004; 0 where either is constant); of all processes."""
-        counts, nll = parallel_total(self.counts).cpu(), float(parallel_total(self.nll))
+        counts, nll = parallel.total(self.counts).cpu(), float(parallel.total(self.nll))
         total, right = counts.sum(), counts.diagonal()
         true, guessed = counts.sum(1), counts.sum(0)
         f1 = 2 * right / (true + guessed).clamp_min(1)
