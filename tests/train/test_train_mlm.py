@@ -233,13 +233,16 @@ def test_training_learns(mlm, tmp_path):
     assert last["loss"] < first["loss"] < 6
 
 
-def test_the_command_trains_on_a_wordpiece_vocabulary(text_file, wordpiece, tmp_path):
+def test_the_command_trains_on_a_wordpiece_vocabulary(text_file, wordpiece, tmp_path, capsys):
     small = ["--set", "dim=8", "depth=1", "ffn_dim=8", "embed_dim=4", "num_heads=2"]
     size = ["--seq-len", "16", "--batch-size", "2", "--steps", "2"]
     where = ["--data", str(text_file), "--tokenizer", wordpiece, "--out", str(tmp_path / "run")]
     assert main(["mlm", "--model", "albert_base", *small, *size, *where]) == 0
     assert load_model(tmp_path / "run").config.vocab_size == len(VOCABULARY)
     assert main(["mlm", "--resume", str(tmp_path / "run"), "--steps", "3"]) == 0
+    capsys.readouterr()
+    assert main(["sample", str(tmp_path / "run")]) == 2
+    assert "a model of kind 'mlm', not a language model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
