@@ -76,6 +76,19 @@ def vision_table(name):
     return "\n".join([*lines, "", footnote(runs)])
 
 
+def sharing_table(name):
+    """One line a run of an image model that is named by its sizes, not by its head."""
+    runs = [sharing_summary(path) for path in sorted((RESULTS / name).glob("*.jsonl"))]
+    lines = [
+        "| model | parameters | images seen | valid top-1 | test top-1 | test loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in runs:
+        quality = f"{100 * r['valid_top1']:.1f} % | {100 * r['top1']:.1f} % | {r['loss']:.3f}"
+        lines.append(f"| {r['model']} | {r['parameters']:,} | {r['images']:,} | {quality} |")
+    return "\n".join([*lines, "", footnote(runs)])
+
+
 def about(path):
     """The events of a run, and what a table's footnote says of it."""
     events = read(path)
@@ -111,6 +124,23 @@ def vision_summary(path):
         "parameters": start["parameters"],
         "valid_top1": max(e["top1"] for e in events if e["event"] == "valid"),
         **{key: test[key] for key in ("top1", "top5", "ece")},
+    }
+
+
+def sharing_summary(path):
+    """What `vision_summary` says, the sizes in place of the head, and how much it was trained."""
+    events, start, facts = about(path)
+    config, test = start["config"], next(e for e in events if e["event"] == "test")
+    sizes = ", ".join(
+        f"{size} {value}" for size, _, value in (s.partition("=") for s in config["set"]) if size in SIZES
+    )
+    return facts | {
+        "model": config["model"] + (f" ({sizes})" if sizes else ""),
+        "parameters": start["parameters"],
+        "images": start["steps"] * config["batch_size"] * config["grad_accum"],
+        "valid_top1": max(e["top1"] for e in events if e["event"] == "valid"),
+        "top1": test["top1"],
+        "loss": test["loss"],
     }
 
 
@@ -234,6 +264,7 @@ def missing():
 
 FULL = ("wikitext2-paper", "wikitext2-tuned", "controls", "residuals", "sharing", "heads", "imagenet-r50d")
 BACKENDS = {"eager": "eager", "cpp": "C++ on CPU", "triton": "Triton", "cuda": "CUDA C++"}
+SIZES = ("dim", "depth", "ffn_dim")
 OPS = ("plucker", "kronecker", "subspace", "moe")
 TABLES = {op: functools.partial(kernel_table, f"{op}-cpu-float32") for op in OPS}
 TABLES |= {
@@ -246,6 +277,7 @@ TABLES |= {
     "profile": profile_table,
     "compare": compare_tables,
     "missing": missing,
+    "sharing": functools.partial(sharing_table, "sharing-cifar-10"),
 }
 PAGES = ("README.md", "benchmarks/README.md")
 

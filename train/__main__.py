@@ -138,6 +138,22 @@ def sample(arguments: list[str]) -> int:
     return 0
 
 
+def eval_(arguments: list[str]) -> int:
+    """evaluate a trained language model with EleutherAI's lm-eval"""
+    from .eval_options import EvalOptions
+
+    options = read_options(EvalOptions, arguments, "eval")
+    try:
+        from .harness import FILE, evaluate_run, table
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    from .start import pick_device
+
+    print(table(evaluate_run(options, pick_device(options.device))))
+    print(options.out or options.folder / FILE)
+    return 0
+
+
 def plot(arguments: list[str]) -> int:
     """curves of one run or several in one picture"""
     options = read_options(PlotOptions, arguments, "plot")
@@ -191,8 +207,8 @@ def env(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    command.__name__: command
-    for command in (lm, mlm, finetune, nli, vision, transfer, compare, profile, sample, plot, inspect, env)
+    command.__name__.rstrip("_"): command
+    for command in (lm, mlm, finetune, nli, vision, transfer, compare, profile, sample, eval_, plot, inspect, env)
 }
 
 
