@@ -18,7 +18,7 @@ GRASSLAND_BUILD=1 python -m pip install -q --no-build-isolation --no-deps -e . |
 python -m grassland.train env | tee "$OUT/env.txt"
 
 step "tests on the GPU"
-python -m pytest tests -m gpu -q --junitxml "$OUT/gpu-tests.xml" 2>&1 | tail -n 30 | tee "$OUT/gpu-tests.txt"
+python -m pytest tests -m gpu -q --junitxml "$OUT/gpu-tests.xml" --support "$OUT/support-gpu.jsonl" 2>&1 | tail -n 30 | tee "$OUT/gpu-tests.txt"
 
 step "compute-sanitizer"
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)

@@ -34,13 +34,13 @@ def kernel_table(name):
     lines = [f"| time / grassland | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for rival in dict.fromkeys(r["rival"] for r in records):
         own = [r for r in records if r["rival"] == rival]
-        cells = [next((cell(r) for r in own if "error" in r or shown(r, *item)), "") for item in settings.items()]
+        cells = [next((cell(r) for r in own if shown(r, *item)), "") for item in settings.items()]
         lines.append(f"| {rival} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", footnote(records)])
 
 
 def shown(record, setting, mode):
-    return record["setting"] == setting and record["mode"] == mode
+    return record["setting"] == setting and ("error" in record or record["mode"] == mode)
 
 
 def cell(record):
@@ -152,7 +152,13 @@ def support_table():
     for op in ops:
         cells = [support_cell([r for r in records if (r["op"], r["backend"]) == (op, name)]) for name in BACKENDS]
         lines.append(f"| `{op}` | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *dict.fromkeys(footnote([{**r, "dtype": "all tests"}]) for r in records)])
+    return "\n".join([*lines, "", *dict.fromkeys(map(tested_on, records))])
+
+
+def tested_on(record):
+    where = ", ".join(record["gpus"]) or f"{record['cpu']} ({record['cpu_capability']})"
+    what = ", ".join(f"{name} {record[name]}" for name in ("torch", "triton", "date", "commit"))
+    return f"{where}, {what}."
 
 
 def support_cell(records):
@@ -167,7 +173,8 @@ def support_state(records):
     """The furthest that one op, backend and dtype has got; a failure counts over everything."""
     if any(r["failed"] for r in records):
         return "failed"
-    return "tested" if any(r["how"] == "run" for r in records) else "compiled, not yet run"
+    done = {r["how"] for r in records}
+    return "tested" if "run" in done else "compiled, not yet run" if "compiled" in done else "interpreted, not yet run"
 
 
 def kernel_tables(device):
@@ -271,13 +278,13 @@ TABLES |= {
     "support": support_table,
     "lm": functools.partial(lm_table, "wikitext-2"),
     "vision": functools.partial(vision_table, "cifar-10"),
+    "sharing": functools.partial(sharing_table, "sharing-cifar-10"),
     "kernels_cpu": functools.partial(kernel_tables, "cpu"),
     "kernels_gpu": functools.partial(kernel_tables, "cuda"),
     "scaling": scaling_tables,
     "profile": profile_table,
     "compare": compare_tables,
     "missing": missing,
-    "sharing": functools.partial(sharing_table, "sharing-cifar-10"),
 }
 PAGES = ("README.md", "benchmarks/README.md")
 

@@ -47,7 +47,8 @@ class Rival:
     """One way to do the work.
 
     build(setting values, dtype, device) gives a function for each mode it has ("forward", "forward+backward", "step",
-    …) and, as "check", one whose result (a tensor, or a tuple of them) must agree with the other rivals'. Builders
+    …), none if the setting is not for it, and, as "check", one whose result (a tensor, or a tuple of them) must agree
+    with the other rivals', or with that of the function it gives as "truth": the same mathematics in float64. Builders
     raise Unavailable.
     """
 
@@ -73,20 +74,31 @@ class Benchmark:
     tolerance: dict[torch.dtype, float] = field(default_factory=lambda: {torch.float32: 1e-4, torch.bfloat16: 3e-2})
 
 
-def with_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> dict[str, Step]:
-    """The modes of a differentiable function: `inputs` that require gradients get them."""
-    wanted = [t for t in inputs if t.requires_grad]
-    out = function(*inputs)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.device, out.dtype)
+def with_gradients(
+    function: Callable[..., Any], inputs: Sequence[Tensor], truth: Callable[..., Any] | None = None
+) -> dict[str, Step]:
+    """The modes of a differentiable function of one or more outputs: `inputs` that require gradients get them.
 
-    def forward() -> Tensor:
+    truth: the same mathematics in float64, called with the inputs in float64.
+    """
+    wanted = [t for t in inputs if t.requires_grad]
+    generator = torch.Generator().manual_seed(7)
+    outputs = tensors(function(*inputs))
+    grads = [torch.randn(out.shape, generator=generator).to(out.device, out.dtype) for out in outputs]
+
+    def forward() -> Any:
         with torch.no_grad():
             return function(*inputs)
 
     def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(function(*inputs), wanted, grad)
+        return torch.autograd.grad(function(*inputs), wanted, grads)
 
-    return {"forward": forward, "forward+backward": both, "check": lambda: (forward(), *both())}
+    modes: dict[str, Step] = {"forward": forward, "forward+backward": both}
+    modes["check"] = lambda: (*tensors(forward()), *both())
+    if truth is not None:
+        wide = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+        modes["truth"] = lambda: with_gradients(truth, wide)["check"]()
+    return modes
 
 
 def build(benchmark: Benchmark, setting: Setting, dtype: torch.dtype, device: torch.device) -> tuple[dict, dict]:
@@ -111,15 +123,15 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def agreement(benchmark: Benchmark, steps: dict[str, dict[str, Step]], dtype: torch.dtype) -> None:
-    if "check" not in steps.get(benchmark.ours, {}):
-        return
-    expected = steps[benchmark.ours]["check"]()
+    ours = steps.get(benchmark.ours, {}).get("check")
+    expected = ours() if ours else None
     for name, modes in steps.items():
-        if name == benchmark.ours or "check" not in modes:
+        other = f"{name} in float64" if "truth" in modes else benchmark.ours
+        if "check" not in modes or other == name or (other == benchmark.ours and expected is None):
             continue
-        difference = disagreement(modes["check"](), expected)
+        difference = disagreement(modes["check"](), modes["truth"]() if "truth" in modes else expected)
         if not difference <= benchmark.tolerance[dtype]:
-            raise Disagreement(f"{benchmark.name}: {name} and {benchmark.ours} differ by {difference:.1e}")
+            raise Disagreement(f"{benchmark.name}: {name} and {other} differ by {difference:.1e}")
 
 
 def elapsed(step: Step, device: torch.device) -> float:
@@ -172,7 +184,7 @@ def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace)
     agreement(benchmark, steps, dtype)
     common = {"bench": benchmark.name, "setting": setting.id, **setting.values, "dtype": options.dtype}
     records = [{**common, "rival": name, "error": reason} for name, reason in reasons.items()]
-    for mode in [mode for mode in steps[benchmark.ours] if mode != "check"]:
+    for mode in [mode for mode in steps[benchmark.ours] if mode not in ("check", "truth")]:
         chosen = {name: modes[mode] for name, modes in steps.items() if mode in modes}
         times = interleaved(chosen, device, options.repeats)
         ours = statistics.median(times[benchmark.ours])

@@ -208,7 +208,7 @@ def env(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     command.__name__.rstrip("_"): command
-    for command in (lm, mlm, finetune, nli, vision, transfer, compare, profile, sample, eval_, plot, inspect, env)
+    for command in (lm, mlm, finetune, nli, vision, transfer, compare, sample, eval_, plot, inspect, profile, env)
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..autograd import scaled
 from . import chunked, eager
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -145,7 +146,7 @@ def _backward_loss(ctx: Any, grad: Tensor | None, *_: object) -> tuple:
     found: list[Tensor | None] = [None, None]
     if grad is not None:
         pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
-        found = [g * grad.to(g.dtype) if needed else None for g, needed in pairs]
+        found = [scaled(saved, grad) if needed else None for saved, needed in pairs]
     return (*found, *[None] * 7)
 
 
