@@ -37,7 +37,7 @@ def rows_of(backend: str) -> Any:
     return fused
 
 
-@torch.library.custom_op("grassland::subspace_logits", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::subspace_logits", mutates_args=())
 def subspace_logits(x: Tensor, weight: Tensor, k: int, scale: float, backend: str) -> Tensor:
     backend = dispatch.pick(LOGITS, weight, backend)
     if backend == "cpp":
@@ -50,7 +50,7 @@ def _(x: Tensor, weight: Tensor, k: int, scale: float, backend: str) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0] // k, dtype=chunked.accumulation(x.dtype))
 
 
-@torch.library.custom_op("grassland::subspace_logits_backward", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::subspace_logits_backward", mutates_args=())
 def subspace_logits_backward(
     grad: Tensor, x: Tensor, weight: Tensor, k: int, scale: float, mask: list[bool], backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ def _backward_logits(ctx: Any, grad: Tensor) -> tuple:
 subspace_logits.register_autograd(_backward_logits, setup_context=_setup_logits)
 
 
-@torch.library.custom_op("grassland::subspace_cross_entropy", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::subspace_cross_entropy", mutates_args=())
 def subspace_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -153,7 +153,7 @@ def _backward_loss(ctx: Any, grad: Tensor | None, *_: object) -> tuple:
 subspace_cross_entropy.register_autograd(_backward_loss, setup_context=_setup_loss)
 
 
-@torch.library.custom_op("grassland::grassmann_step", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::grassmann_step", mutates_args=())
 def grassmann_step(
     weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, carry: str, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ def _(
     return weight.new_empty(weight.shape), buffer.new_empty(buffer.shape)
 
 
-@torch.library.custom_op("grassland::grassmann_step_", mutates_args=("weight", "buffer"))
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::grassmann_step_", mutates_args=("weight", "buffer"))
 def grassmann_step_(
     weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, carry: str, backend: str
 ) -> None:
