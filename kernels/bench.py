@@ -7,6 +7,7 @@ run are listed with the reason. Before anything is timed, the results of the riv
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import json
 import statistics
@@ -24,6 +25,8 @@ from . import dispatch
 from .machine import about
 
 Step = Callable[[], Any]
+# Parameters of glibc's mallopt.
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
 
 class Unavailable(Exception):
@@ -243,6 +246,18 @@ def plot(records: Sequence[dict[str, Any]], benchmark: Benchmark, path: Path) ->
     plt.close(figure)
 
 
+def keep_freed_memory() -> None:
+    """Make glibc's malloc reuse large blocks for all rivals alike.
+
+    By default it returns them to the system, which then clears new pages inside the timed calls: for outputs of 25 MB
+    that takes as long as the kernels, now and then. Blocks from 32 MB on are always returned.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(MMAP_THRESHOLD, 2**25)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m grassland.kernels.bench", description=__doc__)
     parser.add_argument("op", choices=dispatch.PACKAGES)
@@ -258,6 +273,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     benchmark: Benchmark = importlib.import_module(f"{__package__}.{options.op}.rivals").BENCHMARK
     settings = [s for s in benchmark.settings if not options.setting or s.id in options.setting]
     if not settings:
