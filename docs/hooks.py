@@ -25,7 +25,9 @@ MARK = re.compile(r"<!-- table:(\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def on_config(config: Any) -> Any:
-    """Show mkdocstrings the folders under the names that they are imported by."""
+    """Show mkdocstrings the folders under the names that they are imported by; pages that nav leaves out come last."""
+    pages = sorted(str(page.relative_to(config.docs_dir)) for page in Path(config.docs_dir).rglob("*.md"))
+    config.nav += [page for page in pages if page not in json.dumps(config.nav)]
     space = Path(tempfile.mkdtemp(prefix="grassland-docs-"))
     (space / "grassland").mkdir()
     for name in PACKAGES:

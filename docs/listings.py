@@ -12,19 +12,19 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 from unittest import mock
 
 import griffe
-import tyro
 
 from grassland.archs import create_model, list_models, model_config
 from grassland.archs.registry import CONTEXT, SLOTS, slot_choices, slot_class
 from grassland.kernels import bench
 from grassland.train import __main__ as program
+from grassland.train.compare.presets import PRESETS
 from grassland.train.config import RunConfig
 from grassland.train.recipes import RECIPES
+from grassland.train.tasks import finetune, mlm
 
 
 class Asked(Exception):
@@ -40,14 +40,14 @@ def ask(command: str, arguments: Sequence[str] = ("--help",)) -> Asked | None:
     With `--help` nothing is parsed. SystemExit, as the command line has it, for an option that does not exist.
     """
 
-    def cli(kind: type, *, args: Sequence[str], default: Any = None, **rest: Any) -> None:
-        given = {} if default is None else {"default": default}
-        raise Asked(kind, default, None if "--help" in args else tyro.cli(kind, args=args, **given, **rest))
+    parse = program._parse
 
-    parser = SimpleNamespace(cli=cli, conf=tyro.conf)
+    def stop(kind: type, given: list[str], command: str, default: Any = None, **rest: Any) -> None:
+        raise Asked(kind, default, None if "--help" in given else parse(kind, given, command, default, **rest))
+
     # A run to be resumed is not there: any settings do.
     stored = mock.patch.object(program, "_stored_config", lambda kind, folder: kind(steps=1))
-    with mock.patch.object(program, "_tyro", lambda: parser), stored:
+    with mock.patch.object(program, "_parse", stop), stored:
         try:
             program.COMMANDS[command](list(arguments))
         except Asked as asked:
@@ -80,14 +80,29 @@ def presets() -> str:
 
 
 def recipes() -> str:
-    """Every registered recipe."""
+    """Every registered recipe, by the command that takes it."""
+    tasks: list[tuple[str, dict[str, Any]]] = [
+        ("vision", {name: (first_line(make), make()) for name, make in RECIPES.items()}),
+        ("mlm", {name: (first_line(make), make()) for name, make in mlm.RECIPES.items()}),
+        ("finetune", {name: ("", finetune.finetune_settings(name, "RUN", "DATA")) for name in finetune.RECIPES}),
+    ]
     rows = []
-    for name, make in RECIPES.items():
-        config = make()
-        length = f"{config.epochs:g} epochs" if config.epochs else f"{config.steps} steps"
-        optimiser = f"{config.optimizer}, lr {config.lr:g}, batch {config.batch_size}"
-        rows.append([f"`{name}`", first_line(make), f"`{config.model}`", length, optimiser])
+    for task, found in tasks:
+        for name, (about, config) in found.items():
+            length = f"{config.epochs:g} epochs" if config.epochs else f"{config.steps:,} steps"
+            optimiser = f"{config.optimizer}, lr {config.lr:g}, batch {config.batch_size}"
+            rows.append([f"`{task} --recipe {name}`", about, f"`{config.model}`", length, optimiser])
     return table(["recipe", "what", "model", "length", "optimiser"], rows)
+
+
+def comparisons() -> str:
+    """Every preset of `compare`."""
+    rows = []
+    for name, make in PRESETS.items():
+        for plan in make():
+            grid = f"{len(plan.lrs)} × {len(plan.seeds)}"
+            rows.append([f"`{name}`", plan.title, ", ".join(plan.arms), grid])
+    return table(["preset", "what", "arms", "learning rates × seeds"], rows)
 
 
 def choices(slot: str) -> str:
@@ -134,6 +149,8 @@ def differences(default: Any, kind: type) -> str:
     if default is None:
         return ""
     names = [f.name for f in dataclasses.fields(kind) if getattr(default, f.name) != f.default]
+    # Where a length is given in epochs, that in steps is no more than a placeholder.
+    names = [name for name in names if name != "steps" or default.epochs is None]
     return ", ".join(f"`{flag(name)} {shown(getattr(default, name))}`" for name in names)
 
 
@@ -204,7 +221,7 @@ def bench_help() -> str:
 def listings() -> Iterator[tuple[str, Callable[[], str]]]:
     for slot in SLOTS:
         yield f"choices_{slot}", functools.partial(choices, slot)
-    for function in (presets, recipes, commands, options, bench_help):
+    for function in (presets, recipes, comparisons, commands, options, bench_help):
         yield function.__name__, function
 
 

@@ -50,9 +50,11 @@ class SupportRecord:
             if name == "support" and not report.skipped:
                 self.outcomes[(*value, report.outcome)] += 1
 
-    def pytest_sessionfinish(self):
+    def pytest_sessionfinish(self, exitstatus):
         from grassland.kernels.machine import about
 
+        if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            return  # interrupted: what has not run would look as if it could not
         facts, lines = about(), []
         for key in sorted({found[:4] for found in self.outcomes}):
             counts = {outcome: self.outcomes[(*key, outcome)] for outcome in ("passed", "failed")}

@@ -12,6 +12,7 @@ import torch
 
 from grassland.kernels import bench, dispatch
 from grassland.kernels.bench import Rival, Setting, Unavailable
+from grassland.kernels.bench_report import regressions
 
 ROOT = Path(__file__).parents[1]
 TINY = Setting("tiny", {"batch": 1, "length": 24, "dim": 64, "rank": 8, "offsets": [1, 2]})
@@ -44,7 +45,9 @@ def test_records_table_and_picture(tiny, tmp_path, capsys):
     assert "not run: it is not installed" in capsys.readouterr().out
     written = [json.loads(line) for line in (tmp_path / "plucker-cpu-float32.jsonl").read_text().splitlines()]
     assert len(written) == len(records) and {"cpu", "torch", "commit", "threads"} <= written[0].keys()
-    assert (tmp_path / "plucker-cpu-float32.png").stat().st_size > 1000
+    for picture in ("plucker-cpu-float32.png", "plucker-cpu-float32-roofline.png"):
+        assert (tmp_path / picture).stat().st_size > 1000
+    assert written[0]["peak_gflops"] > 0 and written[0]["peak_gbytes"] > 0
 
 
 def test_rivals_that_disagree_are_not_timed(tiny, monkeypatch):
@@ -64,6 +67,120 @@ def test_unknown_setting_names_itself(tiny):
         bench.main(["plucker", "--setting", "huge"])
 
 
+def test_all_ops_by_one_command_and_scaling(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(bench.SCALING, "plucker", ("tiny", "length", (8, 16)))
+    records = bench.main(["all", "--repeats", "1", "--scaling", "--setting", "tiny, length 8", "--out", str(tmp_path)])
+    assert {(r["bench"], r["setting"], r["length"]) for r in records} == {("plucker", "tiny, length 8", 8)}
+    assert (tmp_path / "plucker-cpu-float32-scaling.png").stat().st_size > 1000
+    for op in dispatch.PACKAGES:
+        benchmark = importlib.import_module(f"grassland.kernels.{op}.rivals").BENCHMARK
+        name = bench.SCALING[op][1]
+        sizes = [s.values[name] for s in bench.scaled(benchmark)]
+        assert sizes == sorted(set(sizes)) and name in benchmark.settings[0].values
+
+
+def timed(rival, ratio, setting="s"):
+    return {"bench": "b", "setting": setting, "dtype": "float32", "mode": "forward", "rival": rival, "ratio": ratio}
+
+
+def test_a_shrunken_lead_is_a_regression():
+    before = [timed("ours", 1.0), timed("slow", 4.0), timed("fast", 0.5), timed("gone", 2.0), {"error": "x"}]
+    assert regressions([timed("ours", 1.0), timed("slow", 3.6), timed("fast", 0.5), timed("new", 0.1)], before) == []
+    lines = regressions([timed("ours", 1.0), timed("slow", 3.4), timed("fast", 0.4)], before)
+    assert lines == [
+        "regression: b | s | float32 | forward | slow: time / ours 4.000 -> 3.400, 1.18x slower",
+        "regression: b | s | float32 | forward | fast: time / ours 0.500 -> 0.400, 1.25x slower",
+    ]
+    with pytest.raises(ValueError, match="no setting, mode and rival in common"):
+        regressions([timed("ours", 1.0, "other")], before)
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1e-3, None), (1e3, 1)])
+def test_baseline_decides_the_exit_code(tiny, tmp_path, capsys, factor, code):
+    records = bench.main(["plucker", "--repeats", "1"])
+    path = tmp_path / "baseline.jsonl"
+    changed = [r | {"ratio": r["ratio"] * (factor if r["rival"] != tiny.ours else 1)} for r in records if "ratio" in r]
+    path.write_text("".join(json.dumps(r) + "\n" for r in changed))
+    if code is None:
+        bench.main(["plucker", "--repeats", "1", "--baseline", str(path)])
+        assert "no regression" in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["plucker", "--repeats", "1", "--baseline", str(path)])
+    assert stop.value.code == code and "regression: plucker | tiny" in capsys.readouterr().out
+
+
+def test_an_unreadable_baseline_names_itself(tiny, tmp_path):
+    path = tmp_path / "baseline.jsonl"
+    path.write_text("{")
+    with pytest.raises(SystemExit, match=r"baseline\.jsonl: not a benchmark's JSONL"):
+        bench.main(["plucker", "--baseline", str(path)])
+
+
 def test_readme_tables_are_those_of_the_results():
     done = subprocess.run([sys.executable, ROOT / "benchmarks/tables.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_rival_is_held_to_its_own_truth(tiny, monkeypatch):
+    """A rival of other mathematics is compared with that in float64, not with ours."""
+    module = importlib.import_module("grassland.kernels.plucker.rivals")
+
+    def other(v, dtype, device):
+        x = torch.randn(3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        return bench.with_gradients(torch.sin, [x], torch.cos if v.get("wrong") else torch.sin)
+
+    for wrong in (False, True):
+        setting = replace(TINY, values={**TINY.values, "wrong": wrong})
+        changed = replace(tiny, rivals=[*tiny.rivals, Rival("other", other)], settings=[setting])
+        monkeypatch.setattr(module, "BENCHMARK", changed)
+        if wrong:
+            with pytest.raises(SystemExit, match="other and other in float64 differ by"):
+                bench.main(["plucker", "--repeats", "1"])
+        else:
+            assert "other" in {r["rival"] for r in bench.main(["plucker", "--repeats", "1"])}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_hyper_connection_rival_is_checked(dtype):
+    """All but the copy: KromHC's against float64 and each other, every mHC against its own equations."""
+    if dispatch.extension_error():
+        pytest.skip(dispatch.extension_error())
+    module = importlib.import_module("grassland.kernels.kronecker.rivals")
+    setting = Setting("tiny", {"kind": "sublayer", "tokens": 24, "streams": 4, "dim": 40})
+    rivals = [r for r in module.BENCHMARK.rivals if "compile" not in r.name]
+    benchmark = replace(module.BENCHMARK, rivals=rivals)
+    steps, absent = bench.build(benchmark, setting, getattr(torch, dtype), torch.device("cpu"))
+    unchecked = {name for name, modes in steps.items() if modes and "check" not in modes}
+    assert unchecked == {"copy of the same bytes"} and set(absent) <= {"hyper-connections (PyPI) mHC"}
+    assert {name for name, modes in steps.items() if "truth" in modes} >= {"grassland, boundary-fused", "mHC, eager"}
+    bench.agreement(benchmark, steps, getattr(torch, dtype))
+
+
+def test_training_step_begins_as_the_plain_network():
+    module = importlib.import_module("grassland.kernels.kronecker.rivals")
+    setting = Setting("tiny", {"kind": "model", "batch": 1, "length": 8, "depth": 6, "dim": 384})
+    rivals = [r for r in module.BENCHMARK.rivals if "compile" not in r.name]
+    steps, _ = bench.build(replace(module.BENCHMARK, rivals=rivals), setting, torch.float32, torch.device("cpu"))
+    ours, plain = steps.pop("grassland"), steps.pop("plain residual")
+    assert not any(steps.values())
+    first = ours["check"]().item()
+    assert first == pytest.approx(plain["check"]().item(), rel=1e-5)
+    for modes in (ours, plain):
+        modes["training step"]()
+        assert modes["check"]().item() < first
+
+
+def test_tables_show_settings_that_rivals_do_not_share(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    tables = importlib.import_module("tables")
+    facts = {"gpus": [], "cpu": "c", "cpu_capability": "a", "threads": 2, "dtype": "float32", "torch": "2"}
+    timed = [("grassland", "a", 1.0), ("other", "a", 1.5), ("grassland", "b", 1.0), ("plain", "b", 0.9)]
+    records = [{"rival": r, "setting": s, "mode": "step", "ms": 5.0, "ratio": ratio} for r, s, ratio in timed]
+    records.append({"rival": "absent", "setting": "a", "error": "no wheel"})
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(r | facts) for r in records))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    rows = tables.kernel_table("x").splitlines()
+    assert (
+        "| other | 1.50 |  |" in rows and "| plain |  | 0.90 |" in rows and "| absent | not run: no wheel |  |" in rows
+    )

@@ -108,11 +108,14 @@ def test_links_to_files(page):
 def test_every_command_preset_and_recipe_is_listed(listings):
     from grassland.archs import list_models
     from grassland.train.__main__ import COMMANDS
+    from grassland.train.compare.presets import PRESETS
     from grassland.train.recipes import RECIPES
 
     presets, recipes, options = listings.presets(), listings.recipes(), listings.options()
     assert all(f"| `{name}` |" in presets for name in list_models())
-    assert all(f"| `{name}` |" in recipes for name in RECIPES)
+    assert all(f"| `vision --recipe {name}` |" in recipes for name in RECIPES)
+    comparisons = listings.comparisons()
+    assert all(f"| `{name}` |" in comparisons for name in PRESETS)
     assert all(f"## `{name}` {{#{name}}}" in options for name in COMMANDS)
     assert "| `--subspace-dim` | integer | `8` | Dimension k of a Grassmann head's class subspaces. |" in options
 

@@ -54,7 +54,7 @@ def _new(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(tokens, x.shape[2]), h.new_empty(tokens, columns), h.new_empty(tokens, columns + 1)
 
 
-@torch.library.custom_op("grassland::kronecker_pre", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_pre", mutates_args=())
 def kronecker_pre(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """(u, h, [z | r])."""
     backend = _backend(PRE, x, backend)
@@ -69,7 +69,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tupl
     return _new(x, weight)
 
 
-@torch.library.custom_op("grassland::kronecker_pre_backward", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_pre_backward", mutates_args=())
 def kronecker_pre_backward(
     du: Tensor, dh: Tensor, x: Tensor, weight: Tensor, h: Tensor, saved: Tensor, eps: float, backend: str,
     dx: Tensor | None = None,
@@ -93,7 +93,7 @@ def _(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
-@torch.library.custom_op("grassland::kronecker_post", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_post", mutates_args=())
 def kronecker_post(x: Tensor, y: Tensor, h: Tensor, backend: str) -> Tensor:
     """X' = H_res X + h_post (x) y."""
     backend = _backend(POST, x, backend)
@@ -108,7 +108,7 @@ def _(x: Tensor, y: Tensor, h: Tensor, backend: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("grassland::kronecker_post_backward", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_post_backward", mutates_args=())
 def kronecker_post_backward(
     grad: Tensor, x: Tensor, y: Tensor, h: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,7 +126,7 @@ def _(grad: Tensor, x: Tensor, y: Tensor, h: Tensor, backend: str) -> tuple[Tens
     return x.new_empty(x.shape), y.new_empty(y.shape), h.new_empty(h.shape)
 
 
-@torch.library.custom_op("grassland::kronecker_step", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_step", mutates_args=())
 def kronecker_step(
     x: Tensor, y: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -146,7 +146,7 @@ def _(
     return (x.new_empty(x.shape), *_new(x, weight))
 
 
-@torch.library.custom_op("grassland::kronecker_step_backward", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_step_backward", mutates_args=())
 def kronecker_step_backward(
     dx: Tensor, du: Tensor, dh: Tensor, x: Tensor, y: Tensor, h: Tensor, weight: Tensor, following_h: Tensor,
     saved: Tensor, eps: float, backend: str,

@@ -476,3 +476,15 @@ def test_inverse_permutations():
         orders = list(itertools.permutations(range(size)))
         for order, index in zip(orders, inverses(size), strict=True):
             assert [orders[index][i] for i in order] == list(range(size))
+
+
+@pytest.mark.parametrize(
+    ("residual", "projections"), [("mhc", 2 * 4 + 16), ("mhc_lite", 2 * 4 + 24), ("kromhc", 2 * 4 + 4)]
+)
+def test_flops_are_projections_branch_ends_and_mixing(residual, projections):
+    sizes = {"vocab_size": 11, "max_len": 8, "dim": 8, "depth": 1, "ffn_dim": 8, "rank": 3, "norm": "pre"}
+    plain = create_model("lm", device="meta", **sizes)
+    streams = create_model("lm", device="meta", residual=residual, num_streams=4, **sizes)
+    width, mixing = 4 * 8, {"kromhc": 2 * (2 + 2) * 4 * 8}.get(residual, 2 * 4 * 4 * 8)
+    more = 2 * width * projections + 4 * width + mixing
+    assert streams.flops_per_token(8) - plain.flops_per_token(8) == 2 * more
