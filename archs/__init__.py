@@ -4,11 +4,21 @@ from . import presets  # noqa: F401  (registers the paper's models)
 from .config import ModelConfig
 from .encoder import Encoder, EncoderConfig
 from .ffns import MLP, SharedMoE
-from .heads import ClassifierHead, GrassmannHead, LinearHead, TiedHead
+from .heads import ClassifierHead, CosineHead, GrassmannHead, LinearHead, TiedHead
 from .heads.cross_entropy import linear_cross_entropy
+from .heads.nli import PluckerNLIHead, TransformerNLIHead
+from .interop.swap import SwapReport, swap
 from .io import CheckpointError, MissingCheckpointError, atomic_write, load_model, read_config, save_model
 from .lm import LanguageModel
-from .mixers import BidirectionalAttention, CausalAttention, CausalGrassmannMixer
+from .mixers import (
+    BidirectionalAttention,
+    CausalAttention,
+    CausalConvolution,
+    CausalGrassmannMixer,
+    ConcatenationMixer,
+    HadamardMixer,
+    LocalAttention,
+)
 from .registry import create_model, list_models, model_config, register_model, register_slot
 from .residuals import (
     MHC,
@@ -26,23 +36,31 @@ __all__ = [
     "MLP",
     "BidirectionalAttention",
     "CausalAttention",
+    "CausalConvolution",
     "CausalGrassmannMixer",
     "CheckpointError",
     "ClassifierHead",
+    "ConcatenationMixer",
+    "CosineHead",
     "Encoder",
     "EncoderConfig",
     "GrassmannHead",
+    "HadamardMixer",
     "HyperConnection",
     "KromHC",
     "LanguageModel",
     "LinearHead",
+    "LocalAttention",
     "MHCLite",
     "MissingCheckpointError",
     "ModelConfig",
     "PlainResidual",
+    "PluckerNLIHead",
     "SharedMoE",
     "StreamState",
+    "SwapReport",
     "TiedHead",
+    "TransformerNLIHead",
     "VisionConfig",
     "VisionModel",
     "WideNet",
@@ -57,4 +75,5 @@ __all__ = [
     "register_model",
     "register_slot",
     "save_model",
+    "swap",
 ]

@@ -17,7 +17,9 @@ class ModelConfig:
     kind: assembly ("lm"). vocab_size, max_len: rows of the token and position embeddings. dim, depth, ffn_dim: model
     width, number of blocks, hidden width of the ffn. dropout: probability in [0, 1). norm: "post" or "pre".
     mixer, residual, ffn, head: registered slot choices. share: which of ("mixer", "ffn") have one set of weights for
-    all blocks; norms stay individual. options: keyword arguments of the chosen slots' constructors.
+    all blocks; norms stay individual. share_groups: into how many runs of equal length the blocks are divided, each
+    with a set of its own. options: keyword arguments of the chosen slots' constructors; a slot's `group_options`
+    (num_experts, top_k and capacity_factor of "shared_moe") may be tuples of one entry a group.
 
     Raises ValueError that names the field, its value and what is allowed.
     """
@@ -35,10 +37,11 @@ class ModelConfig:
     ffn: str = "mlp"
     head: str = "tied"
     share: tuple[str, ...] = ()
+    share_groups: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "max_len", "dim", "depth", "ffn_dim"):
+        for name in ("vocab_size", "max_len", "dim", "depth", "ffn_dim", "share_groups"):
             self._check_size(name)
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
@@ -48,6 +51,8 @@ class ModelConfig:
             raise ValueError(f"share must be a tuple of names from {SHAREABLE}, got {self.share!r}")
         if not isinstance(self.options, Mapping):
             raise ValueError(f"options must be a mapping of option names to values, got {self.options!r}")
+        if self.depth % self.share_groups:
+            raise ValueError(f"share_groups must be a divisor of depth={self.depth}, got {self.share_groups}")
         object.__setattr__(self, "share", tuple(self.share))
         object.__setattr__(self, "options", {name: _frozen(value) for name, value in self.options.items()})
         self._check_options()
@@ -63,6 +68,17 @@ class ModelConfig:
             if name not in known:
                 chosen = ", ".join(f"{slot}={choice!r}" for slot, choice in self.choices.items())
                 raise unknown(f"option of {chosen}:", name, known)
+        grouped = {name for slot, choice in self.choices.items() for name in _group_options(slot, choice)}
+        for name, value in self.options.items():
+            if name in grouped & self._tuples() and len(value) != self.share_groups:
+                raise ValueError(
+                    f"{name} must be one value, or one for each of share_groups={self.share_groups}, got {value!r}"
+                )
+        if self.share_groups > 1 and not self.share and not grouped & self._tuples():
+            raise ValueError(f"share_groups={self.share_groups} needs something that the blocks share, got share=()")
+
+    def _tuples(self) -> set[str]:
+        return {name for name, value in self.options.items() if isinstance(value, tuple)}
 
     @property
     def choices(self) -> dict[str, str]:
@@ -99,6 +115,10 @@ class ModelConfig:
             if name not in known:
                 raise unknown("model config key", name, known)
         return cls(**{name: value if name == "options" else _frozen(value) for name, value in values.items()})
+
+
+def _group_options(slot: str, choice: str) -> tuple[str, ...]:
+    return getattr(slot_class(slot, choice), "group_options", ())
 
 
 def _frozen(value: Any) -> Any:

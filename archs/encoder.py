@@ -20,7 +20,8 @@ class EncoderConfig(ModelConfig):
     """A `ModelConfig` for bidirectional text encoders.
 
     embed_dim: width of the factorised token embedding. num_types: token types. pooler: whether there is a Linear and
-    tanh on the first token. share_norms: the LayerNorms too are shared across depth, as in ALBERT; needs
+    tanh on the first token. num_classes: of a linear classifier on the pooler (for sentence order, or for fine-tuning);
+    0 for none. share_norms: the LayerNorms too are shared across depth (of a group), as in ALBERT; needs
     share=("mixer", "ffn").
     """
 
@@ -34,12 +35,17 @@ class EncoderConfig(ModelConfig):
     embed_dim: int = 128
     num_types: int = 2
     pooler: bool = True
+    num_classes: int = 0
     share_norms: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("embed_dim", "num_types"):
             self._check_size(name)
+        if not isinstance(self.num_classes, int) or isinstance(self.num_classes, bool) or self.num_classes < 0:
+            raise ValueError(f"num_classes must be an integer of at least 0, got {self.num_classes!r}")
+        if self.num_classes and not self.pooler:
+            raise ValueError(f"num_classes={self.num_classes} needs pooler=True")
         if self.share_norms and set(self.share) != {"mixer", "ffn"}:
             raise ValueError(f"share_norms=True needs share=('mixer', 'ffn'), got share={self.share!r}")
 
@@ -49,10 +55,12 @@ class Encoder(nn.Module):
     """A bidirectional encoder with a masked-token loss through the transposed embedding, so without weights of its own.
 
     Token (V, e), position and type embeddings of width e, LayerNorm, Linear(e, dim), blocks, pooler (arXiv 1909.11942).
-    With norm="pre" a final LayerNorm follows the blocks.
+    With norm="pre" a final LayerNorm follows the blocks. With `num_classes`, a linear classifier follows the pooler.
     """
 
     config_class = EncoderConfig
+    # What runs the model as forward does: a sharded one must be gathered for it.
+    forward_methods = ("predict", "classify")
 
     def __init__(
         self, config: EncoderConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -67,10 +75,12 @@ class Encoder(nn.Module):
         self.embed_norm = nn.LayerNorm(config.embed_dim, eps=eps, **dd)
         self.dropout = nn.Dropout(config.dropout)
         self.proj = nn.Linear(config.embed_dim, config.dim, **dd)
-        built = config.override(depth=1) if config.share_norms else config
+        # Blocks that share their norms too are one block, applied as often as its group is deep.
+        built = config.override(depth=config.share_groups) if config.share_norms else config
         self.blocks: Any = nn.ModuleList(build_blocks(built, dd))
         self.norm = nn.LayerNorm(config.dim, eps=eps, **dd) if config.norm == "pre" else nn.Identity()
         self.pooler = nn.Linear(config.dim, config.dim, **dd) if config.pooler else None
+        self.classifier = nn.Linear(config.dim, config.num_classes, **dd) if config.num_classes else None
         self.head: Any = build_slot(
             "head", config.head, config.embed_dim, config.vocab_size, self.embed, **config.options, **dd
         )
@@ -88,22 +98,59 @@ class Encoder(nn.Module):
         *,
         mask: Tensor | None = None,
         token_types: Tensor | None = None,
+        positions: Tensor | None = None,
+        classes: Tensor | None = None,
         reduction: str = "mean",
     ) -> Tensor:
         """Logits (B, L, V) of input_ids (B, L) int64; with labels (B, L), −100 not counting, the cross entropy instead.
 
-        mask (B, L) bool: False for padding. token_types (B, L) int64, zeros by default. In training the ffns' auxiliary
-        losses are added to the loss. ValueError for wrong shapes, too many tokens or ids outside the vocabulary.
+        mask (B, L) bool: False for padding. token_types (B, L) int64, zeros by default. positions (B, P) int64: the
+        only places that the head looks at; logits are then (B, P, V) and labels (B, P). classes (B,) int64, −100 not
+        counting: the loss is the classifier's cross entropy, or the sum of both with labels. In training the ffns'
+        auxiliary losses are added to the loss. ValueError for wrong shapes, too many tokens, ids outside the
+        vocabulary, or classes without a classifier.
         """
         x, auxiliary = self.features(input_ids, mask=mask, token_types=token_types)
-        x = F.linear(x, self.proj.weight.T)
-        if labels is None:
-            return self.head.logits(x)
-        if labels.shape != input_ids.shape:
-            raise ValueError(f"labels must have input_ids' shape {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
-        check_range("labels", labels, self.config.vocab_size, ignore=IGNORE)
-        loss = self.head.loss(x, labels, reduction)
-        return loss + sum(auxiliary) if self.training and auxiliary else loss
+        losses = []
+        if labels is not None or classes is None:
+            places = self._places(x, positions)
+            if labels is None:
+                return self.head.logits(places)
+            if (shape := places.shape[:-1]) != labels.shape:
+                owner = "input_ids'" if positions is None else "positions'"
+                raise ValueError(f"labels must have {owner} shape {tuple(shape)}, got {tuple(labels.shape)}")
+            check_range("labels", labels, self.config.vocab_size, ignore=IGNORE)
+            losses.append(self.head.loss(places, labels, reduction))
+        if classes is not None:
+            logits = self._class_logits(x)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if classes.shape != logits.shape[:1]:
+                raise ValueError(f"classes must be ({len(logits)},), got {tuple(classes.shape)}")
+            check_range("classes", classes, self.config.num_classes, ignore=IGNORE)
+            losses.append(F.cross_entropy(logits, classes, reduction=reduction))
+        return sum(losses + auxiliary) if self.training else sum(losses)  # type: ignore[return-value]
+
+    def predict(
+        self,
+        input_ids: Tensor,
+        *,
+        mask: Tensor | None = None,
+        token_types: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """In one pass the tokens' logits, (B, L, V) or (B, P, V) at positions, and the classifier's if there is one."""
+        x, _ = self.features(input_ids, mask=mask, token_types=token_types)
+        classes = None if self.classifier is None else self._class_logits(x)
+        return self.head.logits(self._places(x, positions)), classes
+
+    def classify(self, input_ids: Tensor, *, mask: Tensor | None = None, token_types: Tensor | None = None) -> Tensor:
+        """The classifier's logits (B, num_classes); ValueError for a model without."""
+        return self._class_logits(self.features(input_ids, mask=mask, token_types=token_types)[0])
+
+    def _class_logits(self, x: Tensor) -> Tensor:
+        if self.classifier is None:
+            raise ValueError("classes need a model with num_classes > 0")
+        return self.classifier(self._pool(x))
 
     def features(
         self, input_ids: Tensor, *, mask: Tensor | None = None, token_types: Tensor | None = None
@@ -112,7 +159,7 @@ class Encoder(nn.Module):
         x = self.blocks[0].mixer.expand(self._embed(input_ids, token_types))
         auxiliary = []
         for layer in range(self.config.depth):
-            x, extra = self.blocks[0 if self.config.share_norms else layer](x, mask=mask)
+            x, extra = self._block(layer)(x, mask=mask)
             auxiliary += [] if extra is None else [extra]
         return self.norm(self.blocks[-1].ffn.reduce(x)), auxiliary
 
@@ -120,10 +167,25 @@ class Encoder(nn.Module):
         self, input_ids: Tensor, *, mask: Tensor | None = None, token_types: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """tanh(Linear(first token)) (B, dim), to classify by, and the auxiliary losses; ValueError without pooler."""
+        x, auxiliary = self.features(input_ids, mask=mask, token_types=token_types)
+        return self._pool(x), auxiliary
+
+    def _pool(self, x: Tensor) -> Tensor:
         if self.pooler is None:
             raise ValueError("pooled needs a model with pooler=True")
-        x, auxiliary = self.features(input_ids, mask=mask, token_types=token_types)
-        return torch.tanh(self.pooler(x[:, 0])), auxiliary
+        return torch.tanh(self.pooler(x[:, 0]))
+
+    def _block(self, layer: int) -> Any:
+        return self.blocks[layer * len(self.blocks) // self.config.depth]
+
+    def _places(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """What the head reads, (B, L, embed_dim), or (B, P, embed_dim) at positions."""
+        if positions is not None:
+            if positions.dim() != 2 or positions.shape[0] != x.shape[0]:
+                raise ValueError(f"positions must be ({x.shape[0]}, P), got {tuple(positions.shape)}")
+            check_range("positions", positions, x.shape[1])
+            x = x.gather(1, positions[..., None].expand(-1, -1, x.shape[2]))
+        return F.linear(x, self.proj.weight.T)
 
     def _embed(self, ids: Tensor, types: Tensor | None) -> Tensor:
         config = self.config
@@ -148,7 +210,11 @@ class Encoder(nn.Module):
 
     def flops_per_token(self, seq_len: int, *, training: bool = False) -> int:
         """FLOPs a token (a multiply-add is two), norms and activations left out; training is three forward passes."""
-        blocks = [self.blocks[0]] * self.config.depth if self.config.share_norms else self.blocks
-        parts = [part.branch.flops_per_token(seq_len) for block in blocks for part in (block.mixer, block.ffn)]
+        blocks = [self._block(layer) for layer in range(self.config.depth)]
+        parts = [
+            part.branch.flops_per_token(seq_len) + part.flops_per_token()
+            for block in blocks
+            for part in (block.mixer, block.ffn)
+        ]
         forward = sum(parts) + 4 * self.proj.weight.numel() + self.head.flops_per_token()
         return 3 * forward if training else forward

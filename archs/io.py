@@ -17,6 +17,8 @@ from .config import ModelConfig
 from .registry import assembly_class
 
 FORMAT, VERSION = "grassland", 1
+# By which transformers finds `interop.hf`; the folder of a checkpoint is one of Hugging Face's too.
+MODEL_TYPE = "grassland"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
@@ -28,9 +30,13 @@ class MissingCheckpointError(CheckpointError, FileNotFoundError):
     """A checkpoint's file that is not there."""
 
 
-def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], object]) -> None:
+def atomic_write(
+    path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], object], *, keep: Path | None = None
+) -> None:
     """Replace a file by `content` (bytes, or a function that writes into a binary file) so that a kill at any instant
     leaves either the old file or the new one, whole and on disk. Parent folders are made.
+
+    keep: where the old file goes, in place of what is there.
 
     Whatever goes wrong (a full disk, an error in `content`), the old file stays and the temporary one is removed.
     """
@@ -45,14 +51,28 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Binary
                 content(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and target.exists():
+            _keep(target, keep)
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def _keep(target: Path, keep: Path) -> None:
+    link = keep.with_name(f".{keep.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        link.hardlink_to(target)
+    except OSError:
+        # A file system without links: for an instant the file is missing, but what is kept is there.
+        target.replace(keep)
+    else:
+        link.replace(keep)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -65,13 +85,13 @@ def _sync_folder(folder: Path) -> None:
 def save_model(model: nn.Module, path: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None) -> None:
     """Write a model made by `create_model` into the folder `path`; each file atomically, the weights first.
 
-    `config.json` is {"format": "grassland", "version": 1, "model": {…}, **extra}; extra must be JSON-safe. Tensors that
-    the model shares between slots are stored once.
+    `config.json` is {"format": "grassland", "version": 1, "model_type": "grassland", "model": {…}, **extra}; extra must
+    be JSON-safe. Tensors that the model shares between slots are stored once.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, ModelConfig):
         raise ValueError(f"model must have a ModelConfig as its .config, got {type(model).__name__} without one")
-    header = {"format": FORMAT, "version": VERSION, "model": config.to_dict()}
+    header = {"format": FORMAT, "version": VERSION, "model_type": MODEL_TYPE, "model": config.to_dict()}
     if clash := header.keys() & (extra or {}).keys():
         raise ValueError(f"extra must not contain {sorted(clash)}")
     write_checkpoint(path, {**header, **(extra or {})}, model.state_dict())

@@ -36,6 +36,11 @@ class Block(nn.Module):
             out = self.ffn(x, mask) if getattr(self.ffn.branch, "takes_mask", False) else self.ffn(x)
         return out if isinstance(out, tuple) else (out, None)
 
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward FLOPs a token of mixer, ffn and their residuals."""
+        parts = (self.mixer, self.ffn)
+        return sum(part.branch.flops_per_token(seq_len) + part.flops_per_token() for part in parts)
+
 
 class LMState:
     """Decoding state of a batch: the mixers' states, layer by layer, and the number of tokens each row has seen."""
@@ -201,7 +206,11 @@ class LanguageModel(nn.Module):
     def flops_per_token(self, seq_len: int, *, training: bool = False) -> int:
         """FLOPs a token at a sequence length (a multiply-add is two), counted from the modules, norms and activations
         left out. Training is taken as three times the forward pass."""
-        layers = [part.branch.flops_per_token(seq_len) for block in self.blocks for part in (block.mixer, block.ffn)]
+        layers = [
+            part.branch.flops_per_token(seq_len) + part.flops_per_token()
+            for block in self.blocks
+            for part in (block.mixer, block.ffn)
+        ]
         forward = sum(layers) + self.head.flops_per_token()
         return 3 * forward if training else forward
 
@@ -214,8 +223,8 @@ def build_blocks(config: ModelConfig, dd: dict[str, Any]) -> Iterator[Block]:
         return partial(build_slot, name, getattr(config, name), *args, **keywords)
 
     def layers(name: str, *args: object) -> Iterator[Any]:
-        shared = name in config.share
-        return branches(name, getattr(config, name), config.options, config.depth, shared, slot(name, *args))
+        shared, choice = name in config.share, getattr(config, name)
+        return branches(name, choice, config.options, config.depth, config.share_groups, shared, slot(name, *args))
 
     pairs = zip(layers("mixer", config.dim), layers("ffn", config.dim, config.ffn_dim), strict=True)
     residual = partial(build_slot, "residual", config.residual, **keywords, **config.options)

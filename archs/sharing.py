@@ -38,14 +38,32 @@ class SharedBranch:
 
 
 def branches(
-    slot: str, name: str, options: Mapping[str, Any], depth: int, share: bool, build: Callable[..., nn.Module]
+    slot: str,
+    name: str,
+    options: Mapping[str, Any],
+    depth: int,
+    groups: int,
+    share: bool,
+    build: Callable[..., nn.Module],
 ) -> Iterator[nn.Module | SharedBranch]:
-    """One branch a layer; `build(**options)` makes the module. With `share`, only the first layer's is built."""
-    schedule = partial(_at_layer, getattr(slot_class(slot, name), "layer_options", ()), options)
-    module = build(**{**options, **schedule(0)})
-    yield module
-    for layer in range(1, depth):
-        yield SharedBranch(module, schedule(layer)) if share else build(**{**options, **schedule(layer)})
+    """One branch a layer; `build(**options)` makes the module. `groups` consecutive runs of layers are of equal length;
+    with `share`, only the first layer of each has a module of its own."""
+    cls = slot_class(slot, name)
+    schedule = partial(_at_layer, getattr(cls, "layer_options", ()), options)
+    run = depth // groups
+    module: Any = None
+    for layer in range(depth):
+        if share and layer % run:
+            yield SharedBranch(module, schedule(layer))
+        else:
+            of_group = _of_group(getattr(cls, "group_options", ()), options, layer // run)
+            module = build(**{**options, **of_group, **schedule(layer)})
+            yield module
+
+
+def _of_group(names: tuple[str, ...], options: Mapping[str, Any], group: int) -> dict[str, Any]:
+    """The group options that are given as one entry a group, with their entry for `group`."""
+    return {name: options[name][group] for name in names if isinstance(options.get(name), tuple)}
 
 
 def _at_layer(names: tuple[str, ...], options: Mapping[str, Any], layer: int) -> dict[str, Any]:

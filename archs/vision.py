@@ -51,8 +51,9 @@ class VisionConfig(ModelConfig):
             raise ValueError(f"pooling must be one of {POOLING}, got {self.pooling!r}")
         if not isinstance(self.moe_blocks, int) or not 0 <= self.moe_blocks < self.depth:
             raise ValueError(f"moe_blocks must be an integer in [0, depth={self.depth}), got {self.moe_blocks!r}")
-        if self.moe_blocks and self.share:
-            raise ValueError(f"moe_blocks={self.moe_blocks} needs blocks that share nothing, got share={self.share!r}")
+        if self.moe_blocks and (self.share or self.share_groups > 1):
+            sharing = f"share={self.share!r}, share_groups={self.share_groups}"
+            raise ValueError(f"moe_blocks={self.moe_blocks} needs blocks that share nothing, got {sharing}")
 
 
 @register_assembly("vision")
@@ -90,7 +91,14 @@ class VisionModel(nn.Module):
         for child in self.children():
             child.apply(init_weights)
 
-    def forward(self, images: Tensor, labels: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
         """Logits (B, num_classes) of images (B, channels, S, S); with labels, their cross entropy as a scalar instead.
 
         labels: (B,) int64, −100 ignored, or probabilities (B, num_classes). In training the ffns' auxiliary losses are
@@ -102,7 +110,7 @@ class VisionModel(nn.Module):
         if labels.shape not in ((len(images),), (len(images), self.config.num_classes)):
             shapes = f"({len(images)},) or ({len(images)}, {self.config.num_classes})"
             raise ValueError(f"labels must be {shapes}, got {tuple(labels.shape)}")
-        loss = self.head.loss(x, labels, reduction)
+        loss = self.head.loss(x, labels, reduction, label_smoothing=label_smoothing)
         return loss + sum(auxiliary) if self.training and auxiliary else loss
 
     def features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -135,9 +143,9 @@ class VisionModel(nn.Module):
     def flops_per_image(self, *, training: bool = False) -> int:
         """FLOPs an image (a multiply-add is two), norms and activations left out; training is three forward passes."""
         tokens = self.num_tokens
-        parts = [part.branch.flops_per_token(tokens) for block in self.blocks for part in (block.mixer, block.ffn)]
         dense = self.head.flops_per_token() + (0 if self.pre_logits is None else 2 * self.pre_logits.weight.numel())
-        forward = sum(parts) * tokens + 2 * self.patches.weight.numel() * (tokens - 1) + dense
+        blocks = sum(block.flops_per_token(tokens) for block in self.blocks)
+        forward = blocks * tokens + 2 * self.patches.weight.numel() * (tokens - 1) + dense
         return 3 * forward if training else forward
 
 

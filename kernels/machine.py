@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -25,6 +26,11 @@ def version(package: str) -> str | None:
 def versions() -> dict[str, str | None]:
     """Versions of python and of what grassland always needs."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def about() -> dict[str, Any]:
+    """What a record of results says of where it comes from: date, commit, machine, versions."""
+    return {"date": datetime.date.today().isoformat(), "commit": commit(), **machine(), **versions()}
 
 
 def machine() -> dict[str, Any]:

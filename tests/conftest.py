@@ -1,4 +1,6 @@
+import json
 import os
+from collections import Counter
 from pathlib import Path
 
 # Each xdist worker keeps to one core, and so do the processes it starts: threads that wait for a core are slow.
@@ -9,6 +11,57 @@ import pytest
 import torch
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--support", type=Path, metavar="FILE", help="write what each op passed on which backend, as JSONL"
+    )
+
+
+def pytest_configure(config):
+    path = config.getoption("--support")
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SupportRecord(path))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Tests marked `support` say what they passed; the reports carry it from xdist's workers to the recorder."""
+    report = yield
+    if report.when == "call" or report.failed:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        for marker in item.iter_markers("support"):
+            values = {**given, **marker.kwargs}
+            op = values["op"] if "op" in values else values["spec"].name
+            dtype = str(values["dtype"]).removeprefix("torch.")
+            report.user_properties.append(("support", [op, values["backend"], dtype, values["how"]]))
+    return report
+
+
+class SupportRecord:
+    """Counts outcomes by op, backend, dtype and how it was exercised; one record each when the session ends."""
+
+    def __init__(self, path):
+        self.path, self.outcomes = path, Counter()
+
+    def pytest_runtest_logreport(self, report):
+        for name, value in report.user_properties:
+            if name == "support" and not report.skipped:
+                self.outcomes[(*value, report.outcome)] += 1
+
+    def pytest_sessionfinish(self, exitstatus):
+        from grassland.kernels.machine import about
+
+        if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            return  # interrupted: what has not run would look as if it could not
+        facts, lines = about(), []
+        for key in sorted({found[:4] for found in self.outcomes}):
+            counts = {outcome: self.outcomes[(*key, outcome)] for outcome in ("passed", "failed")}
+            record = dict(zip(("op", "backend", "dtype", "how"), key, strict=True))
+            lines.append(json.dumps({**record, **counts, **facts}))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(f"{line}\n" for line in lines))
 
 
 def pytest_collection_modifyitems(config, items):

@@ -4,7 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,12 +46,13 @@ class PlotOptions:
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """How far a trained model's residual mixing is from doubly stochastic, layer by layer."""
+    """How far the residual mixing of trained models is from doubly stochastic, layer by layer."""
 
-    folder: Path
-    """Folder of the run."""
+    folders: tuple[Path, ...]
+    """Folders of the runs, which come side by side on one picture."""
     out: Path | None = None
-    """Folder for inspect.png and inspect.json; the run's own if not given."""
+    """Folder for inspect.png and inspect.json, or inspect-RUN.json of several runs; if not given, the run's own folder,
+    for several the current one."""
 
 
 def lm(arguments: list[str]) -> int:
@@ -64,6 +65,30 @@ def lm(arguments: list[str]) -> int:
     return run(LanguageModeling, config)
 
 
+def mlm(arguments: list[str]) -> int:
+    """pre-train a text encoder by hidden words"""
+    from .start import run
+    from .tasks.mlm import MaskedLanguageModeling, MLMConfig, mlm_settings
+
+    settings = mlm_settings(_argument(arguments, "--recipe"), _argument(arguments, "--model"))
+    return run(MaskedLanguageModeling, read_run_config(MLMConfig, settings, arguments, "mlm"))
+
+
+def finetune(arguments: list[str]) -> int:
+    """train a text classifier from an encoder: finetune RUN --data DATA"""
+    from .start import run
+    from .tasks.finetune import FinetuneConfig, TextClassification, finetune_settings
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--model", *arguments]
+    recipe, model, data = (_argument(arguments, name) for name in ("--recipe", "--model", "--data"))
+    settings = _lengths(finetune_settings(recipe, model or "", data or ""), arguments)
+    config = read_run_config(FinetuneConfig, settings, arguments, "finetune")
+    if not config.model or not config.data:
+        raise ValueError("finetune takes the folder of a trained encoder and data: finetune RUN --data DATA")
+    return run(TextClassification, config)
+
+
 def vision(arguments: list[str]) -> int:
     """train an image classifier"""
     config = read_run_config(VisionConfig, _vision_recipe(arguments), arguments, "vision")
@@ -71,6 +96,17 @@ def vision(arguments: list[str]) -> int:
     from .tasks.vision import ImageClassification
 
     return run(ImageClassification, config)
+
+
+def nli(arguments: list[str]) -> int:
+    """train a head for sentence pairs on an encoder's features"""
+    from .nli_config import NLIConfig
+
+    config = read_run_config(NLIConfig, _lengths(NLIConfig(), arguments), arguments, "nli")
+    from .start import run
+    from .tasks.nli import NaturalLanguageInference
+
+    return run(NaturalLanguageInference, config)
 
 
 def transfer(arguments: list[str]) -> int:
@@ -102,6 +138,22 @@ def sample(arguments: list[str]) -> int:
     return 0
 
 
+def eval_(arguments: list[str]) -> int:
+    """evaluate a trained language model with EleutherAI's lm-eval"""
+    from .eval_options import EvalOptions
+
+    options = read_options(EvalOptions, arguments, "eval")
+    try:
+        from .harness import FILE, evaluate_run, table
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    from .start import pick_device
+
+    print(table(evaluate_run(options, pick_device(options.device))))
+    print(options.out or options.folder / FILE)
+    return 0
+
+
 def plot(arguments: list[str]) -> int:
     """curves of one run or several in one picture"""
     options = read_options(PlotOptions, arguments, "plot")
@@ -113,15 +165,34 @@ def plot(arguments: list[str]) -> int:
 
 
 def inspect(arguments: list[str]) -> int:
-    """the residual mixing of a trained model: double stochasticity, stream norms, eigenvalues"""
+    """the residual mixing of trained models: double stochasticity, stream norms, eigenvalues"""
     options = read_options(InspectOptions, arguments, "inspect")
-    from .inspect import PICTURE
-    from .inspect import inspect as examine
+    from .inspect import PICTURE, compare
 
-    layers = examine(options.folder, options.out)
-    worst = max(layer["product_deviation"] for layer in layers)
-    print(f"{len(layers)} sublayers; product of the mixing matrices off by {worst:.1e} at most")
-    print((options.out or options.folder) / PICTURE)
+    out = options.out or (options.folders[0] if len(options.folders) == 1 else Path())
+    for run, layers in compare(options.folders, out).items():
+        worst = max(layer["product_deviation"] for layer in layers)
+        print(f"{run}: {len(layers)} sublayers; product of the mixing matrices off by {worst:.1e} at most")
+    print(out / PICTURE)
+    return 0
+
+
+def compare(arguments: list[str]) -> int:
+    """arms x learning rates x seeds on one data set, and a report"""
+    from .compare import CompareOptions
+    from .compare import compare as run_all
+
+    return run_all(read_options(CompareOptions, arguments, "compare"))
+
+
+def profile(arguments: list[str]) -> int:
+    """where the time of a training step goes, slot by slot"""
+    from .profile import PICTURE, ProfileOptions
+    from .profile import profile as measure
+
+    options = read_options(ProfileOptions, arguments, "profile")
+    measure(options)
+    print(options.out / PICTURE)
     return 0
 
 
@@ -136,7 +207,8 @@ def env(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    command.__name__: command for command in (lm, sample, vision, transfer, plot, inspect, env)
+    command.__name__.rstrip("_"): command
+    for command in (lm, mlm, finetune, nli, vision, transfer, compare, sample, eval_, plot, inspect, profile, env)
 }
 
 
@@ -164,8 +236,7 @@ def describe(error: Exception) -> str:
 
 def read_options(kind: type[Any], arguments: list[str], command: str) -> Any:
     """A dataclass from command-line arguments; fields without a default are positional."""
-    tyro = _tyro()
-    return tyro.cli(kind, args=arguments, prog=_program(command), config=(tyro.conf.PositionalRequiredArgs,))
+    return _parse(kind, arguments, command, config=(_tyro().conf.PositionalRequiredArgs,))
 
 
 def read_run_config(kind: type[C], default: C, arguments: list[str], command: str) -> C:
@@ -174,15 +245,27 @@ def read_run_config(kind: type[C], default: C, arguments: list[str], command: st
     Raises ValueError if a resumed run is to change what must stay, CheckpointError if it cannot be read.
     """
     folder = _argument(arguments, "--resume")
+    if folder == "auto":
+        folder = _started_run(_argument(arguments, "--out"))
     stored = None if folder is None else _stored_config(kind, Path(folder))
     if stored is not None:
         # What is given on the command line counts over what is stored: steps over stored epochs, too.
         epochs = stored.epochs if _argument(arguments, "--steps") is None or stored.steps is None else None
         default = replace(stored, resume=folder, epochs=epochs)
-    config = _tyro().cli(kind, args=arguments, default=default, prog=_program(command))
+    config: C = _parse(kind, arguments, command, default)
     if stored is not None and (changed := stored.changed(config)):
         raise ValueError(f"{folder}: a resumed run keeps its {', '.join(changed)}; start a new one with --out instead")
     return config
+
+
+def _parse(kind: type[Any], arguments: list[str], command: str, default: Any = None, **options: Any) -> Any:
+    """What tyro reads, built without its own checks first: their errors are one line, not the box that tyro draws."""
+    unchecked: Any = type(kind.__name__, (kind,), {"__doc__": kind.__doc__, "__post_init__": lambda self: None})
+    values: Callable[[Any], dict[str, Any]] = lambda c: {f.name: getattr(c, f.name) for f in fields(kind)}  # noqa: E731
+    if default is not None:
+        options["default"] = unchecked(**values(default))
+    program = f"python -m grassland.train {command}"
+    return kind(**values(_tyro().cli(unchecked, args=arguments, prog=program, **options)))
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -200,14 +283,20 @@ def _usage() -> str:
     return f"usage: python -m grassland.train COMMAND [--help | options]\n\n{commands}"
 
 
-def _stored_config(kind: type[C], folder: Path) -> C:
-    from ..archs import CheckpointError, read_config
+def _started_run(out: str | None) -> str | None:
+    from .checkpoint import has_state
 
-    values = read_config(folder).get("run")
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{folder / 'config.json'}: no settings of a run in it, nothing to resume")
+    return out if out is not None and has_state(Path(out)) else None
+
+
+def _stored_config(kind: type[C], folder: Path) -> C:
+    from ..archs import CheckpointError
+    from .checkpoint import stored_settings
+
     try:
-        return kind.from_dict(values)
+        return kind.from_dict(stored_settings(folder))
+    except CheckpointError:
+        raise
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
 
@@ -220,7 +309,11 @@ def _vision_recipe(arguments: list[str]) -> VisionConfig:
     else:
         model = _argument(arguments, "--model")
         chosen = default_vision() if model is None else named_vision(model)
-    # A length given in steps counts over the recipe's own in epochs.
+    return _lengths(chosen, arguments)
+
+
+def _lengths(chosen: C, arguments: list[str]) -> C:
+    """A length given in steps counts over a recipe's own in epochs."""
     lengths = (("--steps", "epochs"), ("--warmup", "warmup_epochs"), ("--eval-every", "eval_epochs"))
     dropped: dict[str, Any] = {name: None for option, name in lengths if _argument(arguments, option) is not None}
     return replace(chosen, steps=chosen.steps or 1, **dropped)
@@ -239,10 +332,6 @@ def _is_defect(error: Exception) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     return not type(error).__module__.startswith(__package__.rpartition(".")[0] if __package__ else "grassland")
-
-
-def _program(command: str) -> str:
-    return f"python -m grassland.train {command}"
 
 
 def _tyro() -> Any:

@@ -1,7 +1,7 @@
 """The resumable state of a run in one safetensors file: tensors, and the rest of the tree as JSON in its header."""
 
 import json
-import random
+import sys
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,41 +12,87 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from ..archs import CheckpointError, MissingCheckpointError, atomic_write, read_config
-from ..archs.io import CONFIG_FILE
+from ..archs.io import CONFIG_FILE, WEIGHTS_FILE
 from .config import RunConfig
+from .parallel import barrier, gather, is_main
+from .shards import check_shards, read_shards, remove_shards, write_shards
 
-STATE_FILE = "state.safetensors"
+STATE_FILE, PREVIOUS_FILE = "state.safetensors", "state.previous.safetensors"
 FORMAT = "grassland-state-1"
+# What a file that is not ours, or not what it was, can make its readers raise.
+DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
 
 
 def save_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write `state`, a tree of dicts, lists, tuples, tensors and JSON scalars, into `folder`, atomically.
+    """Write `state`, a tree of dicts, lists, tuples, tensors and JSON scalars, into `folder`, atomically; keep the one
+    before as `PREVIOUS_FILE`.
 
     One file holds all of it, so a kill at any instant leaves this state or the one before. Tensors that share memory
-    are stored once. Raises OSError (a full disk, …) with the file before untouched.
+    are stored once. Shards (DTensor) lie in a folder of their own that the file names, complete before the file is.
+    All processes call it together; the first one writes the file. Raises OSError (a full disk, …) with the files
+    before untouched.
     """
-    tensors: dict[str, Tensor] = {}
-    tree = json.dumps(_pack(state, "", tensors, {}))
-    metadata = {"format": FORMAT, "tree": tree, "crc32": str(_checksum(tree, tensors))}
-    atomic_write(folder / STATE_FILE, lambda file: file.write(save_tensors(tensors, metadata)))
+    packed = _Packed()
+    tree = packed.pack(state, "")
+    written = write_shards(folder, packed.shards, state["step"]) if packed.shards else None
+    if is_main():
+        text = json.dumps({"state": tree, "shards": written, "run": state.get("run")})
+        metadata = {"format": FORMAT, "tree": text, "crc32": str(_checksum(text, packed.tensors))}
+        content = save_tensors(packed.tensors, metadata)
+        atomic_write(folder / STATE_FILE, lambda file: file.write(content), keep=folder / PREVIOUS_FILE)
+        remove_shards(folder, except_for={_header(folder / name).get("shards") for name in _present(folder)})
+    barrier()
 
 
-def load_state(folder: Path) -> dict[str, Any]:
-    """What `save_state` wrote, tensors on the CPU, types and bits as they were.
+def load_state(folder: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+    """What `save_state` wrote, tensors on the CPU, types and bits as they were; the state before if it is damaged.
 
-    Raises CheckpointError that names the file and how to go on if it is missing, corrupt or truncated.
+    mesh: what was saved in shards comes as shards on it; without one, whole. All processes call it together.
+    Raises CheckpointError that names the file and how to go on if both states are missing, corrupt or truncated.
     """
-    path = folder / STATE_FILE
-    if not path.is_file():
+    problems: list[str] = []
+    for name in (STATE_FILE, PREVIOUS_FILE):
+        content, problem = _try_read(folder, name)
+        if content is not None:
+            try:
+                state = _assemble(folder, *content, mesh)
+            except DAMAGE as error:
+                raise CheckpointError(f"{folder / name}: not a state of grassland's ({error!r})") from error
+            if problems and is_main():
+                print(f"{problems[0]}; going on from the state before, of step {state.get('step')}", file=sys.stderr)
+            return state
+        problems.append(problem)
+    if not has_state(folder):
+        path = folder / STATE_FILE
         raise MissingCheckpointError(f"{path}: no such file; nothing to resume, start a run with --out instead")
+    advice = f"start anew with another --out; the best weights so far are {folder / WEIGHTS_FILE}"
+    raise CheckpointError(f"{problems[0]}; {advice}")
+
+
+def has_state(folder: Path) -> bool:
+    """Whether there is something to resume in `folder`."""
+    return bool(_present(folder))
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run in `folder`: from config.json, or if that is damaged from the state's own copy.
+
+    Raises CheckpointError that names config.json.
+    """
     try:
-        tree, tensors = _read(path)
-        return _unpack(tree, tensors)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        advice = f"start anew with another --out; the best weights so far are {folder / 'model.safetensors'}"
-        raise CheckpointError(f"{path}: corrupt or truncated ({error}); {advice}") from error
+        values = read_config(folder).get("run")
+    except CheckpointError as error:
+        values = next((run for name in _present(folder) if (run := _header(folder / name).get("run"))), None)
+        if values is None:
+            raise
+        print(f"{error}; going on with the settings that {STATE_FILE} keeps", file=sys.stderr)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: no settings of a run in it, nothing to resume")
+    return values
 
 
 def save_run_config(folder: Path, config: RunConfig) -> None:
@@ -55,26 +101,34 @@ def save_run_config(folder: Path, config: RunConfig) -> None:
     atomic_write(folder / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def rng_state() -> dict[str, Any]:
-    """The states of the global generators of python, numpy and torch, the GPUs' included."""
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
+def _present(folder: Path) -> list[str]:
+    return [name for name in (STATE_FILE, PREVIOUS_FILE) if (folder / name).is_file()]
 
 
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put the generators where `rng_state` found them."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    # A run may go on with another number of GPUs; each there gets its own state back.
-    for device, cuda in enumerate(state.get("cuda", [])[: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(cuda, device)
+def _header(path: Path) -> dict[str, Any]:
+    """What the header of a state says apart from the state, nothing if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tree = json.loads(file.metadata()["tree"])
+        return {"run": tree["run"], "shards": (tree["shards"] or {}).get("name")}
+    except DAMAGE:
+        return {}
+
+
+def _try_read(folder: Path, name: str) -> tuple[tuple[Any, dict[str, Tensor]] | None, str]:
+    """The content of a state, or None and what is wrong with it; the same in all processes."""
+    content, problem = None, ""
+    path = folder / name
+    try:
+        if not path.is_file():
+            raise FileNotFoundError("no such file")
+        content = _read(path)
+        if content[0]["shards"] is not None:
+            check_shards(folder, content[0]["shards"])
+    except DAMAGE as error:
+        problem = f"{path}: corrupt or truncated ({error})"
+    problems = [found for found in gather(problem) if found]
+    return (None, problems[0]) if problems else (content, "")
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
@@ -89,32 +143,47 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     return json.loads(metadata["tree"]), tensors
 
 
-def _pack(value: Any, name: str, tensors: dict[str, Tensor], seen: dict[tuple, str]) -> Any:
-    """JSON that remembers what JSON forgets: key types, tuples, and where the tensors are."""
-    if isinstance(value, Tensor | np.ndarray):
-        # Without its memory layout a moment of a channels-last weight would sum up in another order.
-        last = isinstance(value, Tensor) and not value.is_contiguous() and _is_channels_last(value)
-        stored = _store(value, name, tensors, seen)
-        return {"tensor": stored, "numpy": isinstance(value, np.ndarray), "channels_last": last}
-    if isinstance(value, Mapping):
-        return {"dict": [[key, _pack(entry, f"{name}.{key}", tensors, seen)] for key, entry in value.items()]}
-    if isinstance(value, list | tuple):
-        entries = [_pack(entry, f"{name}.{index}", tensors, seen) for index, entry in enumerate(value)]
-        return entries if isinstance(value, list) else {"tuple": entries}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"a training state cannot hold {type(value).__name__} at {name}")
+def _assemble(folder: Path, tree: Any, tensors: dict[str, Tensor], mesh: DeviceMesh | None) -> dict[str, Any]:
+    written = tree["shards"]
+    if written is not None:
+        tensors = {**tensors, **read_shards(folder, written, mesh)}
+    return _unpack(tree["state"], tensors)
 
 
-def _store(value: Tensor | np.ndarray, name: str, tensors: dict[str, Tensor], seen: dict[tuple, str]) -> str:
-    tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value.detach()
-    identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-    if tensor.numel() and identity in seen:
-        return seen[identity]
-    key = name.lstrip(".")
-    tensors[key] = tensor.cpu().contiguous()
-    seen[identity] = key
-    return key
+class _Packed:
+    """A tree as JSON that remembers what JSON forgets: key types, tuples, and where the tensors are."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.shards: dict[str, DTensor] = {}
+        self._seen: dict[tuple, str] = {}
+
+    def pack(self, value: Any, name: str) -> Any:
+        if isinstance(value, Tensor | np.ndarray):
+            # Without its memory layout a moment of a channels-last weight would sum up in another order.
+            last = isinstance(value, Tensor) and not value.is_contiguous() and _is_channels_last(value)
+            stored = self._store(value, name.lstrip("."))
+            return {"tensor": stored, "numpy": isinstance(value, np.ndarray), "channels_last": last}
+        if isinstance(value, Mapping):
+            return {"dict": [[key, self.pack(entry, f"{name}.{key}")] for key, entry in value.items()]}
+        if isinstance(value, list | tuple):
+            entries = [self.pack(entry, f"{name}.{index}") for index, entry in enumerate(value)]
+            return entries if isinstance(value, list) else {"tuple": entries}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise TypeError(f"a training state cannot hold {type(value).__name__} at {name}")
+
+    def _store(self, value: Tensor | np.ndarray, key: str) -> str:
+        tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value.detach()
+        if isinstance(tensor, DTensor):
+            self.shards[key] = tensor
+            return key
+        identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if tensor.numel() and identity in self._seen:
+            return self._seen[identity]
+        self.tensors[key] = tensor.cpu().contiguous()
+        self._seen[identity] = key
+        return key
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -139,6 +208,7 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def _checksum(tree: str, tensors: Mapping[str, Tensor]) -> int:
     crc = zlib.crc32(tree.encode())
     for name in sorted(tensors):
+        crc = zlib.crc32(name.encode(), crc)
         data: Any = tensors[name].reshape(-1).view(torch.uint8).numpy() if tensors[name].numel() else b""
         crc = zlib.crc32(data, crc)
     return crc

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from . import parallel
 from .data.blocks import IGNORED
 from .data.image_batches import ImageBatch
 
@@ -24,6 +25,7 @@ def evaluate_classifier(
         skipped += batch.skipped
         tally.add(model(to_images(batch.images)), batch.targets.to(device))
     model.train(training)
+    skipped = sum(parallel.gather(skipped))
     return {**tally.metrics(), **({"skipped": skipped} if skipped else {})}
 
 
@@ -55,10 +57,11 @@ class Tally:
         self.bins += torch.stack([weight, hit, confidence * weight]) @ nn.functional.one_hot(place, BINS).double()
 
     def metrics(self) -> dict[str, float]:
-        """loss (nats), error (1 − top1), top1, top5, ece. ValueError if nothing has been counted."""
-        images, nll, hits, hits5 = self.sums.tolist()
+        """loss (nats), error (1 − top1), top1, top5, ece, of all processes. ValueError if nothing has been counted."""
+        sums, bins = parallel.total(self.sums), parallel.total(self.bins)
+        images, nll, hits, hits5 = sums.tolist()
         if not images:
             raise ValueError("there is no readable image to evaluate on")
-        ece = float((self.bins[1] - self.bins[2]).abs().sum()) / images
+        ece = float((bins[1] - bins[2]).abs().sum()) / images
         top1 = hits / images
         return {"loss": nll / images, "error": 1 - top1, "top1": top1, "top5": hits5 / images, "ece": ece}

@@ -7,10 +7,11 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from typing_extensions import Self
 
+MODES = ("none", "ddp", "fsdp")
 # What a resumed run may change without changing the numbers of the steps already made.
 RESUMABLE = frozenset(
     {"steps", "epochs", "eval_every", "save_every", "eval_epochs", "log_every"}
-    | {"out", "resume", "tensorboard", "samples", "workers"}
+    | {"out", "resume", "tensorboard", "samples", "workers", "on_nan", "parallel"}
 )
 
 
@@ -30,13 +31,13 @@ class RunConfig:
     out: str | None = None
     """Folder of the run; by default a fresh one, runs/MODEL-DATA."""
     resume: str | None = None
-    """Folder of an interrupted run to continue, with its own settings."""
+    """Folder of an interrupted run to continue, with its own settings; auto continues --out if there is one."""
     steps: int | None = None
     """Optimiser steps."""
     epochs: float | None = None
     """Passes over the training data; counts in place of --steps."""
     batch_size: int = 32
-    """Sequences (or images) in a micro-batch."""
+    """Sequences (or images) in a micro-batch, over all processes together."""
     grad_accum: int = 1
     """Micro-batches in an optimiser step."""
     optimizer: Literal["adamw", "lamb", "muon", "sgd"] = "adamw"
@@ -65,6 +66,10 @@ class RunConfig:
     """Precision of autocast; weights and optimiser state stay float32."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
+    parallel: Literal["none", "ddp", "fsdp"] | None = None
+    """How processes share a model: ddp replicates it, fsdp shards it; by default ddp under torchrun."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is not finite does: end the run, or leave out the step; ten in a row end it."""
     compile: bool = False
     """torch.compile the model."""
     seed: int = 0
@@ -94,7 +99,9 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
-        self._check_choices("optimizer", "schedule", "dtype")
+        self._check_choices("optimizer", "schedule", "dtype", "on_nan")
+        if self.parallel not in (None, *MODES):
+            raise ValueError(f"parallel must be one of {MODES}, got {self.parallel!r}")
         for name in ("decay", "floor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
@@ -108,8 +115,8 @@ class RunConfig:
                 raise ValueError(f"{name} must be one of {get_args(hints[name])}, got {getattr(self, name)!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dict that `json.dumps` takes. Where a run was resumed from is no part of what it is."""
-        return {**asdict(self), "resume": None}
+        """A plain dict that `json.dumps` takes. What a run was resumed from, and by whom, is no part of what it is."""
+        return {**asdict(self), "resume": None, "parallel": None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -122,7 +129,7 @@ class RunConfig:
 
     def overrides(self) -> dict[str, Any]:
         """The parsed `--set` arguments."""
-        return dict(map(_override, self.set))
+        return dict(map(parse_setting, self.set))
 
     def changed(self, other: "RunConfig") -> list[str]:
         """The settings, other than those a resumed run may change, in which `other` differs."""
@@ -173,8 +180,8 @@ class VisionConfig(RunConfig):
     """Column of a parquet file or hub data set; by default the first that holds images."""
     label_column: str | None = None
     """Column of a parquet file or hub data set; by default label, or the first of its like."""
-    head: Literal["linear", "grassmann"] = "linear"
-    """The classifier: linear leaves the model's own; grassmann makes each class a subspace."""
+    head: Literal["linear", "cosine", "grassmann"] = "linear"
+    """The classifier: linear leaves the model's own; cosine normalises it; grassmann makes each class a subspace."""
     subspace_dim: int = 8
     """Dimension k of a Grassmann head's class subspaces."""
     head_lr: float | None = None
@@ -189,6 +196,8 @@ class VisionConfig(RunConfig):
     """Largest norm of the gradient; 0 leaves it as it is."""
     loss: Literal["ce", "bce"] = "ce"
     """Softmax cross entropy, or binary cross entropy summed over the classes."""
+    bce_threshold: float | None = None
+    """With --loss bce: targets above it count as 1, the others as 0; by default they count as they are."""
     img_size: int = 224
     """Side of the square that the model sees."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -208,7 +217,7 @@ class VisionConfig(RunConfig):
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     color_jitter: float = 0.0
-    """Strength of brightness, contrast and saturation jitter; without effect beside --auto-augment."""
+    """Strength of brightness, contrast and saturation jitter; without effect beside --auto-augment, 3a excepted."""
     auto_augment: str | None = None
     """A policy as timm writes it: rand-m9-mstd0.5-inc1, augmix-m3-w3, original …"""
     erase: float = 0.0
@@ -245,6 +254,8 @@ class VisionConfig(RunConfig):
         for name in ("hflip", "erase", "mix_prob", "switch_prob", "label_smoothing", "crop_pct"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.bce_threshold is not None and not 0 <= self.bce_threshold < 1:
+            raise ValueError(f"bce_threshold must lie in [0, 1), got {self.bce_threshold}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
         if self.mixes and self.batch_size % 2:
@@ -280,7 +291,8 @@ def default_lm() -> LMConfig:
     )
 
 
-def _override(text: str) -> tuple[str, Any]:
+def parse_setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE as the name and a number, bool, None, word or tuple; ValueError without a name or "="."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ValueError(f"--set takes NAME=VALUE, got {text!r}")

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .spread import load_into
+
 
 class WeightAverage:
     """A copy of `model` whose floating-point weights and buffers follow it: average += (1 − d) (weight − average).
@@ -17,6 +19,13 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.updates = decay, 0
+        # A copy to judge, so that how often a run is judged changes nothing of the average.
+        on_manifold = any(hasattr(module, "reproject_") for module in model.modules())
+        self._judged = copy.deepcopy(self.model) if on_manifold else self.model
+
+    def models(self) -> list[nn.Module]:
+        """The models in it."""
+        return [self.model] if self._judged is self.model else [self.model, self._judged]
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -32,18 +41,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def judged(self) -> nn.Module:
-        """The model to evaluate and save: modules with a `reproject_` method are on their manifold.
-
-        Then it is a copy, so that how often a run is judged changes nothing of the average.
-        """
-        if not any(hasattr(module, "reproject_") for module in self.model.modules()):
-            return self.model
-        model = copy.deepcopy(self.model)
-        for module in model.modules():
+        """The model to evaluate and save: modules with a `reproject_` method are on their manifold."""
+        if self._judged is not self.model:
+            self._judged.load_state_dict(self.model.state_dict())
+        for module in self._judged.modules():
             reproject: Any = getattr(module, "reproject_", None)
             if reproject is not None:
                 reproject()
-        return model
+        return self._judged
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights and the number of updates."""
@@ -51,5 +56,5 @@ class WeightAverage:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
-        self.model.load_state_dict(state["model"])
+        load_into(self.model, state["model"])
         self.updates = state["updates"]

@@ -1,5 +1,9 @@
 """What this machine and installation offer: versions, devices, which backend each op takes and why."""
 
+import importlib
+import sys
+from pathlib import Path
+
 import torch
 
 from ..kernels.machine import machine, version, versions
@@ -30,6 +34,20 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
     name = torch.cuda.get_device_name(device)
     found = next((peaks for key, peaks in PEAKS.items() if key in name), None)
     return None if found is None else found[0 if dtype == "bf16" else 1]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes of this process so far: what torch has allocated on a GPU, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage: there a process starts from the peak of the one that started it.
+        peak = next((line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if peak is not None:
+            return int(peak) * 1024
+    resource = importlib.import_module("resource")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def report() -> str:

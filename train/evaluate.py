@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from . import parallel
 from .data import Split, evaluation_batches
 
 
@@ -15,15 +16,17 @@ def negative_log_likelihood(
     """The summed −log p (nats) of every token but the first, and their number.
 
     The text is cut into blocks of `seq_len` without overlap, the remainder included: a token sees what precedes it
-    in its block. Evaluation mode for the time of the call.
+    in its block. Evaluation mode for the time of the call. With several processes each takes its rows of every batch,
+    and all get the sum.
     """
     training = model.training
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
+    mine = parallel.rows(batch_size)
     for inputs, targets in evaluation_batches(tokens.tokens, seq_len, batch_size):
-        total += model(inputs.to(device), labels=targets.to(device), reduction="sum").double()
+        total += model(inputs[mine].to(device), labels=targets[mine].to(device), reduction="sum").double()
     model.train(training)
-    return float(total), len(tokens.tokens) - 1
+    return float(parallel.total(total)), len(tokens.tokens) - 1
 
 
 def text_metrics(nll: float, tokens: int, words: int, bytes: int) -> dict[str, float]:

@@ -3,6 +3,8 @@
 import importlib
 import json
 import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +14,67 @@ from torch import Tensor, nn
 from ..archs import atomic_write, load_model
 
 PICTURE, NUMBERS = "inspect.png", "inspect.json"
+PANELS = {
+    "deviation": "largest |row or column sum − 1|, single matrices",
+    "product_deviation": "the same, product over depth",
+    "stream_norms": "root mean square of each stream",
+    "eigenvalues": "moduli of H_res's eigenvalues",
+}
 Layer = dict[str, Any]
 
 
 def inspect(folder: Path | str, out: Path | str | None = None, *, tokens: Tensor | None = None) -> list[Layer]:
-    """Measure the residual mixing of the model in `folder` on a batch and plot it.
+    """Measure the residual mixing of the model in `folder` on a batch and plot it: `compare` for one run.
 
-    Writes `inspect.png` and `inspect.json` into `out` (`folder` if None). tokens (B, T) int64: what the model reads;
-    None for random ones, which is enough to compare mixing matrices but says little about the text.
-
-    Returns for each sublayer, means over the tokens: "deviation", the largest |row or column sum of H_res - 1|;
-    "product_deviation", the same for the product of the matrices so far; "negative", the size of the smallest negative
-    entry; "stream_norms", the root mean square of each stream as the sublayer finds it; "eigenvalues", the sorted
-    moduli. A plain residual has H_res = 1.
-
-    Raises CheckpointError for a folder without a model, ValueError for a model without residuals or without matplotlib.
+    Writes `inspect.png` and `inspect.json` into `out` (`folder` if None).
     """
-    folder = Path(folder)
-    target = folder if out is None else Path(out)
-    model = load_model(folder, dtype=torch.float32)
-    layers = measure(model, _random_tokens(model) if tokens is None else tokens)
-    atomic_write(target / NUMBERS, (json.dumps(layers, indent=1) + "\n").encode())
-    plot(layers, f"{folder.name}: {getattr(model.config, 'residual', '')}", target / PICTURE)
+    (layers,) = compare([folder], folder if out is None else out, tokens=tokens).values()
     return layers
+
+
+def compare(folders: Sequence[Path | str], out: Path | str, *, tokens: Tensor | None = None) -> dict[str, list[Layer]]:
+    """Measure the residual mixing of the models in `folders` and plot them side by side.
+
+    Writes into `out` the picture `inspect.png` and the numbers of each run: `inspect.json` for one, `inspect-RUN.json`
+    for several. tokens (B, T) int64: what the models read; None for random ones, which is enough to compare mixing
+    matrices but says little about the text.
+
+    Returns for each run, by its folder's name, and each sublayer, means over the tokens: "deviation", the largest |row
+    or column sum of H_res - 1|; "product_deviation", the same for the product of the matrices so far; "negative", the
+    size of the smallest negative entry; "stream_norms", the root mean square of each stream as the sublayer finds it;
+    "eigenvalues", the sorted moduli. A plain residual has H_res = 1.
+
+    Raises CheckpointError for a folder without a model, ValueError for no folders, folders that repeat, a model without
+    residuals, or without matplotlib. Nothing is written before every model has been measured.
+    """
+    runs = {label: _measured(folder, tokens) for label, folder in _labelled(folders).items()}
+    target = Path(out)
+    for label, layers in runs.items():
+        name = NUMBERS if len(runs) == 1 else f"{Path(NUMBERS).stem}-{label.replace(os.sep, '-')}.json"
+        atomic_write(target / name, (json.dumps(layers, indent=1) + "\n").encode())
+    plot(runs, target / PICTURE)
+    return runs
+
+
+def _labelled(folders: Sequence[Path | str]) -> dict[str, Path]:
+    """Folders by name, or by as much of the path's end as tells them apart."""
+    paths = [Path(folder).resolve() for folder in folders]
+    if not paths or len(set(paths)) < len(paths):
+        raise ValueError(f"folders must be one or more different runs, got {[str(folder) for folder in folders]}")
+    parts = 1
+    while len({path.parts[-parts:] for path in paths}) < len(paths):
+        parts += 1
+    return {str(Path(*path.parts[-parts:])): path for path in paths}
+
+
+def _measured(folder: Path, tokens: Tensor | None) -> list[Layer]:
+    model = load_model(folder, dtype=torch.float32)
+    return measure(model, _random_tokens(model) if tokens is None else tokens)
 
 
 @torch.no_grad()
 def measure(model: nn.Module, tokens: Tensor) -> list[Layer]:
-    """The numbers of `inspect` for a model in memory."""
+    """The numbers of `compare` for a model in memory."""
     blocks: Any = getattr(model, "blocks", None)
     if blocks is None:
         raise ValueError(f"model must have blocks with residuals, got {type(model).__name__}")
@@ -92,32 +127,36 @@ def _deviation(matrix: Tensor) -> float:
     return (sums - 1).abs().amax(-1).mean().item()
 
 
-def plot(layers: list[Layer], title: str, path: Path) -> None:
-    """The picture of `inspect`. ValueError if matplotlib is not installed."""
+def plot(runs: dict[str, list[Layer]], path: Path) -> None:
+    """The picture of `compare`: a colour for each run, or for each stream of a single one. ValueError if matplotlib is
+    not installed."""
     try:
         figure_type: Any = importlib.import_module("matplotlib.figure").Figure
     except ImportError as error:
         raise ValueError("matplotlib is not installed: pip install 'grassland[train]'") from error
-    figure = figure_type(figsize=(15, 4.2), layout="constrained")
-    figure.suptitle(title)
-    sums, norms, spectrum = figure.subplots(1, 3)
-    depth = [layer["layer"] for layer in layers]
-    # An exact zero has no place on a logarithmic axis: it is drawn at float64's resolution.
-    floor = math.ulp(1.0)
-    for name, label in (("deviation", "single"), ("product_deviation", "product over depth")):
-        sums.semilogy(depth, [max(layer[name], floor) for layer in layers], "o-", ms=3, label=label)
-    sums.set_ylabel("largest |row or column sum − 1|")
-    for axes, name, label in ((norms, "stream_norms", "stream"), (spectrum, "eigenvalues", "eigenvalue")):
-        for number in range(len(layers[0][name])):
-            axes.plot(depth, [layer[name][number] for layer in layers], "o-", ms=3, label=f"{label} {number}")
-    norms.set_ylabel("root mean square")
-    spectrum.set_ylabel("modulus of H_res's eigenvalues")
-    for axes in (sums, norms, spectrum):
-        axes.set_xlabel("sublayer")
+    figure = figure_type(figsize=(18, 4.2), layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        for number, (run, layers) in enumerate(runs.items()):
+            _draw(axes, layers, name, run, f"C{number}" if len(runs) > 1 else None)
+        if name.endswith("deviation"):
+            axes.set_yscale("log")
+        axes.set(xlabel="sublayer", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def _draw(axes: Any, layers: list[Layer], name: str, run: str, colour: str | None) -> None:
+    """One quantity of one run: a line, or one for each stream, in `colour` or, if None, each in its own."""
+    values = [layer[name] if isinstance(layer[name], list) else [layer[name]] for layer in layers]
+    for number, line in enumerate(zip(*values, strict=True)):
+        # An exact zero has no place on a logarithmic axis: it is drawn at float64's resolution.
+        heights = [max(value, math.ulp(1.0)) for value in line] if name.endswith("deviation") else line
+        alone = colour is None and len(values[0]) > 1
+        label = f"{run}: {number}" if alone else run if number == 0 else None
+        axes.plot(range(len(heights)), heights, "o-", ms=3, color=colour, label=label)
 
 
 def _random_tokens(model: Any) -> Tensor:

@@ -19,8 +19,8 @@ class MetricsLog:
     def __init__(self, folder: Path, offset: int | None = None, tensorboard: bool = False) -> None:
         """offset: keep only so many bytes of an existing file, the events up to a checkpoint."""
         self.path = folder / METRICS_FILE
-        if offset is not None and self.path.exists() and self.path.stat().st_size > offset:
-            os.truncate(self.path, offset)
+        if offset is not None and self.path.exists():
+            os.truncate(self.path, _whole_lines(self.path, offset))
         # Unbuffered: an event that met a full disk must not be written again when the file is closed.
         self._file = self.path.open("ab", buffering=0)
         self._tensorboard = _summary_writer(folder) if tensorboard else None
@@ -43,6 +43,29 @@ class MetricsLog:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+class NoLog(MetricsLog):
+    """The log of a process that writes none."""
+
+    def __init__(self) -> None:
+        """Open nothing."""
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        """Nothing."""
+
+    def offset(self) -> int:
+        """Nothing is written."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _whole_lines(path: Path, limit: int) -> int:
+    """The bytes of the whole lines among the first `limit`: a damaged disk may have cut the last one."""
+    with path.open("rb") as file:
+        return file.read(limit).rfind(b"\n") + 1
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -102,12 +125,15 @@ class Meter:
 class ProgressLine:
     """One line that is rewritten on a terminal, and a line each time elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, silent: bool = False) -> None:
+        self._silent = silent
         self._live = sys.stdout.isatty()
         self._open = False
 
     def update(self, text: str) -> None:
         """Show where the run is."""
+        if self._silent:
+            return
         if self._live:
             print(f"\r\x1b[2K{text}", end="", flush=True)
             self._open = True
@@ -116,6 +142,8 @@ class ProgressLine:
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
+        if self._silent:
+            return
         if self._open:
             print()
             self._open = False

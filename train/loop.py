@@ -9,18 +9,23 @@ from signal import Signals
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..kernels.machine import commit, machine, versions
-from .checkpoint import CheckpointError, load_state, rng_state, save_run_config, save_state, set_rng_state
+from . import parallel
+from .checkpoint import CheckpointError, load_state, save_run_config, save_state
 from .config import RunConfig
-from .env import peak_flops
-from .log import Meter, MetricsLog, ProgressLine, duration
-from .optim import build_optimizer
+from .data.errors import WorkerError
+from .env import peak_flops, peak_memory
+from .experts import ExpertLoad
+from .log import Meter, MetricsLog, NoLog, ProgressLine, duration
+from .optim import build_optimizer, parts
 from .plot import try_plot
-from .schedule import multiplier
+from .schedule import in_steps, multiplier, total_steps
+from .seeds import rng_state, seed_everything, set_rng_state
 from .signals import StopSignals
+from .spread import Spread, gathered, load_into, shard_state
 from .tasks.base import Task
+from .watch import MAX_SKIPS, Buffers, Watch
 
 
 class TrainingError(RuntimeError):
@@ -30,7 +35,8 @@ class TrainingError(RuntimeError):
 class Trainer:
     """A run of `task` in `folder`: a new one, or with `config.resume` the one saved there.
 
-    Raises CheckpointError if the saved state is damaged or belongs to other data.
+    All processes of a run have one. The first one logs and saves; the numbers are those of one process.
+    Raises CheckpointError if the saved states are damaged or belong to other data.
     """
 
     def __init__(self, task: Task, config: RunConfig, folder: Path) -> None:
@@ -39,6 +45,11 @@ class Trainer:
         self.warmup = in_steps(config, config.warmup_epochs, task.batches_per_epoch, config.warmup)
         self.eval_every = in_steps(config, config.eval_epochs, task.batches_per_epoch, config.eval_every)
         self.save_every = in_steps(config, config.eval_epochs, task.batches_per_epoch, config.save_every)
+        peak = peak_flops(task.device, config.dtype)
+        # Counted before the model is spread: counting runs it.
+        self.flops_per_unit = task.flops_per_unit
+        self.peak_units = None if peak is None else peak * parallel.size() / self.flops_per_unit
+        self.spread = Spread(task.models(), config.parallel or "none", task.device)
         self.optimizer = build_optimizer(
             task.model,
             config.optimizer,
@@ -48,11 +59,12 @@ class Trainer:
             **task.optimizer_options(),
         )
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
-        self.model: Any = torch.compile(task.model) if config.compile else task.model
-        self.meter, self.line = Meter(), ProgressLine()
+        self.model: Any = torch.compile(self.spread.module) if config.compile else self.spread.module
+        self.experts = ExpertLoad(task.model)
+        self.meter, self.line = Meter(), ProgressLine(silent=not parallel.is_main())
+        self.watch, self.agreement = Watch(config.on_nan), parallel.Agreement()
         self.step = self.position = self.saved_step = self.validated_step = 0
         self.best, self.best_step, self.elapsed = math.inf, 0, 0.0
-        self.pending: list[Tensor] = []  # loss and gradient norm of each step since the last look at them
         self.started = time.perf_counter()
         self.log = self._resume() if config.resume else self._start()
         self.stream: Iterator[Any] = task.batches(self.position)
@@ -60,7 +72,8 @@ class Trainer:
     def run(self) -> int:
         """Train to the end, or to SIGINT or SIGTERM; the exit code of the process.
 
-        Raises TrainingError for a loss that is not finite and for a disk that is full, the last checkpoint intact.
+        Raises TrainingError for a loss that is not finite, a full disk, a data worker or another process that has died:
+        the last checkpoint is intact then.
         """
         try:
             self.task.model.train()
@@ -74,14 +87,18 @@ class Trainer:
                         self.validate()
                     if self._due(self.save_every) or last:
                         self.save()
-                    if signals.received and not last:
-                        return self.interrupt(signals.received)
+                    stop = self.agreement(signals.received)
+                    if stop and not last:
+                        return self.interrupt(stop)
             return self.finish()
-        except OSError as error:
-            raise TrainingError(
-                f"{self.folder}: {error.strerror or error} at step {self.step}; "
-                f"the checkpoint of step {self.saved_step} is intact: {self.resume_command()}"
-            ) from error
+        except (OSError, WorkerError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise TrainingError(f"{self.folder}: {reason} at step {self.step}; {self._advice()}") from error
+        except RuntimeError as error:
+            if parallel.size() == 1 or isinstance(error, TrainingError) or not parallel.is_lost_peer(error):
+                raise
+            reason = f"another process of the run is gone, its own message says why; at step {self.step}"
+            raise TrainingError(f"{self.folder}: {reason}; {self._advice()}") from error
         finally:
             self.log.close()
 
@@ -89,36 +106,47 @@ class Trainer:
         """One optimiser step."""
         config = self.config
         self._set_learning_rates()
+        buffers = Buffers(self.task.model) if config.on_nan == "skip" else None
         total = torch.zeros((), device=self.task.device)
-        for _ in range(config.grad_accum):
-            with self._autocast():
-                loss = self.task.loss(self.model, next(self.stream)) / config.grad_accum
-            loss.backward()
+        for index in range(config.grad_accum):
+            with self.spread.backward_of(last=index == config.grad_accum - 1):
+                loss = self._loss(next(self.stream)) / config.grad_accum
+                loss.backward()
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), config.clip or math.inf)
-        self.optimizer.step()
+        norm = self.spread.clip(config.clip or math.inf)
+        bad = self.watch.skips(total, norm)
+        if bad is None:
+            self.optimizer.step()
+            self.spread.after_step()
+            self.task.after_step()
+            self.watch.add(total, norm)
+        elif buffers is not None:
+            buffers.restore()
         self.optimizer.zero_grad(set_to_none=True)
-        self.task.after_step()
         self.step, self.position = self.step + 1, self.position + config.grad_accum
-        # Left on the device: looking at it every step would make a GPU wait.
-        self.pending.append(torch.stack([total, norm.detach().to(total)]))
         self.meter.step()
+        if bad is not None:
+            self._skipped(*bad)
 
     def report(self) -> None:
         """Write what happened since the last report: the mean loss, and the last step's gradient norm."""
-        losses, norms = self._look()
+        seen = self._look()
         self.meter.pause()
         rate = self._units_per_second(self.meter.take())
-        self.pending.clear()
-        loss, lr = sum(losses) / len(losses), self.optimizer.param_groups[0]["lr"]
-        epoch = self.position / self.task.batches_per_epoch
-        values = {"loss": loss, "lr": lr, "grad_norm": norms[-1], "epoch": epoch, f"{self.task.unit}_per_s": rate}
-        mfu = self._mfu(rate)
-        counted = self.task.train_metrics()
+        # All steps may have been skipped.
+        loss, norm = (sum(loss for loss, _ in seen) / len(seen), seen[-1][1]) if seen else (None, None)
+        lr, epoch = self.optimizer.param_groups[0]["lr"], self.position / self.task.batches_per_epoch
+        values = {"loss": loss, "lr": lr, "grad_norm": norm, "epoch": epoch, f"{self.task.unit}_per_s": rate}
+        mfu = None if rate is None or self.peak_units is None else rate / self.peak_units
+        counted = {**self.experts.take(), **self.task.train_metrics()}
+        if self.config.on_nan == "skip":
+            counted["skipped_steps"] = self.watch.skipped
+        self.watch.clear()
         self.log.write("train", self.step, **values, **counted, mfu=mfu, elapsed_s=self._elapsed())
         speed = "" if rate is None else f"  {rate:,.0f} {self.task.unit}/s  ETA {duration(self._remaining(rate))}"
         share = "" if mfu is None else f"  MFU {mfu:.1%}"
-        self.line.update(f"step {self.step}/{self.steps}  loss {loss:.4f}  lr {lr:.2e}{speed}{share}")
+        mean = "-" if loss is None else f"{loss:.4f}"
+        self.line.update(f"step {self.step}/{self.steps}  loss {mean}  lr {lr:.2e}{speed}{share}")
         self.meter.go_on()
 
     def validate(self) -> None:
@@ -129,7 +157,7 @@ class Trainer:
         better = metrics[self.task.metric] < self.best
         if better:
             self.best, self.best_step = metrics[self.task.metric], self.step
-            self.task.save(self.folder, self.config)
+            self._save_model()
         self.validated_step = self.step
         self.log.write("valid", self.step, **metrics, best=better, elapsed_s=self._elapsed())
         self.line.say(f"step {self.step}/{self.steps}  valid: {_format(metrics)}{'  (best)' if better else ''}")
@@ -147,71 +175,120 @@ class Trainer:
         """Save and leave."""
         self.save()
         self.line.say(f"stopped by {Signals(number).name}, saved at step {self.step}: {self.resume_command()}")
-        try_plot(self.folder)
+        if parallel.is_main():
+            try_plot(self.folder)
         return 128 + number
 
     def finish(self) -> int:
         """Judge the best model on the test split, show samples and curves."""
+        self.agreement.settle()
+        parallel.barrier()  # the first process has written it
         best = self.task.best_model(self.folder)
         metrics = self._evaluate(best, "test")
         self.log.write("test", self.best_step, **metrics)
         self.line.say(f"test, best checkpoint (step {self.best_step}): {_format(metrics)}")
+        if not parallel.is_main():
+            return 0
         samples = self.task.samples(best, self.config.samples, self.config.seed)
         for sample in samples:
             self.line.say(f"--- sample ---\n{sample}")
         rate = self._units_per_second(self.meter.average())
         ending = {"elapsed_s": self._elapsed(), f"{self.task.unit}_per_s": rate, "samples": samples}
-        self.log.write("end", self.step, **ending, best_step=self.best_step)
+        cost = {"peak_bytes": peak_memory(self.task.device), "flops_per_unit": self.flops_per_unit}
+        self.log.write("end", self.step, **ending, **cost, best_step=self.best_step)
         self.line.say(f"run: {self.folder}  ({duration(self._elapsed())}; {try_plot(self.folder)})")
         return 0
 
     def resume_command(self) -> str:
         """What continues this run."""
-        return f"continue with: python -m grassland.train {self.task.name} --resume {self.folder}"
+        program = "python" if parallel.size() == 1 else f"torchrun --nproc-per-node {parallel.size()}"
+        return f"continue with: {program} -m grassland.train {self.task.name} --resume {self.folder}"
+
+    def _advice(self) -> str:
+        return f"the checkpoint of step {self.saved_step} is intact: {self.resume_command()}"
 
     def _start(self) -> MetricsLog:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        log = MetricsLog(self.folder, tensorboard=self.config.tensorboard)
+        log = self._open_log(0)
         facts = {"task": self.task.name, "steps": self.steps, **self.task.describe()}
         facts |= {"versions": versions(), "machine": machine(), "commit": commit(), "date": date.today().isoformat()}
         log.write("start", 0, **facts, config=self.config.to_dict())
         self.log = log
         # From here on there is always a model to load and a state to resume, and a full disk shows at once.
-        self.task.save(self.folder, self.config)
+        self._save_model()
         self.save()
         return log
 
+    def _open_log(self, offset: int) -> MetricsLog:
+        """The log from `offset` on, in the first process, without what an earlier process died in the middle of."""
+        if not parallel.is_main():
+            return NoLog()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink()
+        return MetricsLog(self.folder, offset, self.config.tensorboard)
+
+    def _save_model(self) -> None:
+        with gathered(self.task.eval_model):
+            if parallel.is_main():
+                self.task.save(self.folder, self.config)
+
     def _resume(self) -> MetricsLog:
-        state = load_state(self.folder)
+        state = load_state(self.folder, self.spread.mesh)
         if state["identity"] != self.task.identity():
             now = self.task.identity()
             raise CheckpointError(f"{self.folder}: saved for the data {state['identity']}, but now it is {now}")
-        self.task.model.load_state_dict(state["model"])
+        load_into(self.task.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        shard_state(parts(self.optimizer))
         self.step, self.position = state["step"], state["position"]
         self.best, self.best_step, self.elapsed = state["best"], state["best_step"], state["elapsed"]
-        self.pending = [entry.to(self.task.device) for entry in state["pending"]]
+        self.watch.load_state(state["watch"])
         self.saved_step = self.step
         self.task.load_state(state["task"])
-        set_rng_state(state["rng"])
-        save_run_config(self.folder, self.config)
-        log = MetricsLog(self.folder, state["metrics_offset"], self.config.tensorboard)
+        self.experts.load_state(state["experts"])
+        log = self.log = self._open_log(state["metrics_offset"])
         log.write("resume", self.step, steps=self.steps, versions=versions(), machine=machine())
+        self._check_model()
+        self._set_rng(state["rng"])  # last: building a model draws numbers
         return log
+
+    def _set_rng(self, states: list[Any]) -> None:
+        """Each process goes on with its own random numbers; another number of processes with fresh ones."""
+        if len(states) == parallel.size():
+            set_rng_state(states[parallel.rank()])
+        else:
+            seed_everything(self.config.seed, self.step, parallel.rank())
+
+    def _check_model(self) -> None:
+        """See that the best model so far can be read, and put the present one in its place if not."""
+        try:
+            self.task.best_model(self.folder)
+            if parallel.is_main():
+                save_run_config(self.folder, self.config)
+            problem = None
+        except CheckpointError as error:
+            problem = str(error)
+        problem = parallel.from_main(lambda: problem)
+        if problem is not None:
+            self.line.say(f"{problem}; the model of step {self.step} takes its place")
+            self.best = math.inf
+            self._save_model()
 
     def _state(self) -> dict[str, Any]:
         return {
             "identity": self.task.identity(),
+            "run": self.config.to_dict(),
             "model": self.task.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "task": self.task.state(),
+            "experts": self.experts.state(),
             "step": self.step,
             "position": self.position,
             "best": self.best,
             "best_step": self.best_step,
             "elapsed": self._elapsed(),
-            "pending": self.pending,
-            "rng": rng_state(),
+            "watch": self.watch.state(),
+            "rng": parallel.gather(rng_state()),
             "metrics_offset": self.log.offset(),
         }
 
@@ -222,18 +299,40 @@ class Trainer:
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor
 
-    def _look(self) -> tuple[list[float], list[float]]:
+    def _loss(self, batch: Any) -> torch.Tensor:
+        """The loss whose mean over the processes is that of the whole batch."""
+        with self._autocast():
+            loss = self.task.loss(self.model, batch)
+        weight = self.task.weight(batch) if parallel.size() > 1 else None
+        if weight is None:
+            return loss
+        return loss * (weight * parallel.size() / parallel.total(weight).clamp_min(1))
+
+    def _look(self) -> list[tuple[float, float]]:
         """Losses and gradient norms since the last report; TrainingError at the first that is not finite."""
-        values = torch.stack(self.pending).tolist() if self.pending else []
-        for index, (loss, norm) in enumerate(values):
+        seen = self.watch.look()
+        for index, (loss, norm) in enumerate(seen):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                step = self.step - len(values) + index + 1
-                position = self.position - (len(values) - index) * self.config.grad_accum
-                raise TrainingError(
-                    f"{self.folder}: loss {loss}, gradient norm {norm} at step {step} (micro-batch {position}, epoch "
-                    f"{position / self.task.batches_per_epoch:.3f}); the checkpoint of step {self.saved_step} is intact"
-                )
-        return [loss for loss, _ in values], [norm for _, norm in values]
+                behind = len(seen) - index
+                position = self.position - behind * self.config.grad_accum
+                where = self._place("nan", self.step - behind + 1, position, loss, norm)
+                raise TrainingError(f"{where}; {self._advice()} --on-nan skip, which leaves out such steps")
+        return seen
+
+    def _skipped(self, loss: float, norm: float) -> None:
+        """Say which data a step without effect has seen; TrainingError if there have been too many in a row."""
+        where = self._place("skip", self.step, self.position - self.config.grad_accum, loss, norm)
+        self.line.say(f"{where}: skipped")
+        if self.watch.in_a_row == MAX_SKIPS:
+            raise TrainingError(f"{where}, and {MAX_SKIPS} steps in a row skipped; {self._advice()} with a lower --lr")
+
+    def _place(self, event: str, step: int, position: int, loss: float, norm: float) -> str:
+        """Log where the numbers are not finite; the same as a message."""
+        epoch = position / self.task.batches_per_epoch
+        # As text: NaN is no JSON.
+        self.log.write(event, step, position=position, epoch=epoch, loss=str(loss), grad_norm=str(norm))
+        place = f"step {step} (micro-batch {position}, epoch {epoch:.3f})"
+        return f"{self.folder}: loss {loss}, gradient norm {norm} at {place}"
 
     def _evaluate(self, model: torch.nn.Module, split: str) -> dict[str, float]:
         with self._autocast():
@@ -254,24 +353,6 @@ class Trainer:
 
     def _remaining(self, rate: float) -> float:
         return (self.steps - self.step) * self.config.grad_accum * self.task.units_per_batch / rate
-
-    def _mfu(self, rate: float | None) -> float | None:
-        peak = peak_flops(self.task.device, self.config.dtype)
-        return None if rate is None or peak is None else rate * self.task.flops_per_unit / peak
-
-
-def total_steps(config: RunConfig, batches_per_epoch: float) -> int:
-    """The optimiser steps of a run; epochs are rounded up to whole steps."""
-    if config.epochs is None:
-        return config.steps or 0
-    return math.ceil(config.epochs * batches_per_epoch / config.grad_accum)
-
-
-def in_steps(config: RunConfig, epochs: float | None, batches_per_epoch: float, otherwise: int) -> int:
-    """So many epochs as optimiser steps, at least one; `otherwise` if no epochs are given."""
-    if epochs is None:
-        return otherwise
-    return max(1, round(epochs * batches_per_epoch / config.grad_accum)) if epochs > 0 else 0
 
 
 def _format(metrics: dict[str, float]) -> str:

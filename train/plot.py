@@ -17,7 +17,7 @@ def plot_runs(folders: Sequence[Path], out: Path) -> None:
     Raises FileNotFoundError for a folder without metrics.jsonl, ValueError if matplotlib is not installed.
     """
     runs = {folder.name: read_metrics(folder) for folder in folders}
-    figure_type: Any = _matplotlib("figure").Figure
+    figure_type: Any = matplotlib_module("figure").Figure
     figure = figure_type(figsize=(15, 4.2), layout="constrained")
     for axes, panel in zip(figure.subplots(1, 3), (_loss, _quality, _throughput), strict=True):
         for name, events in runs.items():
@@ -46,7 +46,8 @@ def _loss(axes: Any, events: list[Event], name: str) -> None:
 
 
 def _quality(axes: Any, events: list[Event], name: str) -> None:
-    metric = next((key for e in events if e["event"] == "valid" for key in ("perplexity", "top1") if key in e), "loss")
+    shown = ("perplexity", "top1", "accuracy")
+    metric = next((key for e in events if e["event"] == "valid" for key in shown if key in e), "loss")
     axes.plot(*_series(events, "valid", metric), "o-", ms=3, label=name or None)
     axes.set_ylabel(f"validation {metric}")
     if metric == "perplexity":
@@ -65,7 +66,7 @@ def _series(events: list[Event], event: str, key: str) -> tuple[list[int], list[
     return [e["step"] for e in events if has(e)], [e[key] for e in events if has(e)]
 
 
-def _matplotlib(module: str) -> Any:
+def matplotlib_module(module: str) -> Any:
     try:
         return importlib.import_module(f"matplotlib.{module}")
     except ImportError as error:

@@ -11,7 +11,7 @@ from ..archs import list_models, model_config
 from ..archs.registry import unknown
 from .config import VisionConfig
 
-IMAGENET = {"data": "imagenet-1k", "interpolation": "bicubic", "dtype": "bf16", "channels_last": True, "workers": 8}
+IMAGENET = {"data": "imagenet-1k", "betas": (0.9, 0.999), "dtype": "bf16", "channels_last": True, "workers": 8}
 Recipe = Callable[..., VisionConfig]
 
 
@@ -81,7 +81,6 @@ def swin_t(head: str = "grassmann", k: int = 8) -> VisionConfig:
         head,
         k,
         optimizer="adamw",
-        betas=(0.9, 0.999),
         lr=1e-3,
         head_lr=0.1,
         weight_decay=0.05,
@@ -106,7 +105,6 @@ def deit3_s(head: str = "grassmann", k: int = 8) -> VisionConfig:
         head,
         k,
         optimizer="lamb",
-        betas=(0.9, 0.999),
         lr=4e-3,
         head_lr=0.3,
         weight_decay=0.05,
@@ -149,7 +147,6 @@ def widenet(head: str = "linear", k: int = 8) -> VisionConfig:
         head,
         k,
         optimizer="lamb",
-        betas=(0.9, 0.999),
         lr=0.01,
         weight_decay=0.1,
         batch_size=4096,
@@ -190,12 +187,12 @@ def _recipe(model: str, head: str, k: int, **settings: Any) -> VisionConfig:
 
 def _sgd(model: str, head: str, k: int, schedule: str = "cosine") -> VisionConfig:
     """SGD with momentum .9, 100 epochs of batches of 256; the step schedule falls at 30, 60 and 90."""
-    settings = {"optimizer": "sgd", "betas": (0.9, 0.999), "lr": 0.1, "weight_decay": 1e-4, "batch_size": 256}
+    settings = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4, "batch_size": 256}
     return _recipe(model, head, k, **settings, epochs=100, schedule=schedule)
 
 
 def _rsb(head: str, k: int, **settings: Any) -> VisionConfig:
     """LAMB, batches of 2048, mixup and cutmix; cross entropy for a Grassmann head, whose logits are no log-odds."""
-    settings = {"batch_size": 2048, "warmup_epochs": 5.0, "cutmix": 1.0, "betas": (0.9, 0.999), **settings}
-    loss = "ce" if head == "grassmann" else "bce"
-    return _recipe("timm/resnet50d", head, k, optimizer="lamb", head_lr=0.3, loss=loss, crop_pct=0.95, **settings)
+    loss = {"loss": "ce"} if head == "grassmann" else {"loss": "bce", "bce_threshold": 0.2}
+    settings |= {"batch_size": 2048, "warmup_epochs": 5.0, "cutmix": 1.0, "crop_pct": 0.95, **loss}
+    return _recipe("timm/resnet50d", head, k, optimizer="lamb", head_lr=0.3, **settings)

@@ -1,7 +1,9 @@
-"""Learning-rate schedules as pure functions from a step to a multiplier of the base rate."""
+"""Learning-rate schedules as pure functions from a step to a multiplier of the base rate, and lengths in steps."""
 
 import math
 from collections.abc import Sequence
+
+from .config import RunConfig
 
 SCHEDULES = ("cosine", "linear", "step", "wsd", "constant")
 
@@ -38,3 +40,17 @@ def multiplier(
     progress = min(1.0, max(0.0, (step - start) / max(1, steps - start)))
     falling = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
     return floor + (1 - floor) * falling
+
+
+def total_steps(config: RunConfig, batches_per_epoch: float) -> int:
+    """The optimiser steps of a run; epochs are rounded up to whole steps."""
+    if config.epochs is None:
+        return config.steps or 0
+    return math.ceil(config.epochs * batches_per_epoch / config.grad_accum)
+
+
+def in_steps(config: RunConfig, epochs: float | None, batches_per_epoch: float, otherwise: int) -> int:
+    """So many epochs as optimiser steps, at least one; `otherwise` if no epochs are given."""
+    if epochs is None:
+        return otherwise
+    return max(1, round(epochs * batches_per_epoch / config.grad_accum)) if epochs > 0 else 0

@@ -1,31 +1,55 @@
-"""From settings to a run: the folder, the device, the seeds, the task."""
+"""From settings to a run: the processes, the folder, the device, the seeds, the task."""
 
-import random
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 
+from . import parallel
+from .checkpoint import has_state
 from .config import RunConfig
 from .loop import Trainer
+from .seeds import seed_everything
 from .tasks.base import Task
 
 C = TypeVar("C", bound=RunConfig)
+AUTO = "auto"
+# What a run that was killed before its first state leaves behind.
+EARLY = ("metrics.jsonl", "config.json", "model.safetensors", "tokenizer.json", "state-*", "events.out.*", ".*.tmp")
 
 
 def run(task: Callable[[C, torch.device], Task], config: C) -> int:
-    """Train what `task` builds from the settings; the exit code of the process.
+    """Train what `task` builds from the settings, with the processes that torchrun has started; the exit code.
 
     Nothing is written before the settings, the data and the model are known to be good.
     """
-    folder = run_folder(config)
     device = pick_device(config.device)
-    seed_everything(config.seed)
-    built = task(config, device)
-    return Trainer(built, replace(config, out=str(folder)), folder).run()
+    mode = parallel.checked_mode(config.parallel, config.batch_size)
+    with parallel.processes(mode, device):
+        config = replace(config, resume=parallel.from_main(lambda: resumed_folder(config)), parallel=mode)
+        folder = parallel.from_main(lambda: run_folder(config))
+        config = replace(config, out=str(folder), resume=None if config.resume == AUTO else config.resume)
+        seed_everything(config.seed)
+        built = parallel.one_a_node_first(lambda: task(config, device))
+        if parallel.size() > 1:
+            # The same weights everywhere, but each process its own dropout.
+            seed_everything(config.seed, 0, parallel.rank())
+        return Trainer(built, config, folder).run()
+
+
+def resumed_folder(config: RunConfig) -> str | None:
+    """The folder of the run to continue, None for a new one. "auto" stays "auto" while `out` has no state yet.
+
+    Raises ValueError for "auto" without `out`.
+    """
+    if config.resume != AUTO:
+        return config.resume
+    if config.out is None:
+        raise ValueError("resume 'auto' needs --out, the folder to continue or to start")
+    return config.out if has_state(Path(config.out)) else AUTO
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -33,34 +57,38 @@ def run_folder(config: RunConfig) -> Path:
 
     Raises ValueError if the given one already has something in it.
     """
-    if config.resume:
+    if config.resume and config.resume != AUTO:
         return Path(config.resume)
     if config.out:
         folder = Path(config.out)
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        if folder.exists() and not (folder.is_dir() and all(_is_early(config, path) for path in folder.iterdir())):
             raise ValueError(f"{folder} is not an empty folder; continue its run with --resume, or give another --out")
         return folder
-    data = Path(config.data).name or config.data
-    base = Path("runs") / f"{config.model}-{data}".replace(":", "-")
+    model, data = (Path(name).name or name for name in (config.model, config.data))
+    base = Path("runs") / f"{model}-{data}".replace(":", "-")
     names = (base if number == 1 else base.with_name(f"{base.name}-{number}") for number in range(1, 1 << 31))
     return next(folder for folder in names if not folder.exists())
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU if there is one. ValueError if it isn't there."""
+    """The device of that name; "auto" is a GPU if there is one. Under torchrun "cuda" is the process's own.
+
+    ValueError if it isn't there.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and parallel.launched():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device {name!r}: {str(error).splitlines()[0]}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of python, numpy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % (1 << 32))  # noqa: NPY002
-    torch.manual_seed(seed)
+def _is_early(config: RunConfig, path: Path) -> bool:
+    return config.resume == AUTO and any(path.match(pattern) for pattern in EARLY)

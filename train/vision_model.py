@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..archs import CheckpointError, create_model, list_models, load_model, model_config, read_config, save_model
+from ..archs import (
+    CheckpointError,
+    CosineHead,
+    create_model,
+    list_models,
+    load_model,
+    model_config,
+    read_config,
+    save_model,
+)
 from ..archs.io import CONFIG_FILE, FORMAT, VERSION, WEIGHTS_FILE, check_tensors, read_tensors, write_checkpoint
 from ..archs.registry import unknown
 
@@ -101,8 +110,8 @@ def _timm_model(spec: ImageModelSpec) -> nn.Module:
         raise ValueError(f"model {TIMM}{spec.name}: {error}") from error
     if not spec.head_dropout:
         _drop_head_dropout(model)
-    if spec.head == "grassmann":
-        model = _put_grassmann_head(model, spec.subspace_dim)
+    if spec.head != "linear":
+        model = _put_head(model, spec)
     _mark_parameters(model)
     model.spec = spec
     return model
@@ -112,17 +121,18 @@ def _own_model(spec: ImageModelSpec) -> Any:
     kind = model_config(spec.name).kind
     if kind != "vision":
         raise ValueError(f"model {spec.name!r} is of kind {kind!r}, not for images")
-    head = {"head": spec.head, "subspace_dim": spec.subspace_dim} if spec.head == "grassmann" else {}
+    head: dict[str, Any] = {} if spec.head == "linear" else {"head": spec.head}
+    if spec.head == "grassmann":
+        head["subspace_dim"] = spec.subspace_dim
     sizes = {"num_classes": spec.num_classes, "image_size": spec.img_size}
     return create_model(spec.name, **{**sizes, **head, **spec.options})
 
 
-def _put_grassmann_head(model: Any, subspace_dim: int) -> Any:
-    try:
-        interop: Any = importlib.import_module("...archs.interop.timm", __name__)
-    except ImportError as error:
-        raise ValueError(f"head 'grassmann' is not part of this installation of grassland ({error})") from error
-    return interop.put_grassmann_head(model, subspace_dim=subspace_dim)
+def _put_head(model: Any, spec: ImageModelSpec) -> Any:
+    interop: Any = importlib.import_module("...archs.interop.timm", __name__)
+    if spec.head == "cosine":
+        return interop.put_cosine_head(model)
+    return interop.put_grassmann_head(model, subspace_dim=spec.subspace_dim)
 
 
 def _try_out(model: Any, spec: ImageModelSpec) -> None:
@@ -147,7 +157,7 @@ def _mark_parameters(model: Any) -> None:
         if name in undecayed and not hasattr(parameter, "optim_group"):
             parameter.optim_group = "no_decay"
     classifier = model.get_classifier()
-    if isinstance(classifier, nn.Linear) and not hasattr(classifier.weight, "optim_group"):
+    if isinstance(classifier, nn.Linear | CosineHead) and not hasattr(classifier.weight, "optim_group"):
         classifier.weight.optim_group = "decay"  # type: ignore[assignment]
 
 

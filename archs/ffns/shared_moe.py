@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from ...kernels.moe import Routing, expert_capacity, moe_ffn, moe_route
 from ..init import INIT_STD
@@ -26,12 +27,14 @@ class SharedMoE(nn.Module):
     capacity holds in evaluation too, where by default nothing is dropped, so that a token's output does not depend on
     its batch. out_act: None, or "gelu" on the experts' outputs. dropout: both rates, in [0, 1).
 
-    `routing` is that of the last call, and `load()` its statistics. ValueError names a bad argument.
+    `routing` is that of the last call, and `load()` its statistics. `tally` (2, E) int64 counts the assignments and the
+    kept pairs of all calls in training, on the device; who reads it may zero it. ValueError names a bad argument.
     """
 
     # The experts drop their own outputs; a residual around them need not do so again.
     drops = True
     takes_mask = True
+    group_options = ("num_experts", "top_k", "capacity_factor")
 
     def __init__(
         self,
@@ -64,14 +67,16 @@ class SharedMoE(nn.Module):
         self.w_down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim, **dd))
         self.b_down = nn.Parameter(torch.empty(num_experts, dim, **dd))
         self.routing: Routing | None = None
+        self.tally: Tensor
+        self.register_buffer("tally", torch.empty(2, num_experts, dtype=torch.int64, device=device), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """N(0, 0.02) for all weights, zero biases."""
+        """N(0, 0.02) for all weights, zero biases, an empty tally."""
         for weight in (self.router, self.w_up, self.w_down):
             nn.init.normal_(weight, std=INIT_STD)
-        nn.init.zeros_(self.b_up)
-        nn.init.zeros_(self.b_down)
+        for zero in (self.b_up, self.b_down, self.tally):
+            nn.init.zeros_(zero)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (…, dim) → y (…, dim) and the balance loss, a scalar that is scaled already.
@@ -82,12 +87,13 @@ class SharedMoE(nn.Module):
         if x.dim() == 0 or x.shape[-1] != self.router.shape[1]:
             raise ValueError(f"x must be (…, {self.router.shape[1]}), got {tuple(x.shape)}")
         rows = x.reshape(-1, x.shape[-1])
+        logits, live = self._logits(rows), None if mask is None else _flat(mask, x)
         routing = moe_route(
-            self._logits(rows),
+            logits,
             top_k=self.top_k,
             capacity=self._capacity(rows.shape[0]),
             renormalize=self.renormalize,
-            mask=None if mask is None else _flat(mask, x),
+            mask=live,
         )
         drop = self.dropout if self.training else 0.0
         seed = torch.randint(2**31, (1,), device=x.device) if drop else None
@@ -107,7 +113,24 @@ class SharedMoE(nn.Module):
         )
         if not torch.compiler.is_compiling():
             self.routing = Routing(*(t.detach() for t in routing))
-        return y.view(x.shape), self.balance_weight * routing.balance
+        if self.training:
+            self._count(routing)
+        return y.view(x.shape), self.balance_weight * self._balance(routing, logits, live)
+
+    def _balance(self, routing: Routing, logits: Tensor, live: Tensor | None) -> Tensor:
+        """The balance loss; of training in several processes, one whose mean over them is that of all their tokens.
+
+        E sum_e m_e P_e is no mean over tokens: each process takes m, which has no gradient, over all of them, and P
+        over its own.
+        """
+        if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return routing.balance
+        mask = torch.ones(len(logits), dtype=torch.bool, device=logits.device) if live is None else live
+        chosen = torch.cat([routing.counts.to(logits.dtype), mask.sum()[None].to(logits.dtype)])
+        dist.all_reduce(chosen)
+        share, tokens = chosen[:-1] / chosen[:-1].sum().clamp_min(1), chosen[-1].clamp_min(1)
+        mass = (logits.softmax(-1) * mask[:, None]).sum(0) * (dist.get_world_size() / tokens)
+        return self.num_experts * (share * mass).sum()
 
     def _logits(self, rows: Tensor) -> Tensor:
         """Router logits in float32 (float64 for float64), with the noise of training."""
@@ -127,6 +150,11 @@ class SharedMoE(nn.Module):
                 f"{tokens} tokens: raise it, or use capacity_factor=None"
             )
         return places
+
+    def _count(self, routing: Routing) -> None:
+        # A checkpoint calls the layer again from within the backward, for tokens that have been counted.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self.tally += torch.stack([routing.counts, routing.offsets.diff()])
 
     def load(self) -> dict[str, Tensor]:
         """Statistics of the last call, each (E,) float32 but "dropped", a scalar: "share" of the assignments that chose

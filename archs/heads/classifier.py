@@ -29,11 +29,12 @@ class ClassifierHead(nn.Module):
         """(…, dim) → (…, num_classes)."""
         return self.proj(x)
 
-    def loss(self, x: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    def loss(self, x: Tensor, labels: Tensor, reduction: str = "mean", *, label_smoothing: float = 0.0) -> Tensor:
         """Cross entropy of x (B, dim) against labels (B,) int64, −100 ignored, or probabilities (B, num_classes);
         at least float32."""
         logits = self.logits(x)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction=reduction)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of one image."""

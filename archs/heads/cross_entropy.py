@@ -9,21 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.autograd import scaled
+
 # Logits alive at a time: 2²⁴ float32 are 64 MiB, enough rows of a 30 k vocabulary for an efficient matrix product.
 CHUNK_ELEMENTS = 1 << 24
 IGNORE = -100
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, *, reduction: str = "mean") -> Tensor:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, *, reduction: str = "mean", label_smoothing: float = 0.0
+) -> Tensor:
     """Cross entropy of logits x Wᵀ that are never all in memory: equal to `F.cross_entropy(x @ weight.T, labels)`.
 
     x (…, D), weight (V, D), labels (…) int64 with −100 ignored; reduction "mean" (over labels that count; NaN if none
-    does) or "sum". Gradients are computed chunk by chunk in the forward pass. Products run in x's dtype, or in
-    autocast's; softmax, loss and the weight's gradient in float32 (float64 for float64). Deterministic. Not
-    differentiable twice. ValueError for another reduction or shapes that do not fit.
+    does) or "sum"; label_smoothing in [0, 1] as in PyTorch. Gradients are computed chunk by chunk in the forward pass.
+    Products run in x's dtype, or in autocast's; softmax, loss and the weight's gradient in float32 (float64 for
+    float64). Deterministic. Not differentiable twice. ValueError for another reduction or smoothing, or shapes that do
+    not fit.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")
     if x.shape[:-1] != labels.shape or x.shape[-1] != weight.shape[-1]:
         shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}"
         raise ValueError(f"x (…, D), weight (V, D) and labels (…) must fit, got {shapes}")
@@ -32,13 +39,13 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, *, reduction
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     compute = torch.float64 if x.dtype is torch.float64 else compute
     differentiate = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    total = _summed(x.reshape(-1, x.shape[-1]), weight, labels, compute, differentiate)[0]
+    total = _summed(x.reshape(-1, x.shape[-1]), weight, labels, label_smoothing, compute, differentiate)[0]
     return total if reduction == "sum" else total / (labels != IGNORE).sum()
 
 
 @torch.library.custom_op("grassland::linear_cross_entropy", mutates_args=())
 def _summed(
-    x: Tensor, weight: Tensor, labels: Tensor, compute: torch.dtype, differentiate: bool
+    x: Tensor, weight: Tensor, labels: Tensor, smoothing: float, compute: torch.dtype, differentiate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss of x (N, D) and its gradients by x and weight (empty unless `differentiate`)."""
     accumulate = torch.float64 if x.dtype is torch.float64 else torch.float32
@@ -50,7 +57,8 @@ def _summed(
     with torch.autocast(x.device.type, enabled=False):
         for rows in _chunks(x.shape[0], weight.shape[0]):
             features = x[rows].to(compute)
-            losses, grad = _chunk(features @ matrix.t(), labels[rows], accumulate, differentiate)
+            logits = (features @ matrix.t()).to(accumulate)
+            losses, grad = _chunk(logits, labels[rows], smoothing, differentiate)
             total += losses.sum()
             if differentiate:
                 grad = grad.to(compute)
@@ -72,23 +80,27 @@ def _chunks(tokens: int, vocab: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, tokens, step)]
 
 
-def _chunk(logits: Tensor, labels: Tensor, dtype: torch.dtype, differentiate: bool) -> tuple[Tensor, Tensor]:
-    """Losses (n,), and softmax − onehot (n, V), zero in ignored rows; overwrites logits."""
-    logits = logits.to(dtype)
+def _chunk(logits: Tensor, labels: Tensor, smoothing: float, differentiate: bool) -> tuple[Tensor, Tensor]:
+    """Losses (n,), and softmax − smoothed onehot (n, V), zero in ignored rows; overwrites logits."""
     counted = labels != IGNORE
     target = torch.where(counted, labels, 0)[:, None]
     normaliser = logits.logsumexp(-1, keepdim=True)
-    losses = torch.where(counted, (normaliser - logits.gather(1, target))[:, 0], 0)
+    aimed = logits.gather(1, target)
+    if smoothing:
+        aimed = aimed.lerp(logits.mean(-1, keepdim=True), smoothing)
+    losses = torch.where(counted, (normaliser - aimed)[:, 0], 0)
     if differentiate:
         logits.sub_(normaliser).exp_()
-        logits.scatter_(1, target, logits.gather(1, target) - 1)
+        if smoothing:
+            logits.sub_(smoothing / logits.shape[-1])
+        logits.scatter_(1, target, logits.gather(1, target) - (1 - smoothing))
         logits.mul_(counted[:, None])
     return losses, logits
 
 
 @_summed.register_fake
 def _(
-    x: Tensor, weight: Tensor, labels: Tensor, compute: torch.dtype, differentiate: bool
+    x: Tensor, weight: Tensor, labels: Tensor, smoothing: float, compute: torch.dtype, differentiate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = x.new_empty((), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
     if not differentiate:
@@ -104,9 +116,9 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> Non
 
 def _backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return None, None, None, None, None
+        return None, None, None, None, None, None
     grad_x, grad_weight = ctx.saved_tensors
-    return grad_x * grad.to(grad_x.dtype), grad_weight * grad.to(grad_weight.dtype), None, None, None
+    return scaled(grad_x, grad), scaled(grad_weight, grad), None, None, None, None
 
 
 _summed.register_autograd(_backward, setup_context=_save)

@@ -52,6 +52,8 @@ class GrassmannHead(nn.Module):
             raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
         self.in_features, self.num_classes, self.subspace_dim = in_features, num_classes, subspace_dim
         self.scale, self.backend = float(scale), backend
+        # For models that compute their loss with `loss`: the classifier hands on what it is given.
+        self.features_only = False
         self.weight = nn.Parameter(torch.empty(num_classes * subspace_dim, in_features, device=device, dtype=dtype))
         self._mark()
         self.reset_parameters()
@@ -85,7 +87,12 @@ class GrassmannHead(nn.Module):
             bases.copy_(torch.linalg.qr(normal)[0].mT)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (…, num_classes) of x (…, in_features), between 0 and scale; float32 or float64."""
+        """Logits (…, num_classes) of x (…, in_features), between 0 and scale; float32 or float64.
+
+        x itself while `features_only` is set.
+        """
+        if self.features_only:
+            return x
         return subspace_logits(x, self.weight, self.subspace_dim, self.scale, backend=self.backend)
 
     def logits(self, x: Tensor) -> Tensor:

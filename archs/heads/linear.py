@@ -34,13 +34,13 @@ class LinearHead(nn.Module):
         """(…, dim) → (…, num_classes)."""
         return F.linear(x, self.weight)
 
-    def loss(self, x: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    def loss(self, x: Tensor, labels: Tensor, reduction: str = "mean", *, label_smoothing: float = 0.0) -> Tensor:
         """Cross entropy of x (…, dim) against labels (…) int64, −100 ignored, without materialised logits.
 
         reduction: "mean" over the labels that count (NaN if none does, as in PyTorch) or "sum". A float32 scalar,
         float64 for float64 input.
         """
-        return linear_cross_entropy(x, self.weight, labels, reduction=reduction)
+        return linear_cross_entropy(x, self.weight, labels, reduction=reduction, label_smoothing=label_smoothing)
 
     def flops_per_token(self) -> int:
         """Forward FLOPs a token."""

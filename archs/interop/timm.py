@@ -1,19 +1,24 @@
-"""A Grassmann head on any timm or torchvision classifier.
+"""A Grassmann or cosine head on any timm or torchvision classifier.
 
     model = timm.create_model("resnet18", num_classes=10)
     put_grassmann_head(model, subspace_dim=8)
     optimizer = build_optimizer(model, "sgd", lr=0.1, head_lr=0.1)
+    model(images, labels=labels).backward()
 
 timm's own optimiser factory knows no manifold: use `grassland.train.optim.build_optimizer`, which reads the mark of
 the head.
 """
 
 import types
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from ..heads.cosine import CosineHead
 from ..heads.grassmann import GrassmannHead, grassmann_heads, reproject_
 
 
@@ -31,25 +36,28 @@ def put_grassmann_head(
     of a distilled model is replaced. num_classes: None for as many as before. The head gets the old one's device, and
     its dtype if that is float32 or float64, else float32.
 
+    `model(images, labels=labels, label_smoothing=0.0)` is then the mean cross entropy by `GrassmannHead.loss`, whose
+    logits are never in memory; labels are classes (B,) int64 or probabilities (B, num_classes). Without labels the
+    model gives logits, as ever. A distilled model's loss is that of the logits it gives.
+
     With timm models, `reset_classifier` goes on giving Grassmann heads of the same kind (and none for num_classes=0),
     and `no_weight_decay` names their weights, so that timm's own parameter groups do not decay them.
 
     Raises ValueError when there is no linear classifier, or subspace_dim exceeds its width.
     """
-    names = classifier_names(model)
-    for name in names:
-        old: Any = model.get_submodule(name)
-        before = old.num_classes if isinstance(old, GrassmannHead) else old.out_features
-        classes = before if num_classes is None else num_classes
-        dtype = old.weight.dtype if old.weight.dtype in (torch.float32, torch.float64) else torch.float32
-        options = {"backend": backend, "device": old.weight.device, "dtype": dtype}
-        head = GrassmannHead(old.in_features, classes, subspace_dim, scale, **options)
-        head.train(old.training)
-        _replace(model, name, head)
-    if num_classes is not None and hasattr(model, "num_classes"):
-        model.__dict__["num_classes"] = num_classes
-    _remember(model, {"subspace_dim": subspace_dim, "scale": scale, "backend": backend})
-    return model
+
+    def make(in_features: int, classes: int, **dd: Any) -> nn.Module:
+        # Bases in half precision would not be orthonormal.
+        dtype = dd["dtype"] if dd["dtype"] in (torch.float32, torch.float64) else torch.float32
+        return GrassmannHead(in_features, classes, subspace_dim, scale, backend=backend, **{**dd, "dtype": dtype})
+
+    again = partial(put_grassmann_head, subspace_dim=subspace_dim, scale=scale, backend=backend)
+    return _put(model, num_classes, make, again)
+
+
+def put_cosine_head(model: nn.Module, num_classes: int | None = None, scale: float = 25.0) -> nn.Module:
+    """Replace the classifier of `model` by a `CosineHead`, in the same way as `put_grassmann_head`."""
+    return _put(model, num_classes, partial(CosineHead, scale=scale), partial(put_cosine_head, scale=scale))
 
 
 def classifier_names(model: nn.Module) -> list[str]:
@@ -77,8 +85,24 @@ def reproject_ema_(ema: Any) -> nn.Module:
     return reproject_(inner)
 
 
+def _put(model: nn.Module, num_classes: int | None, make: Callable[..., nn.Module], again: Any) -> nn.Module:
+    """Replace every classifier by `make(in_features, num_classes, device=…, dtype=…)`, and by `again` after a reset."""
+    names = classifier_names(model)
+    for name in names:
+        old: Any = model.get_submodule(name)
+        before = old.num_classes if isinstance(old, GrassmannHead) else old.out_features
+        classes = before if num_classes is None else num_classes
+        head = make(old.in_features, classes, device=old.weight.device, dtype=old.weight.dtype)
+        head.train(old.training)
+        _replace(model, name, head)
+    if num_classes is not None and hasattr(model, "num_classes"):
+        model.__dict__["num_classes"] = num_classes
+    _remember(model, names, again)
+    return model
+
+
 def _is_classifier(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Linear | GrassmannHead)
+    return isinstance(module, nn.Linear | GrassmannHead | CosineHead)
 
 
 def _find(model: nn.Module, name: str) -> nn.Module | None:
@@ -93,19 +117,42 @@ def _replace(model: nn.Module, name: str, head: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, head)
 
 
-def _remember(model: Any, options: dict[str, Any]) -> None:
-    """Shadow the two methods with bound ones: they survive deepcopy, and the class stays as it is."""
-    model._grassmann_options = options
+def _remember(model: Any, names: list[str], again: Callable[..., nn.Module]) -> None:
+    """Shadow the methods with bound ones: they survive deepcopy, and the class stays as it is."""
+    model._head_names, model._put_head = names, again
+    model.forward = types.MethodType(_forward, model)
     if callable(getattr(model, "reset_classifier", None)):
         model.reset_classifier = types.MethodType(_reset_classifier, model)
     model.no_weight_decay = types.MethodType(_no_weight_decay, model)
 
 
+def _forward(
+    model: Any, *args: Any, labels: Tensor | None = None, label_smoothing: float = 0.0, **keywords: Any
+) -> Any:
+    """The class's own `forward`; with labels, the loss of what it hands to the head."""
+    forward = type(model).forward
+    if labels is None:
+        return forward(model, *args, **keywords)
+    if not model._head_names:
+        raise ValueError(f"labels: {type(model).__name__} has no head to compute a loss with")
+    if len(model._head_names) > 1:
+        logits = forward(model, *args, **keywords)
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    head = model.get_submodule(model._head_names[0])
+    head.features_only = True
+    try:
+        features = forward(model, *args, **keywords)
+    finally:
+        head.features_only = False
+    return head.loss(features, labels, label_smoothing=label_smoothing)
+
+
 def _reset_classifier(model: Any, num_classes: int, *args: Any, **keywords: Any) -> None:
-    """The class's own `reset_classifier`, then a new Grassmann head."""
+    """The class's own `reset_classifier`, then a new head of the same kind."""
     type(model).reset_classifier(model, num_classes, *args, **keywords)
+    model._head_names = []
     if num_classes > 0:
-        put_grassmann_head(model, **model._grassmann_options)
+        model._put_head(model)
 
 
 def _no_weight_decay(model: Any) -> set[str]:

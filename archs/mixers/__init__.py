@@ -16,7 +16,17 @@ A mixer is constructed as `Mixer(dim, *, options…, device, dtype)` and has
 
 from .attention import CausalAttention
 from .bidirectional import BidirectionalAttention
+from .controls import CausalConvolution, ConcatenationMixer, HadamardMixer, LocalAttention
 from .grassmann import CausalGrassmannMixer
 from .state import MixerState
 
-__all__ = ["BidirectionalAttention", "CausalAttention", "CausalGrassmannMixer", "MixerState"]
+__all__ = [
+    "BidirectionalAttention",
+    "CausalAttention",
+    "CausalConvolution",
+    "CausalGrassmannMixer",
+    "ConcatenationMixer",
+    "HadamardMixer",
+    "LocalAttention",
+    "MixerState",
+]

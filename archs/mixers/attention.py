@@ -5,11 +5,13 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..init import init_weights
 from ..registry import register_slot
+from .multihead import MultiHead
 from .state import MixerState
+
+FLASH_INSTALLED = find_spec("flash_attn") is not None
 
 
 class KVCache(MixerState):
@@ -48,46 +50,20 @@ class KVCache(MixerState):
 
 
 @register_slot("mixer", "attention")
-class CausalAttention(nn.Module):
+class CausalAttention(MultiHead):
     """Causal multi-head softmax attention: x (B, T, dim) → (B, T, dim), biases everywhere.
 
     Runs `F.scaled_dot_product_attention`; on CUDA in float16 or bfloat16 it uses flash-attn if that is installed.
     ValueError if `num_heads` does not divide `dim`.
     """
 
-    carries_input = False
-    layer_options: tuple[str, ...] = ()
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        num_heads: int = 4,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__()
-        if not isinstance(num_heads, int) or num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads must be a positive divisor of dim={dim}, got {num_heads!r}")
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.out_proj = nn.Linear(dim, dim, **dd)
-        self.flash_installed = find_spec("flash_attn") is not None
-        self.apply(init_weights)
-
     def forward(self, x: Tensor, state: KVCache | None = None, lengths: Tensor | None = None) -> Tensor:
         """Mix (B, T, dim); with a state, continue the sequences it has seen (see `grassland.archs.mixers`)."""
-        # (B, T, 3·dim) -> q, k, v of (B, H, T, dim/H)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        if state is None:
-            y = self._causal(q, k, v)
-        else:
-            y = self._continue(q, k, v, state, lengths)
-        return self.out_proj(y.transpose(1, 2).flatten(2))
+        q, k, v = self.split(x)
+        return self.merge(self._causal(q, k, v) if state is None else self._continue(q, k, v, state, lengths))
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.flash_installed and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        if FLASH_INSTALLED and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
             return _flash_attention()(*(t.transpose(1, 2) for t in (q, k, v)), causal=True).transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 

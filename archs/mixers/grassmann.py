@@ -74,7 +74,7 @@ class CausalGrassmannMixer(nn.Module):
             raise ValueError(f"rank must be an integer of at least 2, got {rank!r}")
         if not eps > 0:
             raise ValueError(f"eps must be positive, got {eps!r}")
-        self.dim, self.rank, self.offsets, self.eps, self.backend = dim, rank, _checked(offsets), eps, backend
+        self.dim, self.rank, self.offsets, self.eps, self.backend = dim, rank, checked_offsets(offsets), eps, backend
         self.reduce = nn.Linear(dim, rank, **dd)
         self.plucker = nn.Linear(rank * (rank - 1) // 2, dim, **dd)
         self.out_proj = nn.Linear(dim, dim, **dd) if out_proj else None
@@ -138,14 +138,17 @@ class CausalGrassmannMixer(nn.Module):
 
 
 def mean_coordinates(z: Tensor, past: Tensor, valid: Tensor, eps: float) -> Tensor:
-    """Mean of the normalised Plücker coordinates of z (B, T, r) with each valid past vector (B, T, m, r): (B, T, K).
+    """Mean of the normalised Plücker coordinates of z (…, r) with each valid past vector (…, m, r): (…, K).
+
+    valid: (…, m) bool, or int for how often a vector counts.
 
     All pairs share z, so the mean of wedges is one wedge z ∧ y. The part δ of a past vector that is orthogonal to z
     spans the same wedge and has ‖z ∧ δ‖ = ‖z‖‖δ‖ without the cancellation of the direct form.
     """
     z, past = (t if t.dtype is torch.float64 else t.float() for t in (z, past))
-    square = z.square().sum(-1, keepdim=True)[..., None]
-    along = (past * z[..., None, :]).sum(-1, keepdim=True) / square.clamp_min(torch.finfo(z.dtype).tiny)
+    # Clamped before the root too, whose derivative at zero is infinite.
+    square = z.square().sum(-1, keepdim=True)[..., None].clamp_min(torch.finfo(z.dtype).tiny)
+    along = (past * z[..., None, :]).sum(-1, keepdim=True) / square
     delta = past - along * z[..., None, :]
     norm = square.sqrt() * delta.norm(dim=-1, keepdim=True)
     weight = valid.to(z.dtype) / valid.sum(-1, keepdim=True).clamp_min(1)
@@ -153,7 +156,7 @@ def mean_coordinates(z: Tensor, past: Tensor, valid: Tensor, eps: float) -> Tens
     return plucker_coordinates(z, y)
 
 
-def _checked(offsets: Sequence[int]) -> tuple[int, ...]:
+def checked_offsets(offsets: Sequence[int]) -> tuple[int, ...]:
     values = tuple(offsets) if isinstance(offsets, Sequence) and not isinstance(offsets, str) else ()
     if not values or not all(isinstance(delta, int) and not isinstance(delta, bool) and delta > 0 for delta in values):
         raise ValueError(f"offsets must be a non-empty sequence of positive integers, got {offsets!r}")

@@ -8,12 +8,14 @@ A residual is constructed as `Residual(branch, dim, layer_index, *, norm, dropou
 - `num_layers`, if its constructor takes it: the number of sublayers of the model.
 - `expand(x)`, called on the first sublayer's residual, and `reduce(x)`, called on the last one's: from (B, T, dim) to
   the stream and back.
+- `flops_per_token()`: forward FLOPs a token of the residual itself, the branch not counted.
 - `branch`: any callable. It is registered only if it is a module; a branch shared across depth is given to all blocks
   but the first as a plain callable, so that a state dict has it once.
 """
 
-from .hyper import MHC, HyperConnection, MHCLite
+from .hyper import HyperConnection
 from .kromhc import KromHC
+from .manifold import MHC, MHCLite
 from .official import get_init_and_expand_reduce_stream_functions
 from .plain import PlainResidual
 from .streams import StreamState

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...kernels.kronecker import kronecker_factors, kronecker_matrix, kronecker_pre
 from ..registry import register_slot
-from .hyper import CLOSED, Manifold, Opened, wide
+from .hyper import Opened, wide
+from .manifold import CLOSED, Manifold
 from .streams import StreamState
 
 
@@ -60,6 +61,9 @@ class KromHC(Manifold):
             disable=disable, transposed=transposed, norm=norm, dropout=dropout, num_layers=num_layers, device=device,
             dtype=dtype,
         )  # fmt: skip
+
+    def mixing_flops(self) -> int:
+        return 2 * sum(self.factors) * self.num_streams * self.dim
 
     def mixing_logits(self) -> int:
         return sum(map(math.factorial, self.factors))

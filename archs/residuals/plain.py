@@ -62,3 +62,7 @@ class PlainResidual(nn.Module):
     def reduce(self, x: Tensor) -> Tensor:
         """The stream to (…, dim): the same."""
         return x
+
+    def flops_per_token(self) -> int:
+        """Forward FLOPs a token of the residual itself: none, norms and additions left out."""
+        return 0

@@ -16,6 +16,10 @@ MIXERS = {
     "grassmann": {"mixer": "grassmann", "rank": 6, "offsets": (1, 2, 5)},
     "schedule": {"mixer": "grassmann", "rank": 5, "offsets": ((1,), (3,)), "out_proj": False},
     "attention": {"mixer": "attention", "num_heads": 2},
+    "convolution": {"mixer": "convolution", "rank": 6, "offsets": (1, 2, 5)},
+    "hadamard": {"mixer": "hadamard", "rank": 6, "offsets": ((1, 7), (2, 3))},
+    "concatenation": {"mixer": "concatenation", "rank": 6, "offsets": ((1,), (2, 6)), "out_proj": False},
+    "local_attention": {"mixer": "local_attention", "rank": 6, "offsets": ((1, 2), (5,)), "num_heads": 2},
     "shared": {"mixer": "grassmann", "rank": 6, "offsets": ((1,), (2, 7)), "share": ("mixer", "ffn")},
 }
 

@@ -22,11 +22,12 @@ def inputs(tokens=11, dim=6, vocab=17, dtype=torch.float64):
     return x, weight, labels
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_loss_and_gradients_in_float64(reduction):
+def test_loss_and_gradients_in_float64(reduction, smoothing):
     x, weight, labels = inputs()
-    expected = F.cross_entropy(x @ weight.T, labels, reduction=reduction)
-    loss = linear_cross_entropy(x, weight, labels, reduction=reduction)
+    expected = F.cross_entropy(x @ weight.T, labels, reduction=reduction, label_smoothing=smoothing)
+    loss = linear_cross_entropy(x, weight, labels, reduction=reduction, label_smoothing=smoothing)
     torch.testing.assert_close(loss, expected, atol=1e-13, rtol=0)
     wanted = torch.autograd.grad(3 * expected, (x, weight))
     found = torch.autograd.grad(3 * loss, (x, weight))
@@ -101,10 +102,12 @@ def test_extreme_logits_stay_finite():
 
 def test_op_is_registered_as_pytorch_wants():
     x, weight, labels = inputs(dtype=torch.float32)
-    torch.library.opcheck(cross_entropy._summed, (x, weight, labels, torch.float32, True))
+    torch.library.opcheck(cross_entropy._summed, (x, weight, labels, 0.1, torch.float32, True))
 
 
 def test_shapes_that_do_not_fit_are_named():
     x, weight, labels = inputs()
     with pytest.raises(ValueError, match=r"labels \(10,\)"):
         linear_cross_entropy(x, weight, labels[:-1])
+    with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\], got 2"):
+        linear_cross_entropy(x, weight, labels, label_smoothing=2)

@@ -141,6 +141,29 @@ def test_checkpointing_changes_nothing(mode):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("mode", [None, "reentrant", "hooks"])
+def test_training_is_tallied_once(mode):
+    stack, x = Stack(capacity_factor=0.8).train(), torch.randn(20, 8, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        y, auxiliary = stack(x, mode)
+        (y.sum() + auxiliary).backward()
+    chosen, kept = stack.layer.tally
+    assert chosen.sum() == 2 * 3 * 20 * 2
+    assert (kept <= chosen).all() and 0 < kept.sum() < chosen.sum()
+    before = stack.layer.tally.clone()
+    stack.eval()(x)
+    assert torch.equal(stack.layer.tally, before)
+    assert not any("tally" in name for name in stack.state_dict())
+
+
+def test_a_compiled_layer_is_tallied_too():
+    layer, x = moe().train(), torch.randn(20, 8, dtype=torch.float64)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        compiled(x)[0].sum().backward()
+    assert layer.tally[0].sum() == 3 * 20 * 2
+
+
 def test_gradient_accumulation_and_retained_graphs_add_up():
     stack, x = Stack(noise=False, capacity_factor=None).train(), torch.randn(2, 20, 8, dtype=torch.float64)
     wanted = [torch.zeros_like(p) for p in stack.parameters()]

@@ -27,6 +27,8 @@ def usage():
     return subprocess.run([tool, "--dump-resource-usage", _C.__file__], capture_output=True, text=True).stdout
 
 
+@pytest.mark.support(backend="cuda", how="compiled", op="plucker_mix", dtype="float32")
+@pytest.mark.support(backend="cuda", how="compiled", op="plucker_mix", dtype="bfloat16")
 def test_built_for_every_chip(usage):
     assert dispatch.has_cuda_kernels()
     assert set(re.findall(r"arch = (sm_\w+)", usage)) >= EXPECTED

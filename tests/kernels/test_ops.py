@@ -17,6 +17,7 @@ def first(spec) -> Case:
     return spec.cases[0]
 
 
+@pytest.mark.support(backend="eager", how="run", dtype="float64")
 @pytest.mark.parametrize(("spec", "case"), CASES)
 def test_eager_equals_reference_in_float64(spec, case):
     truth = run(spec, case.tensors(), case.options, "reference")
@@ -38,6 +39,7 @@ def test_gradcheck(spec, backend):
 
 
 @needs_extension
+@pytest.mark.support(backend="cpp", how="run")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("spec", "case"), CASES)
 def test_cpp_accuracy(spec, case, dtype):
@@ -70,6 +72,7 @@ def test_compiles_to_one_graph(spec, backend):
 
 
 @needs_extension
+@pytest.mark.support(backend="cpp", how="run")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", SPECS)
 def test_bitwise_determinism(spec, dtype):
@@ -96,6 +99,7 @@ def test_expanded_gradient(spec):
 
 
 @pytest.mark.gpu
+@pytest.mark.support(how="run")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize(("spec", "case"), CASES)
@@ -106,6 +110,7 @@ def test_gpu_accuracy(spec, case, backend, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.support(backend="triton", how="run")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", SPECS)
 def test_gpu_representative(spec, dtype):

@@ -20,6 +20,7 @@ AMD = ("hip", "gfx942", 64, 65536)
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma"}
 
 
+@pytest.mark.support(backend="triton", how="interpreted")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_interpreter(spec, dtype):
@@ -40,6 +41,7 @@ def launches(name: str, dtype: torch.dtype) -> list[Launch]:
         return record_launches(lambda: run(spec, case.tensors(dtype), case.options, "triton"))
 
 
+@pytest.mark.support(backend="triton", how="compiled", dtype="bfloat16")
 @pytest.mark.parametrize("chip", TARGETS)
 @pytest.mark.parametrize("spec", SPECS)
 def test_compiles_for_nvidia(spec, chip):
@@ -56,6 +58,7 @@ def test_compiles_for_nvidia(spec, chip):
     assert not spec.gemm or MATRIX[chip] in assembly
 
 
+@pytest.mark.support(backend="triton", how="compiled", dtype="float32")
 @pytest.mark.parametrize("spec", SPECS)
 def test_float32_compiles_for_hopper(spec):
     for launch in launches(spec.name, torch.float32):
@@ -65,6 +68,7 @@ def test_float32_compiles_for_hopper(spec):
         assert usage["LOCAL"] == 0, f"{launch.name} spills: {usage}"
 
 
+@pytest.mark.support(backend="triton", how="compiled", dtype="bfloat16")
 @pytest.mark.parametrize("spec", SPECS)
 def test_compiles_for_amd(spec):
     for launch in launches(spec.name, torch.bfloat16):

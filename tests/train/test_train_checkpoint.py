@@ -8,7 +8,8 @@ import torch
 
 import grassland.archs.io as archs_io
 from grassland.archs import CheckpointError
-from grassland.train.checkpoint import STATE_FILE, load_state, rng_state, save_state, set_rng_state
+from grassland.train.checkpoint import STATE_FILE, load_state, save_state
+from grassland.train.seeds import rng_state, set_rng_state
 
 
 @pytest.fixture

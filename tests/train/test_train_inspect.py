@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from grassland.archs import create_model, save_model
-from grassland.train.inspect import inspect, measure
+from grassland.archs import CheckpointError, create_model, save_model
+from grassland.train.inspect import compare, inspect, measure, plot
 
 SIZES = {"vocab_size": 40, "dim": 16, "depth": 2, "ffn_dim": 32, "max_len": 8, "rank": 4, "offsets": (1, 2)}
 
@@ -49,10 +49,67 @@ def test_a_model_without_residuals_says_so():
         measure(torch.nn.Linear(2, 2), torch.zeros(1, 4))
 
 
-def test_command_line(tmp_path, capsys):
+def test_runs_side_by_side(tmp_path):
+    pytest.importorskip("matplotlib")
+    folders = [tmp_path / "a" / "mhc", tmp_path / "a" / "kromhc", tmp_path / "a" / "plain"]
+    for folder in folders:
+        save_model(model_with(folder.name, std=3.0), folder)
+    runs = compare(folders, tmp_path / "out")
+    assert list(runs) == ["mhc", "kromhc", "plain"]
+    for folder in folders:
+        assert json.loads((tmp_path / "out" / f"inspect-{folder.name}.json").read_text()) == runs[folder.name]
+        assert runs[folder.name] == inspect(folder)
+    assert runs["mhc"][-1]["product_deviation"] > 100 * runs["kromhc"][-1]["product_deviation"]
+    assert (tmp_path / "out" / "inspect.png").stat().st_size > (folders[0] / "inspect.png").stat().st_size / 2
+
+
+def test_picture_has_a_legend_entry_for_each_run(tmp_path, monkeypatch):
+    figures = pytest.importorskip("matplotlib.figure")
+    shown = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: shown.append(self))
+    runs = {name: measure(model_with(name), torch.zeros(1, 4, dtype=torch.int64)) for name in ("mhc", "kromhc")}
+    plot(runs, tmp_path / "x.png")
+    plot({"mhc": runs["mhc"]}, tmp_path / "x.png")
+    several, one = ([[t.get_text() for t in a.get_legend().get_texts()] for a in f.axes] for f in shown)
+    assert several == [["mhc", "kromhc"]] * 4
+    streams = [f"mhc: {k}" for k in range(4)]
+    assert one == [["mhc"], ["mhc"], streams, streams]
+    lines = [line.get_ydata() for line in shown[0].axes[2].lines]
+    assert [list(line) for line in lines[:4]] == [[r["stream_norms"][k] for r in runs["mhc"]] for k in range(4)]
+
+
+def test_runs_of_one_name_are_told_apart_and_repeated_ones_refused(tmp_path):
+    pytest.importorskip("matplotlib")
+    folders = [tmp_path / "x" / "run", tmp_path / "y" / "run"]
+    for folder in folders:
+        save_model(model_with("plain"), folder)
+    assert list(compare(folders, tmp_path / "out")) == ["x/run", "y/run"]
+    assert (tmp_path / "out" / "inspect-y-run.json").exists()
+    for wrong in ([], [folders[0], folders[0]]):
+        with pytest.raises(ValueError, match="folders must be one or more different runs"):
+            compare(wrong, tmp_path)
+
+
+def test_one_unreadable_run_writes_nothing(tmp_path):
+    save_model(model_with("plain"), tmp_path / "good")
+    with pytest.raises(CheckpointError, match="bad"):
+        compare([tmp_path / "good", tmp_path / "bad"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
     from grassland.train.__main__ import main
 
-    save_model(model_with("kromhc"), tmp_path)
-    assert main(["inspect", str(tmp_path)]) == 0
-    assert (tmp_path / "inspect.png").stat().st_size > 1000
-    assert "4 sublayers" in capsys.readouterr().out
+    for name in ("kromhc", "mhc"):
+        save_model(model_with(name), tmp_path / name)
+    assert main(["inspect", str(tmp_path / "kromhc")]) == 0
+    assert (tmp_path / "kromhc" / "inspect.png").stat().st_size > 1000
+    assert (tmp_path / "kromhc" / "inspect.json").exists()
+    assert "kromhc: 4 sublayers" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", "kromhc", "mhc"]) == 0
+    assert (tmp_path / "inspect.png").stat().st_size > 1000 and (tmp_path / "inspect-mhc.json").exists()
+    said = capsys.readouterr().out
+    assert "kromhc: 4 sublayers" in said and "mhc: 4 sublayers" in said
+    assert main(["inspect"]) == 2
+    assert "folders must be" in capsys.readouterr().err

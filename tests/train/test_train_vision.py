@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from grassland.archs import CheckpointError
+from grassland.archs import CheckpointError, CosineHead
 from grassland.train.__main__ import main
 from grassland.train.classify import Tally
 from grassland.train.config import VisionConfig
@@ -20,7 +20,7 @@ from grassland.train.log import read_metrics
 from grassland.train.loop import Trainer
 from grassland.train.recipes import RECIPES, recipe
 from grassland.train.start import run
-from grassland.train.tasks.vision import ImageClassification, shares
+from grassland.train.tasks.vision import ImageClassification
 from grassland.train.vision_model import ImageModelSpec, build_vision_model, load_vision_model
 
 # What depends on the clock and the place, not on the numbers.
@@ -126,11 +126,41 @@ def test_few_classes_and_no_images():
         Tally().metrics()
 
 
-def test_smoothed_shares_are_those_of_cross_entropy():
+OWN = {"model": "vit_b16", "ema": 0.0}
+OWN["set"] = ("dim=16", "depth=1", "ffn_dim=16", "num_heads=2", "patch_size=8", "dropout=0")
+
+
+@pytest.mark.parametrize("mixed", [{}, {"mixup": 0.0, "cutmix": 0.0}], ids=["mixed", "classes"])
+@pytest.mark.parametrize("changes", [{}, OWN], ids=["timm", "own"])
+def test_a_grassmann_head_trains_by_its_fused_loss(vision, changes, mixed, monkeypatch):
+    settings = {**changes, **mixed, "set": changes.get("set", ("channels=4,8,8,8", "stem_width=4"))}
+    task = ImageClassification(vision(head="grassmann", subspace_dim=2, **settings), torch.device("cpu"))
+    batch = next(task.batches(3))
+    logits = task.model(task._images(batch.images))
+    smoothing = 0.0 if batch.targets.ndim == 2 else 0.1
+    expected = nn.functional.cross_entropy(logits, batch.targets, label_smoothing=smoothing)
+    monkeypatch.setattr("grassland.archs.heads.grassmann.subspace_logits", None)
+    loss = task.loss(task.model, batch)
+    torch.testing.assert_close(loss, expected)
+    parameters = list(task.model.parameters())
+    found, wanted = (torch.autograd.grad(each, parameters) for each in (loss, expected))
+    scale = max(gradient.abs().max().item() for gradient in wanted)
+    for left, right in zip(found, wanted, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5 * scale)
+
+
+def test_binary_cross_entropy_counts_targets_above_the_threshold_as_ones(vision):
+    settings = {"loss": "bce", "bce_threshold": 0.2, "mix_prob": 1.0, "mixup": 4.0, "cutmix": 0.0}
+    task = ImageClassification(vision(**settings), torch.device("cpu"))
+    batch = next(task.batches(0))
+    assert ((batch.targets > 0.2) & (batch.targets < 0.9)).any()
     torch.manual_seed(0)
-    logits, targets = torch.randn(5, 7), torch.randint(7, (5,))
-    expected = nn.functional.cross_entropy(logits, targets, label_smoothing=0.2)
-    torch.testing.assert_close(nn.functional.cross_entropy(logits, shares(targets, 7, 0.2)), expected)
+    loss = task.loss(task.model, batch)
+    torch.manual_seed(0)
+    logits = task.model(task._images(batch.images))
+    ones = (batch.targets > 0.2).float()
+    expected = -(ones * logits.sigmoid().log() + (1 - ones) * (1 - logits.sigmoid()).log()).sum(1).mean()
+    torch.testing.assert_close(loss, expected)
 
 
 def test_the_average_follows_the_weights_and_is_put_back_on_the_manifold():
@@ -191,6 +221,9 @@ def test_skipped_images_are_counted_in_the_log(vision, tmp_path):
     assert numbers(tmp_path / "run", ("test",))[0].get("skipped", 0) == bad["test"]
 
 
+MODELS = {"r50": "resnet50", "r50d": "resnet50d", "r101d": "resnet101d", "r152d": "resnet152d"}
+MODELS |= {"resnext50": "resnext50_32x4d", "vgg13_bn": "vgg13_bn", "swin_t": "swin_tiny_patch4_window7_224"}
+MODELS |= {"deit3_s": "deit3_small_patch16_224", "rsb_a1": "resnet50d", "rsb_a2": "resnet50d", "rsb_a3": "resnet50d"}
 PAPER = {"r50": 0.1, "r50d": 0.1, "r101d": 0.1, "r152d": 0.1, "resnext50": 0.1, "vgg13_bn": 0.1}
 PAPER |= {"swin_t": 1e-3, "deit3_s": 4e-3, "rsb_a1": 0.005, "rsb_a2": 0.005, "rsb_a3": 0.008, "widenet": 0.01}
 
@@ -223,7 +256,13 @@ def test_recipes_have_the_papers_values():
     )
     assert all(timm.is_model(config.model.removeprefix("timm/")) for name, config in got.items() if name != "widenet")
     assert (recipe("r50d", k=16).subspace_dim, recipe("r50d", head="linear").head) == (16, "linear")
-    assert recipe("rsb_a1", head="linear").loss == "bce" and recipe("swin_t", head="linear").head_lr is None
+    for name, crop in (("rsb_a1", 224), ("rsb_a2", 224), ("rsb_a3", 160)):
+        config, baseline = got[name], recipe(name, head="linear")
+        assert (config.loss, baseline.loss, baseline.bce_threshold) == ("ce", "bce", 0.2)
+        assert (config.img_size, config.cutmix, config.betas, config.warmup_epochs) == (crop, 1.0, (0.9, 0.999), 5)
+    assert (got["vgg13_bn"].head_dropout, recipe("vgg13_bn", head="linear").head_dropout) == (False, True)
+    assert all(config.model == f"timm/{MODELS[name]}" for name, config in got.items() if name != "widenet")
+    assert recipe("swin_t", head="linear").head_lr is None
     with pytest.raises(ValueError, match="unknown recipe 'r50e'; did you mean"):
         recipe("r50e")
 
@@ -276,6 +315,8 @@ def fail(capsys):
         (["--data", "/nowhere/images"], "/nowhere/images: no such file or folder"),
         (["--recipe", "r51"], "unknown recipe 'r51'; did you mean"),
         (["--auto-augment", "rand-x9"], "auto_augment 'rand-x9'"),
+        (["--erase", "2"], "error: erase must lie in [0, 1], got 2.0"),
+        (["--head", "grassmann", "--subspace-dim", "600"], "subspace_dim must be at most in_features = 128, got 600"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -292,6 +333,7 @@ def test_bad_settings_are_one_line_that_names_them_and_write_nothing(fail, tmp_p
         ({"erase": 2.0}, "erase must lie in"),
         ({"workers": -1}, "workers must not be negative"),
         ({"ema": 1.0}, "ema must lie in"),
+        ({"bce_threshold": 1.0}, "bce_threshold must lie in"),
         ({"bad_images": "ignore"}, "bad_images must be one of"),
         ({"head_lr": 0.1}, "head_lr is for a Grassmann head"),
         ({"head": "grassmann", "loss": "bce"}, "cannot train a Grassmann head"),
@@ -346,3 +388,13 @@ def test_other_data_are_refused_on_resumption(vision, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageClassification, "identity", lambda self: {**identity(self), "data": "other"})
     with pytest.raises(CheckpointError, match="saved for the data"):
         resume(tmp_path / "run", steps=2)
+
+
+def test_a_cosine_head_is_trained_and_loaded(vision, tmp_path):
+    config = vision(head="cosine", optimizer="muon", out=str(tmp_path / "run"))
+    assert run(ImageClassification, config) == 0
+    model = load_vision_model(tmp_path / "run")
+    assert isinstance(model.get_classifier(), CosineHead)
+    assert model(torch.randn(2, 3, 16, 16)).abs().max() <= 25
+    (test,) = [e for e in read_metrics(tmp_path / "run") if e["event"] == "test"]
+    assert 0 <= test["top1"] <= 1

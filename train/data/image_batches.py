@@ -17,8 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import VisionConfig
+from ..parallel import rank, rows, size
 from .blocks import IGNORED, BlockOrder
+from .errors import WorkerError
 from .images import ImageError, ImageSet
+from .sources import first_line
 
 Transform = Callable[[Any], Tensor]
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -36,30 +39,34 @@ class ImageBatch(NamedTuple):
 
 
 class TrainBatches(Dataset):
-    """The endless stream of augmented training batches; item `position` is the same whenever it is asked."""
+    """The endless stream of augmented training batches; item `position` is the same whenever it is asked.
+
+    A process gets its rows: some of the first half, and of the second those that mixing pairs with them.
+    """
 
     def __init__(self, images: ImageSet, classes: int, config: VisionConfig) -> None:
         self.images, self.config = images, config
         self.order = BlockOrder(len(images), config.seed)
+        self.rows = _mirrored_rows(config.batch_size)
         self.transform = train_transform(config)
         self.mix = mixing(config, classes) if config.mixes else None
 
     def __getitem__(self, position: int) -> ImageBatch | ImageError:
-        size, repeats = self.config.batch_size, self.config.repeats
-        draws = range(position * size, (position + 1) * size)
+        count, repeats = self.config.batch_size, self.config.repeats
+        draws = range(position * count, (position + 1) * count)
         first = draws[0] // repeats
         indices = self.order.at(first, draws[-1] // repeats - first + 1)
         with _generators_kept():
             try:
-                rows = [self._draw(int(indices[draw // repeats - first]), draw) for draw in draws]
+                drawn = [self._draw(int(indices[draws[row] // repeats - first]), draws[row]) for row in self.rows]
             except ImageError as error:
                 # As a value: an exception that crosses processes comes with a traceback in its message.
                 return error
-            images, targets = _stack(rows)
+            images, targets = _stack(drawn)
             if self.mix is not None:
                 _seed_generators(self.config.seed, position, 1)
                 images, targets = self.mix(images, targets)
-        return ImageBatch(images, targets, sum(skipped for _, _, skipped in rows))
+        return ImageBatch(images, targets, sum(skipped for _, _, skipped in drawn))
 
     def _draw(self, index: int, draw: int) -> tuple[Tensor, int, int]:
         """The augmented image, its label, and how many unreadable ones it stands for."""
@@ -80,21 +87,24 @@ class EvalBatches(Dataset):
     """Every image of a split once, cropped from the centre.
 
     All batches have one shape, so that compiled models see no other: what is missing in the last one, and where
-    unreadable images are skipped, has the target −100.
+    unreadable images are skipped, has the target −100. A process gets its rows of each.
     """
 
     def __init__(self, images: ImageSet, config: VisionConfig) -> None:
         self.images, self.config = images, config
         self.transform = eval_transform(config)
+        self.rows = range(config.batch_size)[rows(config.batch_size)]
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.config.batch_size)
 
     def __getitem__(self, number: int) -> ImageBatch | ImageError:
-        size, side = self.config.batch_size, self.config.img_size
-        images, targets = torch.zeros(size, 3, side, side), torch.full((size,), IGNORED)
+        first, count, side = number * self.config.batch_size, len(self.rows), self.config.img_size
+        images, targets = torch.zeros(count, 3, side, side), torch.full((count,), IGNORED)
         skipped = 0
-        for row, index in enumerate(range(number * size, min(len(self.images), (number + 1) * size))):
+        for row, index in enumerate(first + place for place in self.rows):
+            if index >= len(self.images):
+                break
             try:
                 images[row] = self.transform(self.images.open(index))
                 targets[row] = int(self.images.labels[index])
@@ -106,7 +116,10 @@ class EvalBatches(Dataset):
 
 
 def load_batches(batches: Dataset, positions: Iterable[int], workers: int) -> Iterator[ImageBatch]:
-    """The items at `positions`, in their order, made by so many processes (0: by this one). Raises ImageError."""
+    """The items at `positions`, in their order, made by so many processes (0: by this one).
+
+    Raises ImageError, and WorkerError if one of these processes dies.
+    """
     loader = DataLoader(
         batches,
         sampler=positions,
@@ -117,10 +130,25 @@ def load_batches(batches: Dataset, positions: Iterable[int], workers: int) -> It
         # Its own: the global generator must not notice a loader.
         generator=torch.Generator(),
     )
-    for batch in loader:
-        if isinstance(batch, ImageError):
-            raise ImageError(f"{batch}; --bad-images skip leaves such images out")
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, ImageError):
+                raise ImageError(f"{batch}; --bad-images skip leaves such images out")
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        advice = "if memory ran out, fewer --workers or a smaller --batch-size help"
+        raise WorkerError(f"a process that prepares batches has died ({first_line(error)}); {advice}") from error
+
+
+def _mirrored_rows(count: int) -> list[int]:
+    """This process's rows of a training batch. Mixing pairs row i with row count − 1 − i, which is here, too, and the
+    pairs of all processes are those of one."""
+    each = count // size()
+    front, back = each - each // 2, each // 2
+    first, last = rank() * front, count - rank() * back
+    return [*range(first, first + front), *range(last - back, last)]
 
 
 def train_transform(config: VisionConfig) -> Transform:

@@ -2,7 +2,7 @@
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...archs.io import atomic_write
 
@@ -10,6 +10,34 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 FILE = "tokenizer.json"
+
+
+class SpecialTokens(NamedTuple):
+    """Ids: padding, what a sequence begins with, what ends a segment, what stands for a hidden token."""
+
+    pad: int
+    cls: int
+    sep: int
+    mask: int
+
+
+# What those who publish vocabularies call them; the first name is the one given here.
+SPECIAL = (("[PAD]", "<pad>"), ("[CLS]", "<s>"), ("[SEP]", "</s>"), ("[MASK]", "<mask>"))
+
+
+def special_tokens(tokenizer: "Tokenizer") -> SpecialTokens:
+    """The special tokens of a text encoder; those that the vocabulary lacks are added to it.
+
+    From then on text that reads like one of them is encoded as ordinary text.
+    """
+    ids = []
+    for names in SPECIAL:
+        known = [name for name in names if tokenizer.token_to_id(name) is not None]
+        if not known:
+            tokenizer.add_special_tokens([names[0]])
+        ids.append(tokenizer.token_to_id((known or names)[0]))
+    tokenizer.encode_special_tokens = True
+    return SpecialTokens(*ids)
 
 
 def load_tokenizer(spec: str, text: str = "") -> "Tokenizer":

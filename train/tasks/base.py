@@ -14,6 +14,10 @@ from ..config import RunConfig
 class Task(ABC):
     """A model, the batches it learns from, its loss and how it is judged.
 
+    With several processes each has a task of its own: `batches` gives its rows of every batch
+    (`parallel.rows(batch_size)`), `evaluate` may judge its rows alone and add up (`parallel.total`); `save` and
+    `samples` are asked of the first process only. All else is as with one process.
+
     name: the command. unit: what a batch is counted in ("tokens", "images"). metric: the entry of `evaluate`'s result
     that picks the best checkpoint, the smaller the better. model: on `device`.
     """
@@ -29,12 +33,12 @@ class Task(ABC):
     @property
     @abstractmethod
     def batches_per_epoch(self) -> float:
-        """Micro-batches in one pass over the training data."""
+        """Micro-batches of all processes in one pass over the training data."""
 
     @property
     @abstractmethod
     def units_per_batch(self) -> int:
-        """Tokens or images in a micro-batch."""
+        """Tokens or images in a micro-batch of all processes."""
 
     @property
     @abstractmethod
@@ -43,7 +47,10 @@ class Task(ABC):
 
     @abstractmethod
     def batches(self, position: int) -> Iterator[Any]:
-        """The endless stream of micro-batches from the one numbered `position`; the same ones whenever it is asked."""
+        """The endless stream of micro-batches from the one numbered `position`; the same ones whenever it is asked.
+
+        A process gets its rows of each: together they are those that one process would get.
+        """
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -68,6 +75,17 @@ class Task(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Facts about data and model for the log's first entry."""
+
+    def weight(self, batch: Any) -> Tensor | None:
+        """How many targets the mean of `loss` is over, a float scalar; None if it is the same for every batch.
+
+        With several processes their losses count by it, so that the whole batch has the loss of one process.
+        """
+        return None
+
+    def models(self) -> list[nn.Module]:
+        """The trained model, and all others that keep pace with its weights: they are sharded alike."""
+        return [self.model]
 
     @property
     def eval_model(self) -> nn.Module:

@@ -1,5 +1,6 @@
 """Causal language modelling on a tokenised text."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from ...archs import create_model, load_model, save_model
 from ..config import LMConfig, RunConfig
-from ..data import BlockOrder, Corpus, block_batch, load_corpus, num_blocks, save_tokenizer
+from ..data import BlockOrder, Corpus, block_batch, load_corpus, load_tokenizer, num_blocks, save_tokenizer
 from ..data.tokenizer import FILE as TOKENIZER_FILE
 from ..evaluate import evaluate_text
+from ..parallel import is_main, rows
 from ..sample import generate_text
 from .base import Task
 
@@ -27,7 +29,7 @@ class LanguageModeling(Task):
 
     def __init__(self, config: LMConfig, device: torch.device) -> None:
         self.config = config
-        self.corpus = _corpus(config)
+        self.corpus, self.tokenizer_damaged = read_corpus(config)
         _check_length(self.corpus, config)
         options = {"max_len": config.seq_len, **config.overrides()}
         model = create_model(config.model, vocab_size=self.corpus.tokenizer.get_vocab_size(), **options)
@@ -48,8 +50,9 @@ class LanguageModeling(Task):
 
     def batches(self, position: int) -> Iterator[tuple[Tensor, Tensor]]:
         size = self.config.batch_size
+        mine = rows(size)
         while True:
-            blocks = self.order.at(position * size, size)
+            blocks = self.order.at(position * size, size)[mine]
             inputs, targets = block_batch(self.corpus.train.tokens, blocks, self.config.seq_len)
             yield self.to_device(inputs), self.to_device(targets)
             position += 1
@@ -79,6 +82,10 @@ class LanguageModeling(Task):
         parameters = self.model.num_parameters()  # type: ignore[operator]
         return {"data": self.corpus.name, **self.identity(), "parameters": parameters, "splits": counts}
 
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self.tokenizer_damaged and self.config.resume and is_main():
+            save_tokenizer(self.corpus.tokenizer, Path(self.config.resume))
+
     def samples(self, model: nn.Module, count: int, seed: int) -> list[str]:
         """Continuations of the first words of evenly spaced blocks of the test text."""
         test = self.corpus.test.tokens
@@ -91,10 +98,23 @@ class LanguageModeling(Task):
         ]
 
 
-def _corpus(config: LMConfig) -> Corpus:
+def read_corpus(config: LMConfig, *, marked: bool = False) -> tuple[Corpus, bool]:
+    """The corpus, `marked` or not, and whether the run's own vocabulary could not be read."""
+
+    def load(tokenizer: str) -> Corpus:
+        return load_corpus(config.data, tokenizer, config.text_column, marked=marked)
+
+    if not config.resume or config.resume == "auto":
+        return load(config.tokenizer), False
     # A resumed run reads the vocabulary it has been trained with, whatever has become of the tokeniser's source.
-    tokenizer = str(Path(config.resume) / TOKENIZER_FILE) if config.resume else config.tokenizer
-    return load_corpus(config.data, tokenizer, config.text_column)
+    own = Path(config.resume) / TOKENIZER_FILE
+    try:
+        load_tokenizer(str(own))
+    except (FileNotFoundError, ValueError) as error:
+        # That it is the same again shows when the state is loaded: it belongs to one text and one vocabulary.
+        print(f"{error}; made again from {config.tokenizer}", file=sys.stderr)
+        return load(config.tokenizer), True
+    return load(str(own)), False
 
 
 def _check_length(corpus: Corpus, config: LMConfig) -> None:

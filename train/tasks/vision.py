@@ -1,5 +1,6 @@
 """Image classification."""
 
+import importlib
 import itertools
 from collections.abc import Iterator
 from functools import cached_property
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...archs.heads import grassmann_heads
 from ..classify import evaluate_classifier
 from ..config import RunConfig, VisionConfig
 from ..data.image_batches import EvalBatches, ImageBatch, TrainBatches, load_batches
 from ..data.image_sources import load_images
 from ..ema import WeightAverage
+from ..parallel import gather, is_main
 from ..vision_model import ImageModelSpec, build_vision_model, load_vision_model, num_parameters, save_vision_model
 from .base import Task
 
@@ -57,7 +60,19 @@ class ImageClassification(Task):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self.model.eval()(self._images(image))
         self.model.train(training)
-        return 3.0 * counter.get_total_flops()
+        # The counter does not see into grassland's own operators.
+        heads = sum(head.flops_per_token() for head in grassmann_heads(self.model))
+        return 3.0 * (counter.get_total_flops() + heads)
+
+    def models(self) -> list[nn.Module]:
+        return [self.model, *(self.average.models() if self.average else ())]
+
+    @cached_property
+    def binary_loss(self) -> Any:
+        """Binary cross entropy summed over the classes, as timm has it."""
+        timm_loss: Any = importlib.import_module("timm.loss")
+        smoothing, threshold = self.config.label_smoothing, self.config.bce_threshold
+        return timm_loss.BinaryCrossEntropy(smoothing, target_threshold=threshold, sum_classes=True)
 
     @property
     def eval_model(self) -> nn.Module:
@@ -69,14 +84,14 @@ class ImageClassification(Task):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         self.skipped += batch.skipped
         images, targets = self._images(batch.images), self.to_device(batch.targets)
-        classes, smoothing = len(self.data.classes), self.config.label_smoothing
         if self.config.loss == "bce":
-            logits = model(images).float()
-            return F.binary_cross_entropy_with_logits(logits, shares(targets, classes, smoothing)) * classes
-        if hasattr(self.model, "spec"):
-            return F.cross_entropy(model(images).float(), targets, label_smoothing=0 if targets.ndim > 1 else smoothing)
-        # grassland's own models add losses of their own, such as the balance of experts.
-        return model(images, labels=shares(targets, classes, smoothing) if smoothing else targets)
+            return self.binary_loss(model(images).float(), targets)
+        # Mixed targets are smoothed already.
+        smoothing = 0.0 if targets.ndim > 1 else self.config.label_smoothing
+        if self.config.head == "linear" and hasattr(self.model, "spec"):
+            return F.cross_entropy(model(images).float(), targets, label_smoothing=smoothing)
+        # A Grassmann head writes no logits; grassland's own models add losses of their own, as the balance of experts.
+        return model(images, labels=targets, label_smoothing=smoothing)
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         batches = EvalBatches(self.data.splits[split], self.config)
@@ -106,28 +121,21 @@ class ImageClassification(Task):
             self.average.update(self.model)
 
     def train_metrics(self) -> dict[str, Any]:
-        skipped, self.skipped = self.skipped, 0
+        skipped, self.skipped = sum(gather(self.skipped)), 0
         return {"skipped": skipped} if self.config.bad_images == "skip" else {}
 
     def state(self) -> dict[str, Any]:
         average = {} if self.average is None else {"average": self.average.state_dict()}
-        return {"skipped": self.skipped, **average}
+        return {"skipped": sum(gather(self.skipped)), **average}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.skipped = state["skipped"]
+        self.skipped = state["skipped"] if is_main() else 0
         if self.average is not None:
             self.average.load_state_dict(state["average"])
 
     def _images(self, images: Tensor) -> Tensor:
         images = self.to_device(images)
         return images.to(memory_format=torch.channels_last) if self.config.channels_last else images
-
-
-def shares(targets: Tensor, classes: int, smoothing: float) -> Tensor:
-    """Targets as shares of the classes, (B, classes) float32; mixed ones, which are smoothed already, as they are."""
-    if targets.ndim > 1:
-        return targets
-    return F.one_hot(targets, classes).float() * (1 - smoothing) + smoothing / classes
 
 
 def _spec(config: VisionConfig, classes: int) -> ImageModelSpec:

@@ -1,0 +1,195 @@
+"""Layers of this library in the shape that other libraries' models call; made for `swap`.
+
+    swap(gpt2, {GPT2Attention: grassmann_attention(rank=16)})
+    swap(llama, {LlamaDecoderLayer: hyper_blocks(llama_branches, dim=64, depth=4)})
+    swap(vit, {"blocks.*.mlp": moe_mlp(num_experts=4)})
+
+Nothing here imports those libraries.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ffns import SharedMoE
+from ..mixers import CausalGrassmannMixer
+from ..residuals import KromHC, StreamState
+
+Branch = Callable[[Tensor], Tensor]
+# A block and the keywords of its call → its two branches, norms included, without the residual connections.
+Branches = Callable[[Any, dict[str, Any]], tuple[Branch, Branch]]
+
+
+class GrassmannAttention(nn.Module):
+    """`CausalGrassmannMixer` in the place of the self-attention of a Hugging Face decoder (GPT-2's, Llama's …).
+
+    Returns what those expect, (hidden states (B, T, dim), None), and decodes with Hugging Face's dynamic cache, which
+    holds the reduced vectors z in place of the keys: rank numbers a token and layer.
+
+    ValueError for left padding (right padding needs no mask, since the mixing is causal), for cross-attention and for a
+    cache of fixed size.
+    """
+
+    def __init__(self, dim: int, layer_idx: int, **options: Any) -> None:
+        super().__init__()
+        self.mixer = CausalGrassmannMixer(dim, **options)
+        self.layer_idx = layer_idx
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        **keywords: Any,
+    ) -> tuple[Tensor, None]:
+        if encoder_hidden_states is not None:
+            raise ValueError("encoder_hidden_states must be None: Grassmann mixing is no cross-attention")
+        if attention_mask is not None:
+            _check_padding(attention_mask)
+        if cache is None:
+            return self.mixer(hidden_states), None
+        return self.mixer(hidden_states, self._state(hidden_states, cache)), None
+
+    def _state(self, x: Tensor, cache: Any) -> Any:
+        """The mixer's state before x; the cache gets x's reduced vectors."""
+        z = self.mixer.reduce(x)[:, None]
+        history = cache.update(z, z[..., :0], self.layer_idx)[0][:, 0, : -x.shape[1]]
+        if cache.get_seq_length(self.layer_idx) != history.shape[1] + x.shape[1]:
+            raise ValueError("cache must be a DynamicCache that is not offloaded, got one of fixed size")
+        state = self.mixer.init_state(x.shape[0], history.shape[1], x.device, z.dtype)
+        if (seen := history.shape[1]) > 0:
+            span = min(seen, state.z.shape[1])
+            state.z[:, -span:] = history[:, -span:]
+            state.advance(seen, None)
+        return state
+
+
+def _check_padding(mask: Tensor) -> None:
+    if mask.dim() == 2:
+        first = mask[:, 0] != 0
+    else:
+        # (B, 1, T, T'): whether the last token sees the first; added to scores, 0 shows and −∞ hides.
+        first = mask[:, 0, -1, 0] if mask.dtype == torch.bool else mask[:, 0, -1, 0] == 0
+    if not bool(first.all()):
+        raise ValueError("attention_mask must not hide the first token: Grassmann mixing takes no left padding")
+
+
+def grassmann_attention(**options: Any) -> Callable[[Any], GrassmannAttention]:
+    """A factory for `swap`: a Hugging Face self-attention to `GrassmannAttention` with `CausalGrassmannMixer`'s
+    options."""
+
+    def make(old: Any) -> GrassmannAttention:
+        return GrassmannAttention(old.config.hidden_size, old.layer_idx, **options)
+
+    return make
+
+
+class HyperBlock(nn.Module):
+    """A pre-norm block of two branches whose residual connections are hyper-connections.
+
+    x (…, dim) goes into the first block and comes out of the last one; streams (…, n, dim) pass between them.
+    `block` is the old block, whose parameters and norms go on serving.
+    """
+
+    def __init__(self, block: nn.Module, branches: Branches, first: nn.Module, second: nn.Module, ends: str) -> None:
+        super().__init__()
+        self.block, self.branches, self.ends = block, branches, ends
+        self.first: Any = first
+        self.second: Any = second
+
+    def forward(self, hidden_states: Any, **keywords: Any) -> Tensor:
+        x = self.first.expand(hidden_states) if "first" in self.ends else hidden_states
+        connections = (self.first, self.second)
+        for connection, branch in zip(connections, self.branches(self.block, keywords), strict=True):
+            u, join = connection(x)
+            x = join(branch(u))
+        if "last" in self.ends:
+            return self.second.reduce(x)
+        # Other libraries' hooks and checkpointing between blocks want a tensor.
+        return x.tensor() if isinstance(x, StreamState) else x
+
+
+def hyper_blocks(
+    branches: Branches, dim: int, depth: int, kind: type[nn.Module] = KromHC, **options: Any
+) -> Callable[[nn.Module, str], HyperBlock]:
+    """A factory for `swap` that puts hyper-connections around the branches of all `depth` blocks of a model.
+
+    branches: `llama_branches`, `vit_branches`, or one's own. kind, options: the hyper-connection and its arguments;
+    with init="identity" the model computes at first what it did before. The number of a block is the last part of its
+    qualified name; ValueError if that is none below `depth`.
+    """
+
+    def make(old: nn.Module, name: str) -> HyperBlock:
+        index = name.rpartition(".")[2]
+        if not index.isdigit() or int(index) >= depth:
+            raise ValueError(f"{name} must end in the number of a block below depth={depth}")
+        layer = 2 * int(index)
+        first, second = (kind(None, dim, number, num_layers=2 * depth, **options) for number in (layer, layer + 1))
+        ends = ("first " if layer == 0 else "") + ("last" if layer == 2 * depth - 2 else "")
+        return HyperBlock(old, branches, first, second, ends)
+
+    return make
+
+
+def llama_branches(layer: Any, keywords: dict[str, Any]) -> tuple[Branch, Branch]:
+    """Of a `LlamaDecoderLayer` and the many decoder layers of transformers with the same attributes."""
+
+    def attend(u: Tensor) -> Tensor:
+        return layer.self_attn(hidden_states=layer.input_layernorm(u), **keywords)[0]
+
+    return attend, lambda u: layer.mlp(layer.post_attention_layernorm(u))
+
+
+def vit_branches(block: Any, keywords: dict[str, Any]) -> tuple[Branch, Branch]:
+    """Of the `Block` of timm's vision transformers, layer scale and stochastic depth included."""
+
+    def attend(u: Tensor) -> Tensor:
+        return block.drop_path1(block.ls1(block.attn(block.norm1(u), **keywords)))
+
+    return attend, lambda u: block.drop_path2(block.ls2(block.mlp(block.norm2(u))))
+
+
+class MoEMlp(nn.Module):
+    """`SharedMoE` in the place of an MLP that returns a tensor; `balance_loss` collects what it cannot return."""
+
+    def __init__(self, experts: SharedMoE) -> None:
+        super().__init__()
+        self.experts = experts
+        self.balance: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, self.balance = self.experts(x)
+        return y
+
+
+def moe_mlp(share: bool = False, **options: Any) -> Callable[[Any], MoEMlp]:
+    """A factory for `swap`: an MLP with linear layers fc1 and fc2, such as timm's, to `SharedMoE` experts of its size.
+
+    share: one router and one set of experts for all places, as in WideNet. options: of `SharedMoE`.
+    """
+    made: list[SharedMoE] = []
+
+    def make(old: Any) -> MoEMlp:
+        if not made or not share:
+            made.append(SharedMoE(old.fc1.in_features, old.fc1.out_features, **options))
+        return MoEMlp(made[-1])
+
+    return make
+
+
+def balance_loss(model: nn.Module) -> Tensor:
+    """The sum of the balance losses of the last forward pass, to be added to the training loss; forgets them.
+
+    ValueError if no `MoEMlp` has run since the last call.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoEMlp)]
+    losses = [layer.balance for layer in layers if layer.balance is not None]
+    for layer in layers:
+        layer.balance = None
+    if not losses:
+        raise ValueError(f"no MoEMlp of {type(model).__name__} has run since balance_loss was last called")
+    return torch.stack(losses).sum()

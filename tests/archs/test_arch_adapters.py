@@ -1,0 +1,215 @@
+"""The layers in other people's models, with random weights: forward, backward, shapes, undo."""
+
+import pytest
+import torch
+from torch import nn
+
+from grassland.archs import GrassmannHead, HyperConnection, KromHC, swap
+from grassland.archs.interop.adapters import (
+    GrassmannAttention,
+    HyperBlock,
+    MoEMlp,
+    balance_loss,
+    grassmann_attention,
+    hyper_blocks,
+    llama_branches,
+    moe_mlp,
+    vit_branches,
+)
+
+
+@pytest.fixture
+def gpt2():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=50, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=49
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture
+def llama():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        bos_token_id=0, eos_token_id=49, pad_token_id=None,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def vit():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    options = {"patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "img_size": 32, "num_classes": 5}
+    return timm.models.vision_transformer.VisionTransformer(**options, init_values=0.1, drop_path_rate=0.2).eval()
+
+
+def attention():
+    from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+
+    return GPT2Attention
+
+
+def decoder_layer():
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    return LlamaDecoderLayer
+
+
+def gradients(model):
+    return {name: p.grad is not None and bool(p.grad.abs().sum() > 0) for name, p in model.named_parameters()}
+
+
+IDS = torch.tensor([[3, 7, 1, 9, 4, 4], [2, 2, 8, 30, 1, 6]])
+
+
+def test_grassmann_mixing_in_gpt2(gpt2):
+    before = gpt2(IDS).logits
+    with swap(gpt2, {attention(): grassmann_attention(rank=4, offsets=(1, 2))}, example={"input_ids": IDS}) as report:
+        assert [r.names for r in report.replaced] == [["transformer.h.0.attn"], ["transformer.h.1.attn"]]
+        gpt2.train()
+        loss = gpt2(IDS, labels=IDS).loss
+        loss.backward()
+        found = gradients(gpt2)
+        assert all(found[name] for name in found if "mixer" in name) and any("mixer.plucker" in name for name in found)
+        gpt2.eval()
+        changed = IDS.clone()
+        changed[:, 4] = 11
+        logits, other = gpt2(IDS).logits, gpt2(changed).logits
+        assert torch.equal(logits[:, :4], other[:, :4]) and not torch.allclose(logits[:, 5], other[:, 5])
+    assert torch.equal(gpt2(IDS).logits, before)
+
+
+def test_gpt2_with_grassmann_mixing_generates_with_the_cache_what_it_does_without(gpt2):
+    swap(gpt2, {attention(): grassmann_attention(rank=4, offsets=(1, 3, 8))})
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    plain = gpt2.generate(IDS, use_cache=False, **options)
+    assert torch.equal(gpt2.generate(IDS, use_cache=True, **options), plain) and plain.shape == (2, 18)
+    beams = [gpt2.generate(IDS, use_cache=use, num_beams=3, **options) for use in (True, False)]
+    assert torch.equal(*beams)
+    cache = gpt2(IDS[:, :2], use_cache=True).cache
+    parts = [gpt2(IDS[:, 2:5], cache=cache).logits, gpt2(IDS[:, 5:], cache=cache).logits]
+    assert torch.allclose(torch.cat(parts, 1), gpt2(IDS).logits[:, 2:], atol=1e-5)
+    assert cache.layers[0].keys.shape == (2, 1, 6, 4) and cache.layers[0].values.numel() == 0
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_grassmann_mixing_refuses_left_padding_and_takes_right_padding(gpt2, implementation):
+    gpt2.set_attn_implementation(implementation)
+    swap(gpt2, {attention(): grassmann_attention(rank=4, offsets=(1, 2))})
+    mask = torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]])
+    padded, alone = gpt2(IDS, attention_mask=mask).logits, gpt2(IDS[1:, :4]).logits
+    assert torch.allclose(padded[1:, :4], alone, atol=1e-5)
+    with pytest.raises(ValueError, match="attention_mask must not hide the first token"):
+        gpt2(IDS, attention_mask=mask.flip(1))
+    with pytest.raises(ValueError, match="cache must be a DynamicCache"):
+        gpt2.generate(IDS, max_new_tokens=2, cache_implementation="static", disable_compile=True)
+
+
+@pytest.mark.parametrize("kind", [KromHC, HyperConnection])
+def test_hyper_connections_around_the_branches_of_llama(llama, kind):
+    before = llama(IDS).logits
+    make = hyper_blocks(llama_branches, 16, 3, kind, init="identity", num_streams=4)
+    with swap(llama, {decoder_layer(): make}, example={"input_ids": IDS}) as report:
+        assert report.parameters_after > report.parameters_before
+        assert torch.allclose(llama(IDS).logits, before, atol=1e-5)
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        assert torch.equal(llama.generate(IDS, **options), llama.generate(IDS, use_cache=False, **options))
+        llama.train()
+        llama(IDS, labels=IDS).loss.backward()
+        found = gradients(llama)
+        assert all(found[name] for name in found if "static_beta" in name or "block" in name), found
+        assert sum("static_beta" in name for name in found) == 6
+    assert torch.equal(llama.eval()(IDS).logits, before)
+
+
+def test_hyper_connections_with_gradient_checkpointing_give_the_same_gradients(llama):
+    swap(llama, {decoder_layer(): hyper_blocks(llama_branches, 16, 3)})
+    llama.train()
+    llama(IDS, labels=IDS).loss.backward()
+    plain = {name: p.grad.clone() for name, p in llama.named_parameters()}
+    llama.zero_grad()
+    block = llama.model.layers[1]
+    forward = block.forward
+    block.forward = lambda x, **keywords: torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False, **keywords)
+    llama(IDS, labels=IDS).loss.backward()
+    assert all(torch.allclose(p.grad, plain[name], atol=1e-6) for name, p in llama.named_parameters())
+
+
+def test_hyper_blocks_must_be_numbered(llama):
+    with pytest.raises(ValueError, match=r"model.layers.2 must end in the number of a block below depth=2"):
+        swap(llama, {decoder_layer(): hyper_blocks(llama_branches, 16, 2)})
+    assert not any(isinstance(module, HyperBlock) for module in llama.modules())
+
+
+def test_kromhc_around_the_branches_of_a_vit(vit):
+    from timm.models.vision_transformer import Block
+
+    images = torch.randn(2, 3, 32, 32)
+    before = vit(images)
+    with swap(vit, {Block: hyper_blocks(vit_branches, 16, 3, init="identity")}, example=images):
+        assert torch.allclose(vit(images), before, atol=1e-5)
+        vit.train()(images).square().sum().backward()
+        assert all(flag for name, flag in gradients(vit).items() if "static_beta" in name)
+    assert torch.equal(vit.eval()(images), before)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_shared_experts_in_a_vit(vit, share):
+    from timm.layers import Mlp
+
+    images = torch.randn(2, 3, 32, 32)
+    before = vit(images)
+    make = moe_mlp(share, num_experts=3, top_k=2)
+    with swap(vit, {Mlp: make}, "blocks.*.mlp", example=images) as report:
+        layers = [r.new for r in report.replaced]
+        assert [type(layer) for layer in layers] == [MoEMlp] * 3
+        assert len({id(layer.experts) for layer in layers}) == (1 if share else 3)
+        vit.train()
+        balance = (vit(images), balance_loss(vit))[1]
+        assert balance.shape == () and 0 < balance.item() < 1
+        (vit(images).sum() + balance_loss(vit)).backward()
+        assert all(flag for name, flag in gradients(vit).items() if "experts" in name)
+        with pytest.raises(ValueError, match="no MoEMlp of VisionTransformer has run"):
+            balance_loss(vit)
+    assert torch.equal(vit.eval()(images), before)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet50d", "swin_tiny_patch4_window7_224", "deit3_small_patch16_224"], ids=lambda name: name[:6]
+)
+def test_a_grassmann_head_on_the_papers_models(name):
+    timm = pytest.importorskip("timm")
+    from grassland.archs.interop.timm import put_grassmann_head
+
+    slim = {"resnet50d": {"channels": (8, 16, 16, 16), "stem_width": 8}}
+    small = {"swin": {"embed_dim": 12, "depths": (1, 1, 1, 1)}, "deit": {"embed_dim": 24, "depth": 2, "num_heads": 2}}
+    model = timm.create_model(name, num_classes=6, **slim.get(name, small.get(name[:4], {})))
+    size = 64 if name == "resnet50d" else 224
+    put_grassmann_head(model, subspace_dim=2)
+    head = next(module for module in model.modules() if isinstance(module, GrassmannHead))
+    logits = model(torch.randn(2, 3, size, size))
+    assert logits.shape == (2, 6) and float(logits.min()) >= 0 and float(logits.max()) <= head.scale
+    nn.functional.cross_entropy(logits, torch.tensor([1, 4])).backward()
+    assert gradients(head)["weight"] and head.orthogonality_error() < 1e-6
+    assert model.get_classifier() is head
+
+
+def test_a_grassmann_head_by_swap_is_undone():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet10t", num_classes=6).eval()
+    images = torch.randn(2, 3, 32, 32)
+    before = model(images)
+    with swap(model, {"fc": lambda old: GrassmannHead(old.in_features, old.out_features, 2)}, example=images):
+        assert isinstance(model.get_classifier(), GrassmannHead)
+        assert model.fc.weight.optim_group == "manifold" and model.fc.orthogonality_error() < 1e-6
+    assert torch.equal(model(images), before)
+
+
+def test_the_attention_adapter_refuses_cross_attention():
+    layer = GrassmannAttention(8, 0, rank=4, offsets=(1,))
+    with pytest.raises(ValueError, match="encoder_hidden_states must be None"):
+        layer(torch.zeros(1, 2, 8), encoder_hidden_states=torch.zeros(1, 2, 8))

@@ -1,0 +1,237 @@
+"""Training on sentence pairs: data, tokens, the loop, resuming, errors."""
+
+import json
+import random
+import signal
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("transformers")
+
+from grassland.archs import CheckpointError
+from grassland.train.__main__ import main
+from grassland.train.data import load_tokenizer
+from grassland.train.data.pairs import LABELS, PairTokens, load_pairs, marks
+from grassland.train.log import read_metrics
+from grassland.train.loop import Trainer
+from grassland.train.nli_config import NLIConfig
+from grassland.train.nli_model import load_nli_model
+from grassland.train.start import run
+from grassland.train.tasks.nli import NaturalLanguageInference
+
+ANIMALS = ["dog", "cat", "bird", "horse", "cow"]
+
+
+def entry(draw, label=None):
+    animal, other = draw.sample(ANIMALS, 2)
+    label = label or draw.choice(LABELS)
+    hypothesis = {"entailment": f"a {animal} runs", "neutral": "it is warm", "contradiction": f"only a {other} sits"}
+    return {"sentence1": f"the {animal} runs fast", "sentence2": hypothesis.get(label, "?"), "gold_label": label}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    draw, place = random.Random(0), tmp_path / "snli"
+    place.mkdir()
+    for split, count in (("train", 60), ("dev", 16), ("test", 14)):
+        entries = [entry(draw) for _ in range(count)] + [entry(draw, "-")]
+        (place / f"snli_1.0_{split}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    return place
+
+
+@pytest.fixture
+def nli(folder):
+    settings = NLIConfig(
+        data=str(folder), encoder="random", tokenizer="bpe:280", epochs=None, eval_epochs=None, steps=8, batch_size=8,
+        set=("d_model=16", "d_proj=8", "num_heads=2", "d_ff=16"), warmup=2, lr=1e-2, log_every=1, eval_every=4,
+        save_every=4, device="cpu",
+    )  # fmt: skip
+    return lambda **changes: replace(settings, **changes)
+
+
+def numbers(folder):
+    volatile = {"elapsed_s", "pairs_per_s"}
+    chosen = [event for event in read_metrics(folder) if event["event"] in ("train", "valid", "test")]
+    return [{key: value for key, value in event.items() if key not in volatile} for event in chosen]
+
+
+def test_pairs_without_a_label_are_dropped_and_splits_found(folder):
+    splits = load_pairs(str(folder))
+    assert [(len(splits[name]), splits[name].dropped) for name in ("train", "valid", "test")] == [
+        (60, 1),
+        (16, 1),
+        (14, 1),
+    ]
+    one = load_pairs(str(folder / "snli_1.0_train.jsonl"))
+    assert [len(one[name]) for name in ("train", "valid", "test")] == [54, 3, 3]
+    texts = [set(map(tuple, zip(p.premises, p.hypotheses, strict=True))) for p in one.values()]
+    assert sum(len(p) for p in one.values()) == 60 and texts[0]
+
+
+def test_the_hubs_names_and_integer_labels_are_read(tmp_path):
+    rows = [{"premise": "a b", "hypothesis": "c", "label": index % 4 - 1} for index in range(80)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = load_pairs(str(tmp_path / "x.jsonl"))
+    assert sum(map(len, splits.values())) == 60 and set(splits["train"].labels) == {0, 1, 2}
+
+
+def test_tokens_are_marked_cut_and_padded(folder, shared):
+    tokenizer = load_tokenizer(str(shared / "data" / "bert-base-uncased"))
+    assert marks(tokenizer) == (101, 102, 0)
+    pairs = load_pairs(str(folder))["train"]
+    tokens = PairTokens(tokenizer, pairs, 12)
+    ids, mask, labels = tokens.batch(np.array([3, 0]))
+    assert ids.shape == mask.shape and ids.shape[1] in (8, 12, 16) and labels.tolist() == pairs.labels[[3, 0]].tolist()
+    row = ids[0][mask[0]].tolist()
+    middle = row.index(102)
+    assert (
+        tokenizer.decode(row[1:middle]) == pairs.premises[3]
+        and tokenizer.decode(row[middle + 1 : -1]) == pairs.hypotheses[3]
+    )
+    assert row[0] == 101 and row[-1] == 102 and (ids[~mask] == 0).all()
+    long = replace(pairs, premises=["dog " * 30] * 60, hypotheses=["cat " * 3] * 60)
+    cut = PairTokens(tokenizer, long, 12).rows[0].tolist()
+    assert (
+        cut.count(tokenizer.token_to_id("dog")) == 6 and cut.count(tokenizer.token_to_id("cat")) == 3 and cut[-1] == 102
+    )
+    both = PairTokens(tokenizer, replace(long, hypotheses=["cat " * 30] * 60), 12).rows[0].tolist()
+    assert [both.count(tokenizer.token_to_id(word)) for word in ("dog", "cat")] == [4, 5]
+
+
+@pytest.mark.parametrize("head", ["plucker", "transformer"])
+def test_it_trains_and_the_folder_is_all_that_the_model_takes(nli, tmp_path, head):
+    out = tmp_path / "run"
+    options = ("d_model=16", "num_heads=2", "d_ff=16") + (
+        ("d_proj=8", "window=4", "stride=2") if head == "plucker" else ()
+    )
+    assert (
+        run(NaturalLanguageInference, nli(model=head, set=options, out=str(out), steps=30, lr=3e-2, eval_every=15)) == 0
+    )
+    events = read_metrics(out)
+    valid = [event for event in events if event["event"] == "valid"]
+    assert max(event["accuracy"] for event in valid) > 0.5 and valid[-1]["error"] == pytest.approx(
+        1 - valid[-1]["accuracy"]
+    )
+    start, test = events[0], next(event for event in events if event["event"] == "test")
+    assert start["splits"]["train"] == {"pairs": 60, "dropped": 1} and start["parameters"] == start["head_parameters"]
+    model = load_nli_model(out)
+    tokens = PairTokens(load_tokenizer(str(out)), load_pairs(nli().data)["test"], 48)
+    ids, mask, labels = tokens.batch(np.arange(14))
+    assert (model(ids, mask).argmax(-1) == labels).double().mean() == pytest.approx(test["accuracy"])
+
+
+def test_a_frozen_encoder_stays_and_a_tuned_one_moves(nli, tmp_path):
+    device = torch.device("cpu")
+    for tuned in (False, True):
+        torch.manual_seed(0)
+        task = NaturalLanguageInference(nli(fine_tune=tuned), device)
+        before = {name: p.detach().clone() for name, p in task.model.encoder.named_parameters()}
+        Trainer(task, nli(fine_tune=tuned, steps=2), tmp_path / f"run-{tuned}").run()
+        moved = [not torch.equal(p, before[name]) for name, p in task.model.encoder.named_parameters()]
+        assert any(moved) == tuned and task.model.encoder.training == tuned
+        assert task.flops_per_unit > 0
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(nli, tmp_path, monkeypatch, tuned):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert run(NaturalLanguageInference, nli(out=str(straight), fine_tune=tuned)) == 0
+    with monkeypatch.context() as patch:
+        advance = Trainer.advance
+
+        def advance_and_stop(self):
+            advance(self)
+            if self.step == 5:
+                signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(Trainer, "advance", advance_and_stop)
+        assert run(NaturalLanguageInference, nli(out=str(stopped), fine_tune=tuned)) == 128 + signal.SIGTERM
+    assert main(["nli", "--resume", str(stopped)]) == 0
+    assert numbers(stopped) == numbers(straight)
+    left, right = load_file(straight / "model.safetensors"), load_file(stopped / "model.safetensors")
+    assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_an_encoder_from_a_folder_brings_its_tokenizer(nli, tmp_path, shared):
+    import transformers
+
+    source = tmp_path / "encoder"
+    config = transformers.DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=16)
+    transformers.DistilBertModel(config).save_pretrained(source)
+    vocabulary = shared / "data" / "bert-base-uncased" / "vocab.txt"
+    (source / "vocab.txt").write_bytes(vocabulary.read_bytes())
+    out = tmp_path / "run"
+    assert run(NaturalLanguageInference, nli(encoder=str(source), tokenizer=None, out=str(out), steps=2)) == 0
+    found = load_nli_model(out)
+    reference = transformers.DistilBertModel.from_pretrained(source)
+    assert all(torch.equal(p, found.encoder.get_parameter(name)) for name, p in reference.named_parameters())
+
+
+@pytest.fixture
+def fail(capsys, folder, tmp_path):
+    def failing(*arguments):
+        small = ["--data", str(folder), "--encoder", "random", "--tokenizer", "bpe:280", "--steps", "1"]
+        assert main(["nli", *small, "--out", str(tmp_path / "out"), *map(str, arguments)]) == 2
+        assert not (tmp_path / "out").exists()
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+
+    return failing
+
+
+def test_settings_out_of_range_are_named(nli):
+    with pytest.raises(ValueError, match="max_len must be at least 5"):
+        nli(max_len=3)
+    with pytest.raises(ValueError, match="model must be one of"):
+        nli(model="mlp")
+
+
+def test_bad_settings_are_one_line_that_names_them(fail, folder, tmp_path):
+    assert "/nowhere: no such file or folder" in fail("--data", "/nowhere")
+    assert "head plucker: " in fail("--set", "dproj=3")
+    assert "num_heads must divide rank=64" in fail("--set", "num_heads=3")
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\ndog")
+    vocabulary = ("--tokenizer", tmp_path / "vocab.txt")
+    assert "encoder /nowhere/x: no such folder" in fail("--encoder", "/nowhere/x", *vocabulary)
+    assert "no mark for start" in fail("--encoder", "/nowhere/x", "--tokenizer", "bpe:280")
+    (tmp_path / "none").mkdir()
+    assert "no train, dev or test JSON-lines file" in fail("--data", tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ("{", "snli_1.0_dev.jsonl: not JSON lines"),
+        ('{"sentence1": "a"}', "snli_1.0_dev.jsonl, line 1: needs sentence1, sentence2, gold_label"),
+        ('{"sentence1": "a", "sentence2": 3, "gold_label": "neutral"}', "line 1: sentence1 and sentence2 must be text"),
+        ('{"sentence1": "a", "sentence2": "b", "gold_label": "maybe"}', "label 'maybe' is none of entailment"),
+        ('{"sentence1": "a", "sentence2": "b", "gold_label": "-"}', "no labelled pair in the valid split"),
+    ],
+)
+def test_bad_data_is_one_line_that_names_file_and_line(fail, folder, line, named):
+    (folder / "snli_1.0_dev.jsonl").write_text(line + "\n")
+    assert named in fail()
+
+
+def test_a_missing_split_and_a_missing_library_are_named(fail, folder, monkeypatch):
+    (folder / "snli_1.0_dev.jsonl").rename(folder / "other.jsonl")
+    assert "no valid split" in fail()
+    (folder / "other.jsonl").rename(folder / "snli_1.0_dev.jsonl")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "transformers is not installed: pip install 'grassland[hf]'" in fail()
+
+
+def test_a_checkpoint_of_another_kind_is_refused(nli, tmp_path):
+    out = tmp_path / "run"
+    run(NaturalLanguageInference, nli(out=str(out), steps=1))
+    content = json.loads((out / "config.json").read_text())
+    for change, named in (({"kind": "lm"}, "kind 'lm'"), ({"head": "x"}, "'x'"), ({"encoder": {}}, "config.json")):
+        (out / "config.json").write_text(json.dumps({**content, "model": {**content["model"], **change}}))
+        with pytest.raises(CheckpointError, match=named):
+            load_nli_model(out)

@@ -1,0 +1,22 @@
+"""Arms × learning rates × seeds on one data set with one loop, and the report: `python -m grassland.train compare`."""
+
+from .options import CompareOptions
+from .plan import Comparison
+
+__all__ = ["CompareOptions", "Comparison", "compare"]
+
+
+def compare(options: CompareOptions) -> int:
+    """Run what is not done yet and write the report; 1 if an arm has no result, else 0."""
+    from .execute import Runner, processes
+    from .presets import load_comparisons
+    from .report import write_report
+
+    plans = options.applied_to(load_comparisons(options.preset))
+    out = options.folder
+    if options.plan:
+        print("\n".join(plan.describe() for plan in plans))
+        return 0
+    context = None if options.report_only else processes()
+    records = [record for plan in plans for record in Runner(plan, out / plan.name, context).records()]
+    return write_report(records, out)

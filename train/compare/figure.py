@@ -1,0 +1,38 @@
+"""Curves of a comparison: validation against steps, against tokens or images, and against wall time."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..plot import matplotlib_module
+from .report import by, done
+from .results import SHOWN, Record
+
+
+def plot(records: Sequence[Record], path: Path) -> None:
+    """One line an arm at its learning rate, the mean over seeds, and the range of the seeds around it."""
+    chosen = [record for record in done(records) if record["chosen"]]
+    figure: Any = matplotlib_module("figure").Figure(figsize=(15, 4.4), layout="constrained")
+    panels = (("step", "step", 1), ("units", f"{chosen[0]['unit']}s", 1), ("seconds", "wall time, minutes", 1 / 60))
+    task = chosen[0]["task"]
+    for axes, (key, label, factor) in zip(figure.subplots(1, 3), panels, strict=True):
+        for index, (arm, runs) in enumerate(by(chosen, "arm").items()):
+            _curve(axes, runs, key, factor, f"C{index % 10}", arm if len(runs) == 1 else f"{arm} ({len(runs)} seeds)")
+        axes.set(xlabel=label, ylabel=f"validation {SHOWN[task][4]}")
+        if task == "lm":
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(chosen[0]["title"])
+    figure.savefig(path, dpi=110)
+
+
+def _curve(axes: Any, runs: Sequence[Record], key: str, factor: float, colour: str, label: str) -> None:
+    """Runs of one arm validate at the same steps, but need not take the same time to get there."""
+    scale = SHOWN[runs[0]["task"]][2]
+    x = [factor * statistics.fmean(place) for place in zip(*(run["curve"][key] for run in runs), strict=True)]
+    columns = list(zip(*([scale * value for value in run["curve"]["metric"]] for run in runs), strict=True))
+    axes.plot(x, [statistics.fmean(column) for column in columns], "o-", ms=3, color=colour, label=label)
+    if len(runs) > 1:
+        axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.15, lw=0)

@@ -1,0 +1,185 @@
+"""The report of comparisons, made from their records alone: report.md, report.jsonl and a picture each."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .results import SHOWN, Record
+from .statistics import Difference, holm, paired, spread
+
+FILE = "report.jsonl"
+
+
+def write_report(records: Sequence[Record], out: Path) -> int:
+    """Write the report into `out`; 1 if an arm has no result for one of its runs, else 0."""
+    from .figure import plot
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
+    sections = []
+    for name, part in by(records, "comparison").items():
+        sections.append(f"## {part[0]['title']}\n\n{section(part)}\n")
+        if done(part):
+            plot(part, out / f"{name}.png")
+            sections.append(f"![{part[0]['title']}]({name}.png)\n")
+    (out / "report.md").write_text("\n".join(["# Comparisons\n", *sections]))
+    failed = [record for record in records if record["status"] != "done"]
+    for record in failed:
+        print(f"without a result: {record['comparison']}/{record['arm']} lr {record['lr']:g} seed {record['seed']}")
+    print(out / "report.md")
+    return 1 if failed else 0
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a report.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def section(records: Sequence[Record]) -> str:
+    """Markdown of one comparison: note, table of arms, grid of learning rates, what differs, what failed, footnote."""
+    finished = done(records)
+    note = [records[0]["note"]] if records[0]["note"] else []
+    if not finished:
+        return "\n\n".join([*note, *failures(records)])
+    parts = [*note, arm_table(records), explanation(finished), grid_table(records), differing(records)]
+    return "\n\n".join(part for part in [*parts, *failures(records), footnote(finished)] if part)
+
+
+def arm_table(records: Sequence[Record]) -> str:
+    """One row an arm, at its chosen learning rate, over the seeds."""
+    finished = done(records)
+    unit, label = finished[0]["unit"], SHOWN[finished[0]["task"]][4]
+    heads = ["arm", "lr", "parameters", f"training FLOPs / {unit}", f"{unit}s/s", "peak memory"]
+    heads += [f"valid {label}", f"test {label}", "test − first arm [95 %]", "p", "p (Holm)"]
+    differences = {arm: difference(records, arm) for arm in by(records, "arm")}
+    adjusted = dict(zip(differences, holm([d and d.p for d in differences.values()]), strict=True))
+    rows = [row(arm, part, differences[arm], adjusted[arm]) for arm, part in by(records, "arm").items()]
+    return markdown(heads, rows)
+
+
+def row(arm: str, records: Sequence[Record], gap: Difference | None, adjusted: float | None) -> list[str]:
+    chosen = [record for record in done(records) if record["chosen"]]
+    if not chosen:
+        return [arm, "no run finished", *[""] * 9]
+    first = chosen[0]
+    rates = [record["units_per_s"] for record in chosen if record["units_per_s"] is not None]
+    cells = [arm, f"{first['lr']:g}{'*' if first['edge'] else ''}", f"{first['parameters']:,}"]
+    cells += [f"{first['flops_per_unit']:.3g}", f"{statistics.median(rates):,.0f}" if rates else ""]
+    cells += [f"{max(record['peak_bytes'] for record in chosen) / 2**20:,.0f} MiB"]
+    cells += [mean_text(values(chosen, split), first["task"]) for split in ("valid", "test")]
+    return [*cells, gap_text(gap, first["task"]), p_text(gap and gap.p), p_text(adjusted)]
+
+
+def difference(records: Sequence[Record], arm: str) -> Difference | None:
+    """Of an arm's test metric to the first arm's, paired over seeds; None for the first arm itself."""
+    first = records[0]["arm"]
+    if arm == first:
+        return None
+    mine, base = ([r for r in done(records) if r["chosen"] and r["arm"] == name] for name in (arm, first))
+    return paired(values(mine, "test"), values(base, "test"))
+
+
+def values(records: Sequence[Record], split: str) -> dict[int, float]:
+    """Seed → metric, as it is shown."""
+    return {r["seed"]: SHOWN[r["task"]][2] * r[split][SHOWN[r["task"]][1]] for r in records}
+
+
+def grid_table(records: Sequence[Record]) -> str:
+    """Validation of every learning rate with the first seed."""
+    seed, task = records[0]["seed"], records[0]["task"]
+    grid = [record for record in records if record["seed"] == seed]
+    lrs = list(dict.fromkeys(record["lr"] for record in grid))
+    if len(lrs) < 2:
+        return ""
+    cells = {(r["arm"], r["lr"]): cell(r, task) for r in grid}
+    rows = [[arm, *(cells.get((arm, lr), "") for lr in lrs)] for arm in by(grid, "arm")]
+    title = f"Validation {SHOWN[task][4]} over the grid, seed {seed}:"
+    return f"{title}\n\n{markdown(['arm', *(f'lr {lr:g}' for lr in lrs)], rows)}"
+
+
+def cell(record: Record, task: str) -> str:
+    if record["status"] != "done":
+        return "failed"
+    text = f"{SHOWN[task][2] * record['valid'][SHOWN[task][1]]:{SHOWN[task][3]}}"
+    return f"**{text}**" if record["chosen"] else text
+
+
+def differing(records: Sequence[Record]) -> str:
+    """What is not the same in all arms."""
+    lines = []
+    for arm, part in by(records, "arm").items():
+        facts = ", ".join(f"{key} = {text(value)}" for key, value in part[0]["differs"].items())
+        lines.append(f"- {arm}: {facts or 'nothing'}")
+    return "The arms differ in these settings and no others:\n\n" + "\n".join(lines)
+
+
+def failures(records: Sequence[Record]) -> list[str]:
+    """A paragraph that lists the runs without a result, if there are any."""
+    lines = [f"- {r['arm']}, lr {r['lr']:g}, seed {r['seed']}: {r['error']}" for r in records if r["status"] != "done"]
+    return ["Without a result:\n\n" + "\n".join(lines)] if lines else []
+
+
+def explanation(finished: Sequence[Record]) -> str:
+    """How to read the table of arms."""
+    chosen = [record for record in finished if record["chosen"]]
+    seeds, first = sorted({record["seed"] for record in chosen}), finished[0]
+    memory = "allocated on the GPU" if first["gpus"] and first["device"] != "cpu" else "resident, all of the process"
+    single = len(seeds) == 1
+    tests = "One seed: no deviation and no test." if single else "± is the standard deviation over seeds."
+    paired_text = "" if single else " p: paired t-test over seeds, then adjusted for the number of arms by Holm."
+    edge = " * at the end of the grid." if any(record["edge"] for record in chosen) else ""
+    return (
+        f"{first['steps']} steps, seeds {', '.join(map(str, seeds))}; the learning rate is the best of the grid in "
+        f"validation with the first seed.{edge} {tests}{paired_text} FLOPs are counted from the modules, norms and "
+        f"activations left out, training as three forward passes. Memory: {memory}."
+    )
+
+
+def footnote(finished: Sequence[Record]) -> str:
+    """Data, machine, versions."""
+    first = finished[0]
+    where = ", ".join(first["gpus"]) or f"{first['cpu']} ({first['cpu_capability']}), {first['threads']} threads"
+    when = ", ".join(sorted({f"{r['date']}, commit {r['commit']}" for r in finished}))
+    return f"Data: {first['data']}. {where}, {first['dtype']}, torch {first['torch']}, {when}."
+
+
+def by(records: Sequence[Record], key: str) -> dict[Any, list[Record]]:
+    """The records by one of their entries, in their order."""
+    parts: dict[Any, list[Record]] = {}
+    for record in records:
+        parts.setdefault(record[key], []).append(record)
+    return parts
+
+
+def done(records: Sequence[Record]) -> list[Record]:
+    """The records of finished runs."""
+    return [record for record in records if record["status"] == "done"]
+
+
+def mean_text(found: dict[int, float], task: str) -> str:
+    mean, deviation = spread(list(found.values()))
+    form = SHOWN[task][3]
+    return f"{mean:{form}}" + ("" if deviation is None else f" ± {deviation:{form}}")
+
+
+def gap_text(gap: Difference | None, task: str) -> str:
+    if gap is None:
+        return ""
+    form = f"+{SHOWN[task][3]}"
+    return f"{gap.mean:{form}}" + (f" [{gap.interval[0]:{form}}, {gap.interval[1]:{form}}]" if gap.interval else "")
+
+
+def p_text(p: float | None) -> str:
+    return "" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])

@@ -1,0 +1,78 @@
+"""What the runs of a comparison came to, from their metrics.jsonl, and which learning rate each arm is given."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..log import read_metrics
+
+Record = dict[str, Any]
+# For each task: what validation picks by (the smaller the better), what tables show, its factor, format and name.
+SHOWN = {"lm": ("loss", "perplexity", 1, ".2f", "perplexity"), "vision": ("error", "top1", 100, ".2f", "top-1, %")}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The learning rate that an arm is given: best in validation with the first seed. edge: whether it is the first
+    or last of a grid of several, so that a wider grid might have done better."""
+
+    lr: float
+    edge: bool
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a run got to its end."""
+    return (folder / "metrics.jsonl").is_file() and any(e["event"] == "end" for e in read_metrics(folder))
+
+
+def outcome(folder: Path, task: str) -> Record:
+    """What a finished run came to: best validation, test, costs, curve, and the machine it ran on."""
+    events = read_metrics(folder)
+    start = next(e for e in events if e["event"] == "start")
+    end = next(e for e in reversed(events) if e["event"] == "end")
+    valid = [e for e in events if e["event"] == "valid"]
+    shown, unit, config = SHOWN[task][1], {"lm": "tokens", "vision": "images"}[task], start["config"]
+    per_step = config["batch_size"] * config["grad_accum"] * config.get("seq_len", 1)
+    facts = {key: start[key] for key in ("parameters", "commit", "date")}
+    return {
+        "unit": unit.removesuffix("s"),
+        "steps": end["step"],
+        "best_step": end["best_step"],
+        "valid": _metrics(next(e for e in reversed(valid) if e["best"])),
+        "test": _metrics(next(e for e in reversed(events) if e["event"] == "test")),
+        "train_loss": next(e["loss"] for e in reversed(events) if e["event"] == "train"),
+        "flops_per_unit": end["flops_per_unit"],
+        "units_per_s": end[f"{unit}_per_s"],
+        "peak_bytes": end["peak_bytes"],
+        "elapsed_s": end["elapsed_s"],
+        "curve": {
+            "step": [e["step"] for e in valid],
+            "units": [e["step"] * per_step for e in valid],
+            "seconds": [round(e["elapsed_s"], 3) for e in valid],
+            "metric": [e[shown] for e in valid],
+        },
+        "data": Path(config["data"]).name or config["data"],
+        **facts,
+        "dtype": config["dtype"],
+        "device": config["device"],
+        **{key: start["machine"][key] for key in ("cpu", "cpu_capability", "threads", "gpus")},
+        "torch": start["versions"]["torch"],
+    }
+
+
+def select(records: Iterable[Record], lrs: Sequence[float], seed: int) -> dict[str, Selection]:
+    """For each arm with a finished run of `seed` in `records`: the learning rate of the best validation."""
+    best: dict[str, tuple[float, float]] = {}
+    for record in records:
+        if record["status"] == "done" and record["seed"] == seed:
+            value = record["valid"][SHOWN[record["task"]][0]]
+            rank = (value if math.isfinite(value) else math.inf, record["lr"])
+            best[record["arm"]] = min(best.get(record["arm"], rank), rank)
+    ends = (min(lrs), max(lrs)) if len(lrs) > 1 else ()
+    return {arm: Selection(lr, lr in ends) for arm, (_, lr) in best.items()}
+
+
+def _metrics(event: Record) -> dict[str, float]:
+    return {key: value for key, value in event.items() if key not in ("event", "step", "best", "elapsed_s")}

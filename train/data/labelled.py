@@ -1,0 +1,244 @@
+"""Labelled texts, one or a pair a row, from local tables or the hub, by the `datasets` library."""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .blocks import IGNORED
+from .masked import assemble
+from .sources import ALIASES, SPLITS, first_line, load_hub, looks_local, split_of
+from .tokenizer import special_tokens
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+# What those who publish data call the columns, in order of preference; the pairs first.
+TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text", None),
+    ("sentence", None),
+)
+# Every tenth row of a table without splits is held out for validation, and as many for testing.
+HOLDOUT = 10
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """A split: texts (N, one or two strings each) and classes (N,) int64."""
+
+    texts: list[tuple[str, ...]]
+    classes: NDArray[np.int64]
+
+    def part(self, rows: NDArray[np.int64]) -> "LabelledText":
+        """Some of the rows."""
+        return LabelledText([self.texts[row] for row in rows], self.classes[rows])
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """A data set. key: a hash of its content. classes: their names. tested_on: the split that "test" stands for."""
+
+    name: str
+    key: str
+    classes: tuple[str, ...]
+    splits: dict[str, LabelledText]
+    tested_on: str
+
+
+class TextBatch(NamedTuple):
+    """ids, types (B, L) int64; mask (B, L) bool, False for padding; classes (B,) int64, −100 for an uncounted row."""
+
+    ids: Tensor
+    types: Tensor
+    mask: Tensor
+    classes: Tensor
+
+
+def load_labelled(
+    source: str, text_column: str | None = None, pair_column: str | None = None, label_column: str = "label"
+) -> LabelledData:
+    """The labelled texts of each split ("train", "valid", "test") of a source.
+
+    source: a json, jsonl, csv, tsv or parquet file; a folder with one or more a split; or a hub data set, "name" or
+    "name:config". Without `text_column`, the columns are text, sentence1, premise, question1, question or sentence, and
+    the second text's those that go with them. Labels are integers, or names, which are numbered in sorted order.
+
+    A split whose labels are all −1, which is how the hub keeps them secret, is as good as missing. Of missing ones,
+    validation is held out of train: every tenth row of a fixed permutation; test too if validation was missing,
+    otherwise validation serves as test.
+
+    Raises FileNotFoundError where nothing is found and ValueError for an empty split, a missing column, a text that is
+    none, or a label that is out of range; each names its source.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in READERS and p.is_file())
+        named = {name: [p for p in files if split_of(p.relative_to(path)) in names] for name, names in ALIASES.items()}
+        tables = {name: _read(found) for name, found in named.items() if found}
+        if "train" not in tables:
+            raise FileNotFoundError(f"data {source}: no train file (*train*{', *train*'.join(READERS)}) in it")
+    elif path.is_file():
+        tables = {"train": _read([path])}
+    elif looks_local(source) or path.suffix in READERS:
+        raise FileNotFoundError(f"data {source}: no such file or folder")
+    else:
+        tables = _hub(source)
+    columns = _columns(tables["train"].column_names, text_column, pair_column, label_column, source)
+    return _labelled(tables, columns, source)
+
+
+def encode_labelled(data: LabelledText, tokenizer: "Tokenizer", seq_len: int) -> TextBatch:
+    """All rows of a split as one batch. What is too long loses the end of its longer text."""
+    special = special_tokens(tokenizer)
+    columns = [tokenizer.encode_batch(list(texts), add_special_tokens=False) for texts in zip(*data.texts, strict=True)]
+    rows = []
+    for encodings in zip(*columns, strict=True):
+        segments = _shortened([np.asarray(e.ids, np.int64) for e in encodings], seq_len - 1 - len(columns))
+        rows.append(assemble(segments, special, seq_len))
+    ids, types, mask = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    return TextBatch(ids, types, mask, torch.from_numpy(data.classes))
+
+
+def evaluation_rows(rows: TextBatch, batch_size: int) -> Iterator[TextBatch]:
+    """Every row once. All batches have one shape: the last one is filled up with the first row, uncounted."""
+    for start in range(0, len(rows.ids), batch_size):
+        place = torch.arange(start, start + batch_size)
+        counted = place < len(rows.ids)
+        ids, types, mask, classes = (part[place.where(counted, 0)] for part in rows)
+        yield TextBatch(ids, types, mask, classes.where(counted, IGNORED))
+
+
+def _shortened(texts: list[NDArray], room: int) -> list[NDArray]:
+    if len(texts) == 1:
+        return [texts[0][:room]]
+    first, second = (len(text) for text in texts)
+    # Token by token from the longer one, as BERT does it, comes to this.
+    keep = min(first, max(room - second, (room + 1) // 2))
+    return [texts[0][:keep], texts[1][: room - keep]]
+
+
+def _read(files: list[Path]) -> Any:
+    """The rows of tables of one kind, as a `datasets.Dataset`."""
+    kinds = {READERS[file.suffix] for file in files}
+    if len(kinds) > 1:
+        raise ValueError(f"data {files[0].parent}: files of several kinds ({', '.join(sorted(kinds))}) for one split")
+    options = {"delimiter": "\t"} if files[0].suffix == ".tsv" else {}
+    try:
+        names = [str(file) for file in files]
+        return _datasets().load_dataset(kinds.pop(), data_files=names, split="train", **options)
+    except ImportError:
+        raise
+    except Exception as error:  # the readers' errors share no base class
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise ValueError(f"data {files[0]}: not a readable table ({first_line(cause)})") from error
+
+
+def _hub(source: str) -> dict[str, Any]:
+    found = load_hub(source)
+    tables = {}
+    for split, names in ALIASES.items():
+        # MNLI has validation_matched and validation_mismatched: the first one stands for validation.
+        name = next((name for alias in names for name in found if split_of(Path(name)) == alias), None)
+        if name is not None:
+            tables[split] = found[name]
+    if "train" not in tables:
+        raise ValueError(f"data {source}: it has no train split, but {', '.join(found)}")
+    return tables
+
+
+def _columns(
+    names: list[str], text: str | None, pair: str | None, label: str, source: str
+) -> tuple[tuple[str, ...], str]:
+    if text is None:
+        known = (c for c in TEXT_COLUMNS if c[0] in names and (c[1] is None or c[1] in names))
+        text, found = next(known, (None, None))
+        pair = pair or found
+    if text is None:
+        raise ValueError(f"data {source}: which column has the text? It has {', '.join(names)}: give --text-column")
+    columns = (text,) if pair is None else (text, pair)
+    for name in (*columns, label):
+        if name not in names:
+            raise ValueError(f"data {source}: no column {name!r}; it has {', '.join(names)}")
+    return columns, label
+
+
+def _labelled(tables: dict[str, Any], columns: tuple[tuple[str, ...], str], source: str) -> LabelledData:
+    texts, label = columns
+    labels = {split: list(table[label]) for split, table in tables.items()}
+    # Published test splits may have labels that are a secret: all −1.
+    labels = {split: found for split, found in labels.items() if split == "train" or set(found) != {-1}}
+    classes = _class_names(tables["train"].features[label], labels["train"], source)
+    splits = {}
+    for split, found in labels.items():
+        where = f"data {source}: {split}"
+        if not found:
+            raise ValueError(f"{where}: no rows")
+        rows = list(zip(*(_strings(tables[split][name], f"{where}: {name}") for name in texts), strict=True))
+        splits[split] = LabelledText(rows, _numbers(found, classes, where))
+    tested_on = "test" if "test" in splits or "valid" not in splits else "valid"
+    _complete(splits, tested_on, source)
+    digest = hashlib.sha256(json.dumps([[classes], *([s.texts, s.classes.tolist()] for s in splits.values())]).encode())
+    return LabelledData(Path(source).name or source, digest.hexdigest()[:24], classes, splits, tested_on)
+
+
+def _complete(splits: dict[str, LabelledText], tested_on: str, source: str) -> None:
+    if tested_on == "valid":
+        splits["test"] = splits["valid"]
+    for name in [name for name in SPLITS if name not in splits]:
+        train = splits["train"]
+        if len(train.texts) < 3:
+            raise ValueError(f"data {source}: {len(train.texts)} rows are too few to hold some out for {name}")
+        order = np.random.default_rng(0).permutation(len(train.texts))
+        count = max(1, len(order) // HOLDOUT)
+        splits["train"], splits[name] = train.part(np.sort(order[count:])), train.part(np.sort(order[:count]))
+
+
+def _class_names(feature: Any, labels: list[Any], source: str) -> tuple[str, ...]:
+    if hasattr(feature, "names"):
+        names = tuple(feature.names)
+    elif all(isinstance(label, str) for label in labels):
+        names = tuple(sorted(set(labels)))
+    elif odd := [label for label in labels if not isinstance(label, int)]:
+        raise ValueError(f"data {source}: labels must be integers or names, got {odd[0]!r}")
+    else:
+        names = tuple(str(label) for label in range(max(labels, default=0) + 1))
+    if len(names) < 2:
+        raise ValueError(f"data {source}: labels of two classes at least are needed, got {', '.join(names) or 'none'}")
+    return names
+
+
+def _numbers(labels: list[Any], classes: tuple[str, ...], where: str) -> NDArray[np.int64]:
+    number = {name: index for index, name in enumerate(classes)} | {index: index for index in range(len(classes))}
+    for row, label in enumerate(labels):
+        if label not in number:
+            raise ValueError(f"{where}: label {label!r} of row {row} is none of the {len(classes)} classes of train")
+    return np.array([number[label] for label in labels], np.int64)
+
+
+def _strings(values: Any, where: str) -> list[str]:
+    texts = list(values)
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: row {row} is no text, but {text!r}")
+    return texts
+
+
+def _datasets() -> Any:
+    try:
+        return importlib.import_module("datasets")
+    except ImportError as error:
+        raise ValueError("datasets is not installed: pip install 'grassland[train]'") from error

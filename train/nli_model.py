@@ -1,0 +1,112 @@
+"""A head for sentence pairs on an encoder of transformers: build, save, load."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..archs import CheckpointError, PluckerNLIHead, TransformerNLIHead, read_config
+from ..archs.io import CONFIG_FILE, FORMAT, VERSION, WEIGHTS_FILE, check_tensors, read_tensors, write_checkpoint
+
+HEADS: dict[str, type[nn.Module]] = {"plucker": PluckerNLIHead, "transformer": TransformerNLIHead}
+KIND = "nli"
+
+
+class NLIModel(nn.Module):
+    """encoder: anything from transformers that gives `last_hidden_state` for input_ids and attention_mask. A frozen
+    encoder gets no gradients and stays in evaluation mode."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module, spec: Mapping[str, Any], frozen: bool) -> None:
+        super().__init__()
+        self.encoder, self.head, self.spec, self.frozen = encoder, head, dict(spec), frozen
+        if frozen:
+            encoder.requires_grad_(False)
+            encoder.eval()
+
+    def forward(self, ids: Tensor, mask: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits (B, 3) of ids (B, T) int64 and mask (B, T) bool; with labels (B,) their mean cross entropy."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        logits = self.head(features, mask)
+        return logits if labels is None else F.cross_entropy(logits.float(), labels)
+
+    def train(self, mode: bool = True) -> "NLIModel":
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+
+def build_nli_model(
+    head: str, options: Mapping[str, Any], encoder: nn.Module, num_classes: int, frozen: bool
+) -> NLIModel:
+    """A fresh head with keyword `options` on `encoder`. ValueError for an unknown or bad option."""
+    config: Any = encoder.config
+    try:
+        made = HEADS[head](config.hidden_size, num_classes, **options)
+    except TypeError as error:
+        raise ValueError(f"head {head}: {error}") from error
+    stored = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    spec = {"kind": KIND, "head": head, "options": stored, "num_classes": num_classes, "encoder": config.to_dict()}
+    return NLIModel(encoder, made, spec, frozen)
+
+
+def load_encoder(name: str, vocab_size: int, pad_id: int) -> nn.Module:
+    """The encoder that `name` names: a hub name, a folder, or "random", a tiny DistilBERT for `vocab_size` tokens.
+
+    Raises FileNotFoundError if it is not to be had, ValueError if it has fewer embeddings than `vocab_size`.
+    """
+    library = _transformers()
+    if name == "random":
+        sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 512}
+        return library.DistilBertModel(library.DistilBertConfig(vocab_size=vocab_size, pad_token_id=pad_id, **sizes))
+    try:
+        encoder = library.AutoModel.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise FileNotFoundError(f"encoder {name}: no such folder, and not to be had from the hub ({reason})") from error
+    rows = encoder.get_input_embeddings().weight.shape[0]
+    if rows < vocab_size:
+        raise ValueError(f"encoder {name} has {rows} token embeddings, but the tokenizer has {vocab_size} tokens")
+    return encoder
+
+
+def save_nli_model(model: NLIModel, folder: Path, extra: Mapping[str, Any]) -> None:
+    """Write config.json and model.safetensors, encoder included: the folder is all that it takes."""
+    content = {"format": FORMAT, "version": VERSION, "model": model.spec, **extra}
+    write_checkpoint(folder, content, model.state_dict())
+
+
+def load_nli_model(folder: Path, device: torch.device | str = "cpu") -> NLIModel:
+    """The model that `save_nli_model` wrote, in evaluation mode. Raises CheckpointError that names the file."""
+    spec = read_config(folder)["model"]
+    file = folder / CONFIG_FILE
+    if spec.get("kind") != KIND:
+        raise CheckpointError(f"{file}: kind {spec.get('kind')!r}, not {KIND!r}")
+    tensors = read_tensors(folder / WEIGHTS_FILE)
+    try:
+        encoder = stored_encoder(spec)
+        options = {name: tuple(v) if isinstance(v, list) else v for name, v in spec["options"].items()}
+        model = build_nli_model(spec["head"], options, encoder, spec["num_classes"], frozen=True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    check_tensors(model.state_dict(), tensors, folder / WEIGHTS_FILE)
+    model.load_state_dict(tensors)
+    return model.to(device).eval()
+
+
+def stored_encoder(spec: Mapping[str, Any]) -> nn.Module:
+    """A fresh encoder of the kind and sizes that a saved model's config tells; nothing is downloaded."""
+    library = _transformers()
+    return library.AutoModel.from_config(library.AutoConfig.for_model(**spec["encoder"]))
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise ValueError("transformers is not installed: pip install 'grassland[hf]'") from error

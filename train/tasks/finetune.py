@@ -1,0 +1,209 @@
+"""Text classification by a pre-trained encoder."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...archs import CheckpointError, load_model, save_model
+from ...archs.encoder import Encoder
+from ...archs.registry import unknown
+from .. import parallel
+from ..config import RunConfig
+from ..data import BlockOrder, load_tokenizer, save_tokenizer
+from ..data.blocks import IGNORED
+from ..data.labelled import TextBatch, encode_labelled, evaluation_rows, load_labelled
+from ..data.tokenizer import FILE as TOKENIZER_FILE
+from .base import Task
+from .mlm import check_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RunConfig):
+    """A text classifier from an encoder that `mlm` has trained.
+
+    The defaults are arXiv 2107.11817's for SST-2; --recipe mnli has those for MNLI.
+    """
+
+    model: str
+    """Folder of a run of `mlm`; also what stands first: finetune RUN --data DATA."""
+    data: str
+    """A json, jsonl, csv, tsv or parquet file, a folder with train/valid/test files, or a hub name[:config]."""
+    recipe: str | None = None
+    """The paper's settings for a task to start from (sst2, mnli); other options count over them."""
+    text_column: str | None = None
+    """Column of the text; by default text, sentence1, premise, question1, question or sentence."""
+    pair_column: str | None = None
+    """Column of the second text of a pair."""
+    label_column: str = "label"
+    """Column of the class: integers or names."""
+    seq_len: int = 128
+    """Tokens of a text or a pair, special ones included; what is too long is cut."""
+    lr: float = 4e-5
+    """Peak learning rate."""
+    batch_size: int = 128
+    """Texts in a micro-batch."""
+    schedule: Literal["cosine", "linear", "step", "wsd", "constant"] = "linear"
+    """Shape of the learning rate after the warm-up."""
+    floor: float = 0.0
+    """Where the schedule ends, as a fraction of the peak."""
+    epochs: float | None = 3.0
+    """Passes over the training data; counts in place of --steps."""
+    warmup_epochs: float | None = 0.3
+    """Warm-up in passes over the training data; counts in place of --warmup."""
+    eval_epochs: float | None = 1.0
+    """Passes between validations and checkpoints; counts in place of --eval-every and --save-every."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moments; the first one is also the momentum of SGD."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seq_len < 8:
+            raise ValueError(f"seq_len must be at least 8 for special tokens and words, got {self.seq_len}")
+
+
+class TextClassification(Task):
+    """A class for each text or pair of texts, from the encoder's pooled first token.
+
+    Raises what `load_labelled` and `load_model` raise, and ValueError for a run that is no text encoder's.
+    """
+
+    name, unit, metric = "finetune", "texts", "error"
+
+    def __init__(self, config: FinetuneConfig, device: torch.device) -> None:
+        self.config = config
+        # A resumed run has the encoder's sizes and the vocabulary in its own folder.
+        source = Path(config.resume if config.resume not in (None, "auto") else config.model)
+        self.data = load_labelled(config.data, config.text_column, config.pair_column, config.label_column)
+        model = classifier_from(source, len(self.data.classes), config.overrides())
+        check_length(config.seq_len, model)
+        self.tokenizer = load_tokenizer(str(source))
+        self.rows = {
+            name: encode_labelled(part, self.tokenizer, config.seq_len) for name, part in self.data.splits.items()
+        }
+        super().__init__(model, device)
+        self.order = BlockOrder(len(self.rows["train"].ids), config.seed)
+
+    @property
+    def batches_per_epoch(self) -> float:
+        return self.order.blocks / self.config.batch_size
+
+    @property
+    def units_per_batch(self) -> int:
+        return self.config.batch_size
+
+    @property
+    def flops_per_unit(self) -> float:
+        model: Any = self.model
+        token = model.flops_per_token(self.config.seq_len) - model.head.flops_per_token()
+        return 3 * self.config.seq_len * token
+
+    def batches(self, position: int) -> Iterator[TextBatch]:
+        size = self.config.batch_size
+        mine = parallel.rows(size)
+        while True:
+            chosen = torch.from_numpy(self.order.at(position * size, size)[mine])
+            yield TextBatch(*(self.to_device(part[chosen]) for part in self.rows["train"]))
+            position += 1
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return model(batch.ids, classes=batch.classes, mask=batch.mask, token_types=batch.types)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        classifier: Any = model
+        training = model.training
+        model.eval()
+        confusion = Confusion(len(self.data.classes), self.device)
+        mine = parallel.rows(self.config.batch_size)
+        for all_rows in evaluation_rows(self.rows[split], self.config.batch_size):
+            batch = TextBatch(*(self.to_device(part[mine]) for part in all_rows))
+            confusion.add(classifier.classify(batch.ids, mask=batch.mask, token_types=batch.types), batch.classes)
+        model.train(training)
+        return confusion.metrics()
+
+    def save(self, folder: Path, config: RunConfig) -> None:
+        if not (folder / TOKENIZER_FILE).exists():
+            save_tokenizer(self.tokenizer, folder)
+        extra = {"task": self.name, "classes": list(self.data.classes), "run": config.to_dict()}
+        save_model(self.model, folder, extra=extra)
+
+    def best_model(self, folder: Path) -> nn.Module:
+        return load_model(folder, device=self.device)
+
+    def identity(self) -> dict[str, Any]:
+        return {"data": self.data.key, "vocab_size": self.tokenizer.get_vocab_size()}
+
+    def describe(self) -> dict[str, Any]:
+        counts = {name: len(part.texts) for name, part in self.data.splits.items()}
+        facts = {"data": self.data.name, **self.identity(), "classes": list(self.data.classes), "splits": counts}
+        parameters = self.model.num_parameters()  # type: ignore[operator]
+        return {**facts, "tested_on": self.data.tested_on, "parameters": parameters}
+
+
+class Confusion:
+    """How often each class was taken for each, (K, K) on the device with the true classes as rows, and −log p."""
+
+    def __init__(self, classes: int, device: torch.device | str = "cpu") -> None:
+        self.counts = torch.zeros(classes, classes, dtype=torch.float64, device=device)
+        self.nll = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, logits: Tensor, classes: Tensor) -> None:
+        """logits (B, K); classes (B,) int64, −100 for rows that do not count."""
+        size = self.counts.shape[0]
+        counted = (classes != IGNORED).double()
+        self.nll += F.cross_entropy(logits.float(), classes, ignore_index=IGNORED, reduction="sum")
+        true, guess = (F.one_hot(c, size).double() for c in (classes.clamp_min(0), logits.argmax(-1)))
+        self.counts += (true * counted[:, None]).T @ guess
+
+    def metrics(self) -> dict[str, float]:
+        """loss (nats), error, accuracy, f1 (of class 1 where there are two, otherwise the mean over the classes) and
+        matthews, the correlation of guesses and truth (Gorodkin 2004; 0 where either is constant); of all processes."""
+        counts, nll = parallel.total(self.counts).cpu(), float(parallel.total(self.nll))
+        total, right = counts.sum(), counts.diagonal()
+        true, guessed = counts.sum(1), counts.sum(0)
+        f1 = 2 * right / (true + guessed).clamp_min(1)
+        spread = (total**2 - true @ true) * (total**2 - guessed @ guessed)
+        matthews = (right.sum() * total - true @ guessed) / spread.sqrt() if spread > 0 else 0.0
+        accuracy = float(right.sum() / total)
+        score = float(f1[1] if len(f1) == 2 else f1.mean())
+        loss = {"loss": nll / float(total), "error": 1 - accuracy, "accuracy": accuracy}
+        return {**loss, "f1": score, "matthews": float(matthews)}
+
+
+def classifier_from(folder: Path, classes: int, overrides: dict[str, Any]) -> Encoder:
+    """The encoder in `folder` with a fresh classifier of so many classes; a classifier that it has is left behind.
+
+    overrides: as for `create_model`; ValueError if they change the shape of a weight. Raises CheckpointError for a
+    folder without a text encoder.
+    """
+    trained = load_model(folder)
+    if not isinstance(trained, Encoder):
+        raise CheckpointError(f"{folder}: a model of kind {trained.config.kind!r}, not a text encoder")
+    config: Any = trained.config.override(**{**overrides, "num_classes": classes})
+    model = Encoder(config)
+    fresh = model.state_dict()
+    kept = {name: weight for name, weight in trained.state_dict().items() if not name.startswith("classifier.")}
+    for name in (fresh.keys() | kept.keys()) - {"classifier.weight", "classifier.bias"}:
+        if name not in fresh or name not in kept or fresh[name].shape != kept[name].shape:
+            raise ValueError(f"set {overrides}: does not fit the weights of {folder}: {name} would differ")
+    model.load_state_dict({**fresh, **kept})
+    return model
+
+
+# arXiv 2107.11817, section 4: learning rate and batch of its classification tasks.
+RECIPES: dict[str, dict[str, Any]] = {
+    "sst2": {"lr": 4e-5, "batch_size": 128},
+    "mnli": {"lr": 3e-5, "batch_size": 128},
+}
+
+
+def finetune_settings(recipe: str | None, model: str, data: str) -> FinetuneConfig:
+    """What a run starts from; ValueError with the nearest names for an unknown recipe."""
+    if recipe is not None and recipe not in RECIPES:
+        raise unknown("recipe", recipe, RECIPES)
+    return FinetuneConfig(model=model, data=data, recipe=recipe, **RECIPES[recipe or "sst2"])
