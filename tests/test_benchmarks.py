@@ -120,3 +120,14 @@ def test_an_unreadable_baseline_names_itself(tiny, tmp_path):
 def test_readme_tables_are_those_of_the_results():
     done = subprocess.run([sys.executable, ROOT / "benchmarks/tables.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_peak_memory_on_the_cpu():
+    def step():
+        a = torch.ones(1 << 20)
+        b = a + 1
+        del a
+        return b + 1
+
+    # Two of the three tensors at a time, and scalars.
+    assert 2 <= bench.peak_bytes(step, torch.device("cpu")) / (4 << 20) < 2.01
