@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
+import itertools
 import json
 import statistics
 import sys
@@ -169,15 +170,23 @@ def saved_bytes(step: Step) -> int:
     return sum(seen.values())
 
 
-def peak_bytes(step: Step, device: torch.device) -> int | None:
-    """Peak device memory of one call above what was there before; None on the CPU."""
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """Peak memory of one call above what was there before."""
     if device.type != "cuda":
-        return None
+        return cpu_peak_bytes(step)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def cpu_peak_bytes(step: Step) -> int:
+    """From the allocator's events, as the profiler sees them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
 
 
 def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -197,7 +206,7 @@ def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace)
             record |= {"ratio": median / ours, "gflops": benchmark.flops(setting.values, mode) / median / 1e9}
             record |= {"gbytes": benchmark.moved(setting.values, mode, dtype.itemsize) / median / 1e9}
             record |= {"peak_bytes": peak_bytes(chosen[name], device)}
-            if "backward" in mode:
+            if "forward" in mode and "backward" in mode:
                 record["saved_bytes"] = saved_bytes(chosen[name])
             records.append({**common, **record})
     return records

@@ -184,3 +184,14 @@ def test_tables_show_settings_that_rivals_do_not_share(tmp_path, monkeypatch):
     assert (
         "| other | 1.50 |  |" in rows and "| plain |  | 0.90 |" in rows and "| absent | not run: no wheel |  |" in rows
     )
+
+
+def test_peak_memory_on_the_cpu():
+    def step():
+        a = torch.ones(1 << 20)
+        b = a + 1
+        del a
+        return b + 1
+
+    # Two of the three tensors at a time, and scalars.
+    assert 2 <= bench.peak_bytes(step, torch.device("cpu")) / (4 << 20) < 2.01
