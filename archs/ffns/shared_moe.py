@@ -169,7 +169,7 @@ class SharedMoE(nn.Module):
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs a token whose pairs all find a place."""
-        expert = self.w_up[0].numel() + self.w_down[0].numel()
+        expert = (self.w_up.numel() + self.w_down.numel()) // self.num_experts
         return 2 * (self.router.numel() + self.top_k * expert)
 
     def extra_repr(self) -> str:
