@@ -114,7 +114,7 @@ def _differentiable(ctx: Any, grad: Tensor) -> tuple:
     *saved, _, _, seed = ctx.saved_tensors
     # Views, so that the gradient of a weight does not come by x too, which may depend on it.
     inputs: Any = [t.view_as(t) for t in saved]
-    arguments = (*inputs, ctx.dropout, seed, ctx.gelu_out)
+    arguments: Any = (*inputs, ctx.dropout, seed, ctx.gelu_out)
     y = eager.moe_ffn(*arguments)[0]
     wanted = [t for t in inputs if t.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
