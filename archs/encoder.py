@@ -59,6 +59,8 @@ class Encoder(nn.Module):
     """
 
     config_class = EncoderConfig
+    # What runs the model as forward does: a sharded one must be gathered for it.
+    forward_methods = ("predict", "classify")
 
     def __init__(
         self, config: EncoderConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -120,7 +122,7 @@ class Encoder(nn.Module):
             check_range("labels", labels, self.config.vocab_size, ignore=IGNORE)
             losses.append(self.head.loss(places, labels, reduction))
         if classes is not None:
-            logits = self.class_logits(x)
+            logits = self._class_logits(x)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if classes.shape != logits.shape[:1]:
                 raise ValueError(f"classes must be ({len(logits)},), got {tuple(classes.shape)}")
@@ -128,16 +130,24 @@ class Encoder(nn.Module):
             losses.append(F.cross_entropy(logits, classes, reduction=reduction))
         return sum(losses + auxiliary) if self.training else sum(losses)  # type: ignore[return-value]
 
+    def predict(
+        self,
+        input_ids: Tensor,
+        *,
+        mask: Tensor | None = None,
+        token_types: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """In one pass the tokens' logits, (B, L, V) or (B, P, V) at positions, and the classifier's if there is one."""
+        x, _ = self.features(input_ids, mask=mask, token_types=token_types)
+        classes = None if self.classifier is None else self._class_logits(x)
+        return self.head.logits(self._places(x, positions)), classes
+
     def classify(self, input_ids: Tensor, *, mask: Tensor | None = None, token_types: Tensor | None = None) -> Tensor:
         """The classifier's logits (B, num_classes); ValueError for a model without."""
-        return self.class_logits(self.features(input_ids, mask=mask, token_types=token_types)[0])
+        return self._class_logits(self.features(input_ids, mask=mask, token_types=token_types)[0])
 
-    def token_logits(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Logits (B, L, V) from features (B, L, dim), or (B, P, V) at positions (B, P)."""
-        return self.head.logits(self._places(x, positions))
-
-    def class_logits(self, x: Tensor) -> Tensor:
-        """Logits (B, num_classes) from features (B, L, dim); ValueError for a model without a classifier."""
+    def _class_logits(self, x: Tensor) -> Tensor:
         if self.classifier is None:
             raise ValueError("classes need a model with num_classes > 0")
         return self.classifier(self._pool(x))

@@ -17,6 +17,8 @@ from .config import ModelConfig
 from .registry import assembly_class
 
 FORMAT, VERSION = "grassland", 1
+# By which transformers finds `interop.hf`; the folder of a checkpoint is one of Hugging Face's too.
+MODEL_TYPE = "grassland"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
@@ -83,13 +85,13 @@ def sync_folder(folder: Path) -> None:
 def save_model(model: nn.Module, path: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None) -> None:
     """Write a model made by `create_model` into the folder `path`; each file atomically, the weights first.
 
-    `config.json` is {"format": "grassland", "version": 1, "model": {…}, **extra}; extra must be JSON-safe. Tensors that
-    the model shares between slots are stored once.
+    `config.json` is {"format": "grassland", "version": 1, "model_type": "grassland", "model": {…}, **extra}; extra must
+    be JSON-safe. Tensors that the model shares between slots are stored once.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, ModelConfig):
         raise ValueError(f"model must have a ModelConfig as its .config, got {type(model).__name__} without one")
-    header = {"format": FORMAT, "version": VERSION, "model": config.to_dict()}
+    header = {"format": FORMAT, "version": VERSION, "model_type": MODEL_TYPE, "model": config.to_dict()}
     if clash := header.keys() & (extra or {}).keys():
         raise ValueError(f"extra must not contain {sorted(clash)}")
     write_checkpoint(path, {**header, **(extra or {})}, model.state_dict())

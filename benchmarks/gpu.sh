@@ -41,13 +41,14 @@ for op in $ops; do
   done
 done
 
+step "scaling and profile"
+python -m grassland.kernels.bench all --device cuda --dtype bfloat16 --scaling --out "$OUT" > "$OUT/scaling.md" 2>&1
+python -m grassland.train profile --device cuda --dtype bf16 --batch-size 32 --out "$OUT/profile"
+
 step "WikiText-2"
 data=../shared/data
 [ -d "$data" ] || data=shared/data
-for model in grassmann_lm_6l transformer_lm_6l; do
-  timeout "${minutes}m" python -m grassland.train lm --model "$model" --set norm=pre --dtype bf16 --batch-size 32 \
-    --epochs 30 --lr 1e-3 --warmup 500 --data "$data/wikitext-2" --tokenizer "$data/bert-base-uncased/vocab.txt" \
-    --out "$OUT/$model" > "$OUT/$model.log" 2>&1
-  tail -n 3 "$OUT/$model.log"
-done
+# Resumes where the time ran out, if the folder is carried to the next machine.
+timeout "${minutes}m" python -m grassland.train compare wikitext2-paper --only wikitext2-6l --out "$OUT/wikitext2-paper" \
+  --settings dtype=bf16 "data=$data/wikitext-2" "tokenizer=$data/bert-base-uncased/vocab.txt"
 step "done"

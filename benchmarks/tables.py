@@ -1,4 +1,5 @@
-"""Writes the tables of README.md from benchmarks/results: `python benchmarks/tables.py` (`--check` only compares).
+"""Writes the tables of README.md and benchmarks/README.md from benchmarks/results: `python benchmarks/tables.py`
+(`--check` only compares).
 
 A table stands between `<!-- table:NAME -->` and `<!-- end -->`.
 """
@@ -33,13 +34,13 @@ def kernel_table(name):
     lines = [f"| time / grassland | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for rival in dict.fromkeys(r["rival"] for r in records):
         own = [r for r in records if r["rival"] == rival]
-        cells = [next((cell(r) for r in own if "error" in r or shown(r, *item)), "") for item in settings.items()]
+        cells = [next((cell(r) for r in own if shown(r, *item)), "") for item in settings.items()]
         lines.append(f"| {rival} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", footnote(records)])
 
 
 def shown(record, setting, mode):
-    return record["setting"] == setting and record["mode"] == mode
+    return record["setting"] == setting and ("error" in record or record["mode"] == mode)
 
 
 def cell(record):
@@ -72,6 +73,19 @@ def vision_table(name):
     for r in runs:
         quality = " | ".join(f"{100 * r[key]:.1f} %" for key in ("valid_top1", "top1", "top5"))
         lines.append(f"| {r['head']} | {r['parameters']:,} | {r['epochs']:g} | {quality} | {r['ece']:.3f} |")
+    return "\n".join([*lines, "", footnote(runs)])
+
+
+def sharing_table(name):
+    """One line a run of an image model that is named by its sizes, not by its head."""
+    runs = [sharing_summary(path) for path in sorted((RESULTS / name).glob("*.jsonl"))]
+    lines = [
+        "| model | parameters | images seen | valid top-1 | test top-1 | test loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in runs:
+        quality = f"{100 * r['valid_top1']:.1f} % | {100 * r['top1']:.1f} % | {r['loss']:.3f}"
+        lines.append(f"| {r['model']} | {r['parameters']:,} | {r['images']:,} | {quality} |")
     return "\n".join([*lines, "", footnote(runs)])
 
 
@@ -113,6 +127,23 @@ def vision_summary(path):
     }
 
 
+def sharing_summary(path):
+    """What `vision_summary` says, the sizes in place of the head, and how much it was trained."""
+    events, start, facts = about(path)
+    config, test = start["config"], next(e for e in events if e["event"] == "test")
+    sizes = ", ".join(
+        f"{size} {value}" for size, _, value in (s.partition("=") for s in config["set"]) if size in SIZES
+    )
+    return facts | {
+        "model": config["model"] + (f" ({sizes})" if sizes else ""),
+        "parameters": start["parameters"],
+        "images": start["steps"] * config["batch_size"] * config["grad_accum"],
+        "valid_top1": max(e["top1"] for e in events if e["event"] == "valid"),
+        "top1": test["top1"],
+        "loss": test["loss"],
+    }
+
+
 def support_table():
     """Ops against backends: how far the tests of each have got, from what `pytest --support FILE` wrote."""
     records = [r for path in sorted(RESULTS.glob("support-*.jsonl")) for r in read(path.name)]
@@ -146,14 +177,116 @@ def support_state(records):
     return "tested" if "run" in done else "compiled, not yet run" if "compiled" in done else "interpreted, not yet run"
 
 
+def kernel_tables(device):
+    """All kernel benchmarks of one kind of device, a section a file; a sentence if there are none."""
+    paths = [path for op in OPS for path in sorted(RESULTS.glob(f"{op}-*.jsonl")) if path.stem.split("-")[1] == device]
+    plain = [path.stem for path in paths if not path.stem.endswith("-scaling")]
+    parts = [f"#### {stem}\n\n{kernel_details(stem)}\n\n![{stem}](results/{stem}.png)" for stem in plain]
+    return "\n\n".join(parts) or "None has been run."
+
+
+def kernel_details(stem):
+    """Every rival in every setting and mode."""
+    records = read(f"{stem}.jsonl")
+    lines = ["| setting | mode | rival | ms | time / grassland | GFLOP/s | saved MB |", "|---|---|---|---|---|---|---|"]
+    for r in records:
+        if "error" in r:
+            lines.append(f"| {r['setting']} | | {r['rival']} | not run: {r['error']} | | | |")
+            continue
+        saved = f"{r['saved_bytes'] / 1e6:.1f}" if "saved_bytes" in r else ""
+        figures = f"{r['ms']:.2f} | {r['ratio']:.2f} | {r['gflops']:.1f} | {saved}"
+        lines.append(f"| {r['setting']} | {r['mode']} | {r['rival']} | {figures} |")
+    return "\n".join([*lines, "", footnote(records)])
+
+
+def scaling_tables():
+    """Ours and every rival against the size that was varied, in milliseconds."""
+    stems = [path.stem for path in sorted(RESULTS.glob("*-scaling.jsonl"))]
+    parts = [f"#### {stem}\n\n{scaling_table(stem)}\n\n![{stem}](results/{stem}.png)" for stem in stems]
+    return "\n\n".join(parts) or "None has been run."
+
+
+def scaling_table(stem):
+    records = read(f"{stem}.jsonl")
+    modes = {r["setting"]: r["mode"] for r in records if "mode" in r}
+    heads = [f"{setting}, {mode}" for setting, mode in modes.items()]
+    lines = [f"| ms | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for rival in dict.fromkeys(r["rival"] for r in records):
+        own = {r["setting"]: r for r in records if r["rival"] == rival and r.get("mode") == modes.get(r["setting"])}
+        cells = [f"{own[setting]['ms']:.2f}" if setting in own else "" for setting in modes]
+        lines.append(f"| {rival} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", footnote(records)])
+
+
+def compare_tables():
+    """Every comparison whose report.jsonl lies in results/compare."""
+    from grassland.train.compare.report import by, read_records, section
+
+    parts = []
+    for path in sorted((RESULTS / "compare").glob("*/report.jsonl")):
+        for name, records in by(read_records(path), "comparison").items():
+            picture = f"![{name}](results/compare/{path.parent.name}/{name}.png)"
+            parts.append(f"#### {records[0]['title']}\n\n{section(records)}\n\n{picture}")
+    return "\n\n".join(parts) or "None has been run."
+
+
+def profile_table():
+    """Milliseconds of a training step by part, forward + backward."""
+    records = [r for path in sorted(RESULTS.glob("profile-*.jsonl")) for r in read(path.name)]
+    if not records:
+        return "None has been run."
+    heads = ("data", "embedding", "mixer", "residual", "ffn", "head", "optimiser")
+    lines = [f"| ms | {' | '.join(heads)} | step |", "|---|" + "---|" * (len(heads) + 1)]
+    for r in records:
+        cells = [profile_cell(r["seconds"], part) for part in heads]
+        lines.append(f"| {r['model']} | {' | '.join(cells)} | {1e3 * sum(r['seconds'].values()):.0f} |")
+    return "\n".join([*lines, "", f"Batches of {records[0]['batch_size']}. {footnote(records)}"])
+
+
+def profile_cell(seconds, part):
+    found = [seconds[key] for key in (part, f"{part} forward", f"{part} backward") if key in seconds]
+    return " + ".join(f"{1e3 * value:.1f}" for value in found)
+
+
+def missing():
+    """What the project set out to measure and has not, found by looking for its files."""
+    wanted = {
+        "kernels on a GPU": [f"{op}-cuda-{dtype}.jsonl" for op in OPS for dtype in ("float32", "bfloat16")],
+        "kernels on a CPU in bfloat16": [f"{op}-cpu-bfloat16.jsonl" for op in OPS],
+        "kernels against sequence length, streams, experts and classes": [
+            f"{op}-cpu-float32-scaling.jsonl" for op in OPS
+        ],
+        "profile of a training step on a GPU": ["profile-cuda.jsonl"],
+        **{f"comparison `{name}` in full": [f"compare/{name}/report.jsonl"] for name in FULL},
+    }
+    lines = []
+    for what, files in wanted.items():
+        absent = [name for name in files if not (RESULTS / name).exists()]
+        if absent:
+            lines.append(f"- {what}{'' if len(absent) == len(files) else ': ' + ', '.join(absent)}")
+    text = "Not run, or run and not kept here:\n\n" + "\n".join(lines) if lines else "Everything has been run."
+    gpu = any(RESULTS.glob("*-cuda*.jsonl"))
+    return text if gpu else f"Nothing on this page was measured on a GPU: none has been at hand.\n\n{text}"
+
+
+FULL = ("wikitext2-paper", "wikitext2-tuned", "controls", "residuals", "sharing", "heads", "imagenet-r50d")
 BACKENDS = {"eager": "eager", "cpp": "C++ on CPU", "triton": "Triton", "cuda": "CUDA C++"}
+SIZES = ("dim", "depth", "ffn_dim")
 OPS = ("plucker", "kronecker", "subspace", "moe")
 TABLES = {op: functools.partial(kernel_table, f"{op}-cpu-float32") for op in OPS}
 TABLES |= {
     "support": support_table,
     "lm": functools.partial(lm_table, "wikitext-2"),
     "vision": functools.partial(vision_table, "cifar-10"),
+    "sharing": functools.partial(sharing_table, "sharing-cifar-10"),
+    "kernels_cpu": functools.partial(kernel_tables, "cpu"),
+    "kernels_gpu": functools.partial(kernel_tables, "cuda"),
+    "scaling": scaling_tables,
+    "profile": profile_table,
+    "compare": compare_tables,
+    "missing": missing,
 }
+PAGES = ("README.md", "benchmarks/README.md")
 
 
 def render(text):
@@ -164,8 +297,12 @@ def render(text):
 
 
 if __name__ == "__main__":
-    page = ROOT / "README.md"
-    fresh = render(page.read_text())
-    if "--check" in sys.argv:
-        sys.exit(0 if fresh == page.read_text() else "README.md: its tables differ from benchmarks/results")
-    page.write_text(fresh)
+    stale = []
+    for page in (ROOT / name for name in PAGES):
+        before = page.read_text()
+        fresh = render(before)
+        if "--check" in sys.argv and fresh != before:
+            stale.append(f"{page.relative_to(ROOT)}: its tables differ from benchmarks/results")
+        elif fresh != before:
+            page.write_text(fresh)
+    sys.exit("\n".join(stale) or 0)

@@ -2,7 +2,7 @@
 //
 // Rows are gathered into the order of the slots, expert after expert; the products are ATen's, and what stands between
 // them (gather, bias, GELU, dropout, gate, combination) is one pass each. Sums run in a fixed order.
-#include "common.h"
+#include "linear.h"
 
 namespace grassland {
 namespace {
@@ -44,32 +44,27 @@ GRASSLAND_INLINE float gelu_slope(float x, float gate) {
   return gate + x * gate * (1.0f - gate) * 1.5957691216f * (1.0f + 0.134145f * x * x);
 }
 
-// a = drop(gelu(h + b)); h keeps h + b. With h == a, nothing is kept.
+// a = drop(gelu(h)), over h; `kept` gets h itself, if there is one.
 template <typename T>
-GRASSLAND_INLINE void up_body(const T* bias, const int64_t* order, const Dropout& d, int64_t width, int64_t begin,
-                              int64_t end, T* h, T* a) {
+GRASSLAND_INLINE void up_body(const int64_t* order, const Dropout& d, int64_t width, int64_t begin, int64_t end, T* h,
+                              T* kept) {
   for (int64_t r = begin; r < end; ++r) {
     const uint32_t row = row_hash(d, order[r]);
-    T *hr = h + r * width, *ar = a + r * width;
+    T* hr = h + r * width;
+    if (kept != nullptr) std::memcpy(kept + r * width, hr, width * sizeof(T));
     if (d.on) {
 #pragma omp simd
-      for (int64_t c = 0; c < width; ++c) {
-        from_float(to_float(hr[c]) + to_float(bias[c]), hr[c]);
-        from_float(gelu(to_float(hr[c])) * factor(d, row, c), ar[c]);
-      }
+      for (int64_t c = 0; c < width; ++c) from_float(gelu(to_float(hr[c])) * factor(d, row, c), hr[c]);
     } else {
 #pragma omp simd
-      for (int64_t c = 0; c < width; ++c) {
-        from_float(to_float(hr[c]) + to_float(bias[c]), hr[c]);
-        from_float(gelu(to_float(hr[c])), ar[c]);
-      }
+      for (int64_t c = 0; c < width; ++c) from_float(gelu(to_float(hr[c])), hr[c]);
     }
   }
 }
 
 // y_t = sum_k g_tk drop(act(o)) over the kept pairs of a token
 template <typename T>
-GRASSLAND_INLINE void combine_body(const T* rows, const float* gates, const int64_t* slots, const Dropout& d, bool act,
+GRASSLAND_INLINE void combine_body(const T* const* rows, const float* gates, const int64_t* slots, const Dropout& d, bool act,
                                    const Shape& s, int64_t begin, int64_t end, T* y) {
   std::vector<float> sum(s.dim);
   for (int64_t t = begin; t < end; ++t) {
@@ -77,7 +72,7 @@ GRASSLAND_INLINE void combine_body(const T* rows, const float* gates, const int6
     float* total = sum.data();
     for (int64_t pair = t * s.top_k; pair < (t + 1) * s.top_k; ++pair) {
       if (slots[pair] < 0) continue;
-      const T* o = rows + slots[pair] * s.dim;
+      const T* o = rows[slots[pair]];
       const float gate = gates == nullptr ? 1.0f : gates[pair];
       const uint32_t row = row_hash(d, pair);
       if (act || d.on) {
@@ -167,11 +162,11 @@ GRASSLAND_INLINE void column_sums_body(const T* x, const float* gates, const int
 }
 
 #define GRASSLAND_MOE(T)                                                                                              \
-  GRASSLAND_MULTIARCH void up_rows(const T* bias, const int64_t* order, const Dropout& d, int64_t width,              \
-                                   int64_t begin, int64_t end, T* h, T* a) {                                          \
-    up_body(bias, order, d, width, begin, end, h, a);                                                                 \
+  GRASSLAND_MULTIARCH void up_rows(const int64_t* order, const Dropout& d, int64_t width, int64_t begin, int64_t end, \
+                                   T* h, T* kept) {                                                                   \
+    up_body(order, d, width, begin, end, h, kept);                                                                    \
   }                                                                                                                   \
-  GRASSLAND_MULTIARCH void combine(const T* rows, const float* gates, const int64_t* slots, const Dropout& d,         \
+  GRASSLAND_MULTIARCH void combine(const T* const* rows, const float* gates, const int64_t* slots, const Dropout& d,  \
                                    bool act, const Shape& s, int64_t begin, int64_t end, T* y) {                      \
     combine_body(rows, gates, slots, d, act, s, begin, end, y);                                                       \
   }                                                                                                                   \
@@ -200,11 +195,6 @@ void parallel(int64_t n, int64_t grain, const F& body) {
 Tensor expert(const Tensor& stacked, int64_t e) {
   Tensor base = stacked;
   return torch::stable::select(base, 0, e);
-}
-
-Tensor flipped(const Tensor& x) {
-  Tensor base = x;
-  return torch::stable::transpose(base, 0, 1);
 }
 
 template <typename T>
@@ -245,15 +235,16 @@ void zero_tail(const Tensor& x, int64_t rows) {
   std::memset(data<T>(x) + rows * x.size(1), 0, (x.numel() - rows * x.size(1)) * sizeof(T));
 }
 
+// The rows of all experts by slot, and the tensors that hold them.
 template <typename T>
-void add_bias(const Tensor& x, const T* bias, int64_t begin, int64_t end) {
-  const int64_t width = x.size(1);
-  T* o = data<T>(x);
-  parallel(end - begin, kGrain, [&](int64_t first, int64_t last) {
-    for (int64_t r = begin + first; r < begin + last; ++r)
-      for (int64_t c = 0; c < width; ++c) from_float(to_float(o[r * width + c]) + to_float(bias[c]), o[r * width + c]);
-  });
-}
+struct Rows {
+  std::vector<Tensor> tensors;
+  std::vector<const T*> pointers;
+  void add(const Tensor& x) {
+    tensors.push_back(x);
+    for (int64_t r = 0; r < x.size(0); ++r) pointers.push_back(data<T>(x) + r * x.size(1));
+  }
+};
 
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gates, const Tensor& slots,
@@ -264,30 +255,29 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gates,
   const Sizes sizes(offsets, s.experts);
   const Dropout inner = dropout_of(seed, rate, 0), outer = dropout_of(seed, rate, kOutputSalt);
   const int64_t* pairs = data<int64_t>(order);
-  const Tensor sorted = gather<T>(x, pairs, s, sizes.rows);
-  const Tensor h = empty(x, {save ? s.pairs : sizes.longest, s.inner}, kDtype<T>);
-  const Tensor a = save ? empty(x, {sizes.longest, s.inner}, kDtype<T>) : h;
-  const Tensor out = empty(x, {s.pairs, s.dim}, kDtype<T>);
+  const Tensor h = empty(x, {save ? s.pairs : 0, s.inner}, kDtype<T>);
+  const Tensor o = empty(x, {save && act ? s.pairs : 0, s.dim}, kDtype<T>);
+  use_large_pages(h);
+  Rows<T> out;
   for (int64_t e = 0; e < s.experts; ++e) {
     const int64_t begin = sizes.bounds[e], n = sizes.bounds[e + 1] - begin;
     if (n == 0) continue;
-    const Tensor here = save ? rows(h, begin, begin + n) : rows(h, 0, n), active = rows(a, 0, n);
-    mm(here, rows(sorted, begin, begin + n), flipped(expert(w_up, e)));
+    const Tensor up_bias = expert(b_up, e), down_bias = expert(b_down, e);
+    const Tensor a = linear(gather<T>(x, pairs + begin, s, n), expert(w_up, e), &up_bias);
+    T* kept = save ? data<T>(h) + begin * s.inner : nullptr;
     parallel(n, kGrain, [&](int64_t first, int64_t last) {
-      up_rows(data<T>(b_up) + e * s.inner, pairs + begin, inner, s.inner, first, last, data<T>(here), data<T>(active));
+      up_rows(pairs + begin, inner, s.inner, first, last, data<T>(a), kept);
     });
-    mm(rows(out, begin, begin + n), active, flipped(expert(w_down, e)));
-    add_bias(out, data<T>(b_down) + e * s.dim, begin, begin + n);
+    out.add(linear(a, expert(w_down, e), &down_bias));
+    if (save && act) std::memcpy(data<T>(o) + begin * s.dim, out.pointers[begin], n * s.dim * sizeof(T));
   }
   const Tensor y = empty(x, {s.tokens, s.dim}, kDtype<T>);
   parallel(s.tokens, kGrain, [&](int64_t begin, int64_t end) {
-    combine(data<T>(out), data<float>(gates), data<int64_t>(slots), outer, act, s, begin, end, data<T>(y));
+    combine(out.pointers.data(), data<float>(gates), data<int64_t>(slots), outer, act, s, begin, end, data<T>(y));
   });
-  if (!save) return {y, empty(x, {0, s.inner}, kDtype<T>), empty(x, {0, s.dim}, kDtype<T>)};
-  zero_tail<T>(h, sizes.rows);
-  if (!act) return {y, h, empty(x, {0, s.dim}, kDtype<T>)};
-  zero_tail<T>(out, sizes.rows);
-  return {y, h, out};
+  if (save) zero_tail<T>(h, sizes.rows);
+  if (save && act) zero_tail<T>(o, sizes.rows);
+  return {y, h, o};
 }
 
 // total = left^T right, or total += left^T right; float32 totals of bfloat16 factors are summed beside the product.
@@ -335,18 +325,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
   const Tensor dgates = zeros(x, {s.tokens, s.top_k}, ScalarType::Float);
   const Tensor db_up = empty(x, {s.experts, s.inner}, ScalarType::Float);
   const Tensor db_down = empty(x, {s.experts, s.dim}, ScalarType::Float);
-  const Tensor dsorted = empty(x, {sizes.rows, s.dim}, kDtype<T>), g = empty(x, {sizes.longest, s.dim}, kDtype<T>);
-  const Tensor d = empty(x, {sizes.longest, s.inner}, kDtype<T>), a = empty(x, {sizes.longest, s.inner}, kDtype<T>);
+  for (const auto& total : {total_up, total_down})
+    if (total && !accumulate) use_large_pages(*total);
+  const Tensor g = empty(x, {sizes.longest, s.dim}, kDtype<T>), a = empty(x, {sizes.longest, s.inner}, kDtype<T>);
+  Rows<T> dsorted;
   for (int64_t e = 0; e < s.experts; ++e) {
     const int64_t begin = sizes.bounds[e], n = sizes.bounds[e + 1] - begin;
     const int64_t* pairs = data<int64_t>(order) + begin;
-    const Tensor ge = rows(g, 0, n), de = rows(d, 0, n), ae = rows(a, 0, n);
+    const Tensor ge = rows(g, 0, n), ae = rows(a, 0, n);
     const T* outputs = act ? data<T>(o) + begin * s.dim : nullptr;
     parallel(n, kGrain, [&](int64_t first, int64_t last) {
       output_backward(data<T>(grad), outputs, data<T>(b_down) + e * s.dim, pairs, outer, act, s, first, last,
                       data<T>(ge), data<float>(dgates));
     });
-    if (n > 0) mm(de, ge, expert(w_down, e));
+    const Tensor de = n > 0 ? linear(ge, flipped(expert(w_down, e))) : empty(x, {0, s.inner}, kDtype<T>);
     parallel(n, kGrain, [&](int64_t first, int64_t last) {
       down_backward(data<T>(h) + begin * s.inner, gate, pairs, inner, act, s.inner, first, last, data<T>(de),
                     data<T>(ae), data<float>(dgates));
@@ -355,12 +347,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
     if (total_up) weight_gradient<T>(expert(*total_up, e), de, gather<T>(x, pairs, s, n), accumulate);
     bias_gradient<T>(de, nullptr, pairs, n, data<float>(db_up) + e * s.inner);
     bias_gradient<T>(ge, gate, pairs, n, data<float>(db_down) + e * s.dim);
-    if (n > 0) mm(rows(dsorted, begin, begin + n), de, expert(w_up, e));
+    if (n > 0) dsorted.add(linear(de, flipped(expert(w_up, e))));
   }
   const Tensor dx = empty(x, {s.tokens, s.dim}, kDtype<T>);
   const Dropout off{0, 0, 1.0f, false};
   parallel(s.tokens, kGrain, [&](int64_t begin, int64_t end) {
-    combine(data<T>(dsorted), nullptr, data<int64_t>(slots), off, false, s, begin, end, data<T>(dx));
+    combine(dsorted.pointers.data(), nullptr, data<int64_t>(slots), off, false, s, begin, end, data<T>(dx));
   });
   return {dx, dgates, db_up, db_down};
 }

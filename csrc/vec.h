@@ -22,15 +22,13 @@ GRASSLAND_INLINE Vec load_full(const float* p) {
 GRASSLAND_INLINE void store_full(const Vec& v, float* p) { __builtin_memcpy(p, &v, sizeof(v)); }
 
 GRASSLAND_INLINE Vec load(const float* p, int64_t live) {
-  if (live == kLanes) return load_full(p);
   Vec v = {};
-  for (int64_t i = 0; i < live; ++i) v[i] = p[i];
+  std::memcpy(&v, p, live * sizeof(float));
   return v;
 }
 
 GRASSLAND_INLINE void store(const Vec& v, float* p, int64_t live) {
-  if (live == kLanes) return store_full(v, p);
-  for (int64_t i = 0; i < live; ++i) p[i] = v[i];
+  std::memcpy(p, &v, live * sizeof(float));
 }
 
 GRASSLAND_INLINE Vec widen(const VecHalves& halves) {
@@ -51,26 +49,13 @@ GRASSLAND_INLINE VecHalves narrow_halves(const Vec& v) {
 
 GRASSLAND_INLINE Vec load(const bf16* p, int64_t live) {
   VecHalves halves = {};
-  if (live == kLanes)
-    __builtin_memcpy(&halves, p, sizeof(halves));
-  else
-    for (int64_t i = 0; i < live; ++i) halves[i] = p[i].bits;
+  std::memcpy(&halves, p, live * sizeof(bf16));
   return widen(halves);
 }
 
 GRASSLAND_INLINE void store(const Vec& v, bf16* p, int64_t live) {
   const VecHalves halves = narrow_halves(v);
-  if (live == kLanes) {
-    __builtin_memcpy(p, &halves, sizeof(halves));
-    return;
-  }
-  for (int64_t i = 0; i < live; ++i) p[i].bits = halves[i];
-}
-
-// Rounded to T, as float.
-template <typename T>
-GRASSLAND_INLINE void store_rounded(const Vec& v, float* p) {
-  store_full(std::is_same_v<T, float> ? v : widen(narrow_halves(v)), p);
+  std::memcpy(p, &halves, live * sizeof(bf16));
 }
 
 // f(c, live) for each vector of a row; `live` is a constant in all but the last, so that only that one has a tail.

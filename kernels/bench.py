@@ -1,4 +1,4 @@
-"""Every op against its rivals, side by side: `python -m grassland.kernels.bench plucker`.
+"""Every op against its rivals, side by side: `python -m grassland.kernels.bench plucker` (or `all`).
 
 Each repetition runs every rival once, in turn; medians are compared, never times of different runs. Rivals that cannot
 run are listed with the reason. Before anything is timed, the results of the rivals are compared.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import bench_report, dispatch
 from .machine import about
 
 Step = Callable[[], Any]
@@ -28,6 +28,10 @@ Step = Callable[[], Any]
 
 class Unavailable(Exception):
     """A rival cannot run here; the message is the reason."""
+
+
+class Disagreement(Exception):
+    """Two rivals that should compute the same do not."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Rival:
     """One way to do the work.
 
     build(setting values, dtype, device) gives a function for each mode it has ("forward", "forward+backward", "step",
-    …) and, as "check", one whose result (a tensor, or a tuple of them) must agree with the other rivals'. Builders
+    …), none if the setting is not for it, and, as "check", one whose result (a tensor, or a tuple of them) must agree
+    with the other rivals', or with that of the function it gives as "truth": the same mathematics in float64. Builders
     raise Unavailable.
     """
 
@@ -69,20 +74,31 @@ class Benchmark:
     tolerance: dict[torch.dtype, float] = field(default_factory=lambda: {torch.float32: 1e-4, torch.bfloat16: 3e-2})
 
 
-def with_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> dict[str, Step]:
-    """The modes of a differentiable function: `inputs` that require gradients get them."""
-    wanted = [t for t in inputs if t.requires_grad]
-    out = function(*inputs)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.device, out.dtype)
+def with_gradients(
+    function: Callable[..., Any], inputs: Sequence[Tensor], truth: Callable[..., Any] | None = None
+) -> dict[str, Step]:
+    """The modes of a differentiable function of one or more outputs: `inputs` that require gradients get them.
 
-    def forward() -> Tensor:
+    truth: the same mathematics in float64, called with the inputs in float64.
+    """
+    wanted = [t for t in inputs if t.requires_grad]
+    generator = torch.Generator().manual_seed(7)
+    outputs = tensors(function(*inputs))
+    grads = [torch.randn(out.shape, generator=generator).to(out.device, out.dtype) for out in outputs]
+
+    def forward() -> Any:
         with torch.no_grad():
             return function(*inputs)
 
     def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(function(*inputs), wanted, grad)
+        return torch.autograd.grad(function(*inputs), wanted, grads)
 
-    return {"forward": forward, "forward+backward": both, "check": lambda: (forward(), *both())}
+    modes: dict[str, Step] = {"forward": forward, "forward+backward": both}
+    modes["check"] = lambda: (*tensors(forward()), *both())
+    if truth is not None:
+        wide = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+        modes["truth"] = lambda: with_gradients(truth, wide)["check"]()
+    return modes
 
 
 def build(benchmark: Benchmark, setting: Setting, dtype: torch.dtype, device: torch.device) -> tuple[dict, dict]:
@@ -107,15 +123,15 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def agreement(benchmark: Benchmark, steps: dict[str, dict[str, Step]], dtype: torch.dtype) -> None:
-    if "check" not in steps.get(benchmark.ours, {}):
-        return
-    expected = steps[benchmark.ours]["check"]()
+    ours = steps.get(benchmark.ours, {}).get("check")
+    expected = ours() if ours else None
     for name, modes in steps.items():
-        if name == benchmark.ours or "check" not in modes:
+        other = f"{name} in float64" if "truth" in modes else benchmark.ours
+        if "check" not in modes or other == name or (other == benchmark.ours and expected is None):
             continue
-        difference = disagreement(modes["check"](), expected)
+        difference = disagreement(modes["check"](), modes["truth"]() if "truth" in modes else expected)
         if not difference <= benchmark.tolerance[dtype]:
-            raise SystemExit(f"error: {name} and {benchmark.ours} differ by {difference:.1e}: nothing was timed")
+            raise Disagreement(f"{benchmark.name}: {name} and {other} differ by {difference:.1e}")
 
 
 def elapsed(step: Step, device: torch.device) -> float:
@@ -168,7 +184,7 @@ def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace)
     agreement(benchmark, steps, dtype)
     common = {"bench": benchmark.name, "setting": setting.id, **setting.values, "dtype": options.dtype}
     records = [{**common, "rival": name, "error": reason} for name, reason in reasons.items()]
-    for mode in [mode for mode in steps[benchmark.ours] if mode != "check"]:
+    for mode in [mode for mode in steps[benchmark.ours] if mode not in ("check", "truth")]:
         chosen = {name: modes[mode] for name, modes in steps.items() if mode in modes}
         times = interleaved(chosen, device, options.repeats)
         ours = statistics.median(times[benchmark.ours])
@@ -184,86 +200,117 @@ def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace)
     return records
 
 
-def table(records: Sequence[dict[str, Any]], ours: str) -> str:
-    """Markdown: one row a rival, its time over ours in every setting."""
-    lines = [
-        f"| setting | mode | rival | ms | time / {ours} | GFLOP/s | GB/s | saved MB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in records:
-        if "error" in r:
-            lines.append(f"| {r['setting']} | | {r['rival']} | not run: {r['error']} | | | | |")
-            continue
-        saved = f"{r['saved_bytes'] / 1e6:.1f}" if "saved_bytes" in r else ""
-        lines.append(
-            f"| {r['setting']} | {r['mode']} | {r['rival']} | {r['ms']:.2f} | {r['ratio']:.2f} | {r['gflops']:.1f} | "
-            f"{r['gbytes']:.1f} | {saved} |"
-        )
-    return "\n".join(lines)
+def peaks(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """What this machine does at best: GFLOP/s of a large matrix product, and GB/s of a copy, read and written."""
+    side = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    source = torch.empty(1 << (30 if device.type == "cuda" else 26), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    times = interleaved({"multiply": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, 5)
+    multiply, copy = min(times["multiply"]), min(times["copy"])
+    return {"peak_gflops": 2 * side**3 / multiply / 1e9, "peak_gbytes": 2 * source.nbytes / copy / 1e9}
 
 
-def plot(records: Sequence[dict[str, Any]], benchmark: Benchmark, path: Path) -> None:
-    """Bars of time over ours, one panel a setting, for its last mode."""
-    import matplotlib as mpl
+# The size that --scaling varies: the setting it starts from, its name and its values.
+SCALING: dict[str, tuple[str, str, tuple[int, ...]]] = {
+    "plucker": ("B1 L2048", "length", (256, 512, 1024, 2048, 4096)),
+    "kronecker": ("2x1024 C384", "streams", (2, 4, 8)),
+    "subspace": ("step n=384", "classes", (100, 1000, 10000)),
+    "moe": ("T788 E4", "experts", (2, 4, 8, 16)),
+}
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
 
-    timed = [r for r in records if "error" not in r]
-    settings = list(dict.fromkeys(r["setting"] for r in timed))
-    figure, axes = plt.subplots(
-        1, len(settings), figsize=(4.5 * len(settings), 3.2), squeeze=False, layout="constrained"
-    )
-    for axis, setting in zip(axes[0], settings, strict=True):
-        mode = [r["mode"] for r in timed if r["setting"] == setting][-1]
-        rows = [r for r in timed if r["setting"] == setting and r["mode"] == mode]
-        colours = ["#2f7d4f" if r["rival"] == benchmark.ours else "#9aa5a0" for r in rows]
-        bars = axis.barh([r["rival"] for r in rows], [r["ratio"] for r in rows], color=colours)
-        axis.bar_label(bars, [f"{r['ratio']:.2f}" for r in rows], padding=2, fontsize=8)
-        axis.set(
-            title=f"{setting}, {mode}",
-            xlabel=f"time / {benchmark.ours}",
-            xlim=(0, 1.15 * max(r["ratio"] for r in rows)),
-        )
-        axis.invert_yaxis()
-    figure.suptitle(benchmark.title)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def scaled(benchmark: Benchmark) -> list[Setting]:
+    """The settings of --scaling."""
+    start, name, sizes = SCALING[benchmark.name]
+    base = next((s for s in benchmark.settings if s.id == start), benchmark.settings[0])
+    return [Setting(f"{base.id}, {name} {size}", {**base.values, name: size}) for size in sizes]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m grassland.kernels.bench", description=__doc__)
-    parser.add_argument("op", choices=dispatch.PACKAGES)
+    parser.add_argument("op", choices=[*dispatch.PACKAGES, "all"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--setting", action="append", help="only this setting (repeatable)")
-    parser.add_argument("--out", type=Path, help="folder for OP.jsonl, OP.md and OP.png; nothing is written without it")
+    parser.add_argument(
+        "--scaling", action="store_true", help="vary sequence length, streams, experts or classes instead"
+    )
+    parser.add_argument(
+        "--baseline", type=Path, help="a stored JSONL; exit code 1 if a lead over a rival has shrunk by 15 %% or more"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the JSONL and the pictures; nothing is written without it")
     return parser.parse_args(arguments)
+
+
+def chosen_settings(benchmark: Benchmark, options: argparse.Namespace) -> list[Setting]:
+    settings = scaled(benchmark) if options.scaling else benchmark.settings
+    return [s for s in settings if not options.setting or s.id in options.setting]
+
+
+def run(benchmark: Benchmark, settings: Sequence[Setting], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure, print and, with --out, write one op's records and pictures."""
+    facts = about() | peaks(getattr(torch, options.dtype), torch.device(options.device))
+    records: list[dict[str, Any]] = []
+    for setting in settings:
+        records += measure(benchmark, setting, options)
+        print(f"{benchmark.name}, {setting.id}: done", file=sys.stderr)
+    print(f"{benchmark.title}\n\n{bench_report.table(records, benchmark.ours)}\n\n{json.dumps(facts)}\n")
+    records = [{**record, **facts} for record in records]
+    if options.out:
+        write(records, benchmark, options)
+    return records
+
+
+def write(records: Sequence[dict[str, Any]], benchmark: Benchmark, options: argparse.Namespace) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = f"{benchmark.name}-{options.device}-{options.dtype}{'-scaling' if options.scaling else ''}"
+    (options.out / f"{stem}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    ours, title = benchmark.ours, benchmark.title
+    if options.scaling:
+        bench_report.scaling(records, ours, title, SCALING[benchmark.name][1], options.out / f"{stem}.png")
+        return
+    bench_report.bars(records, ours, title, options.out / f"{stem}.png")
+    bench_report.roofline(records, ours, title, options.out / f"{stem}-roofline.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    benchmark: Benchmark = importlib.import_module(f"{__package__}.{options.op}.rivals").BENCHMARK
-    settings = [s for s in benchmark.settings if not options.setting or s.id in options.setting]
-    if not settings:
-        names = ", ".join(s.id for s in benchmark.settings)
+    ops = dispatch.PACKAGES if options.op == "all" else [options.op]
+    benchmarks: list[Benchmark] = [importlib.import_module(f"{__package__}.{op}.rivals").BENCHMARK for op in ops]
+    settings = {benchmark.name: chosen_settings(benchmark, options) for benchmark in benchmarks}
+    if not any(settings.values()):
+        names = ", ".join(s.id for b in benchmarks for s in (scaled(b) if options.scaling else b.settings))
         raise SystemExit(f"error: --setting must be one of {names}, got {', '.join(options.setting)}")
-    facts, records = about(), []
-    for setting in settings:
-        records += measure(benchmark, setting, options)
-        print(f"{setting.id}: done", file=sys.stderr)
-    text = table(records, benchmark.ours)
-    print(f"{benchmark.title}\n\n{text}\n\n{json.dumps(facts)}")
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        stem = f"{options.op}-{options.device}-{options.dtype}"
-        lines = [json.dumps({**record, **facts}) for record in records]
-        (options.out / f"{stem}.jsonl").write_text("\n".join(lines) + "\n")
-        plot(records, benchmark, options.out / f"{stem}.png")
+    try:
+        baseline = bench_report.read_baseline(options.baseline) if options.baseline else []
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    records, failed = [], []
+    for benchmark in benchmarks:
+        try:
+            records += run(benchmark, settings[benchmark.name], options) if settings[benchmark.name] else []
+        except Disagreement as error:
+            failed.append(f"error: {error}: nothing was timed")
+    if failed:
+        raise SystemExit("\n".join(failed))
+    if options.baseline:
+        compare(records, baseline)
     return records
+
+
+def compare(records: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> None:
+    """SystemExit with 1 if there are regressions, each on a line."""
+    try:
+        lines = bench_report.regressions(records, baseline)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    print("\n".join(lines) or "no regression against the baseline")
+    if lines:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 BACKENDS = ("reference", "eager", "cpp", "triton", "cuda")
 ENVIRONMENT = "GRASSLAND_BACKEND"
+# Of the ops. A copy of the kernels under another package name has its own, so that both live in one process.
+NAMESPACE = "grassland" if __package__ == "grassland.kernels" else re.sub(r"\W", "_", __package__ or "grassland")
 PACKAGES = ("plucker", "kronecker", "subspace", "moe")
 
 

@@ -12,6 +12,7 @@ import torch
 
 from grassland.kernels import bench, dispatch
 from grassland.kernels.bench import Rival, Setting, Unavailable
+from grassland.kernels.bench_report import regressions
 
 ROOT = Path(__file__).parents[1]
 TINY = Setting("tiny", {"batch": 1, "length": 24, "dim": 64, "rank": 8, "offsets": [1, 2]})
@@ -44,7 +45,9 @@ def test_records_table_and_picture(tiny, tmp_path, capsys):
     assert "not run: it is not installed" in capsys.readouterr().out
     written = [json.loads(line) for line in (tmp_path / "plucker-cpu-float32.jsonl").read_text().splitlines()]
     assert len(written) == len(records) and {"cpu", "torch", "commit", "threads"} <= written[0].keys()
-    assert (tmp_path / "plucker-cpu-float32.png").stat().st_size > 1000
+    for picture in ("plucker-cpu-float32.png", "plucker-cpu-float32-roofline.png"):
+        assert (tmp_path / picture).stat().st_size > 1000
+    assert written[0]["peak_gflops"] > 0 and written[0]["peak_gbytes"] > 0
 
 
 def test_rivals_that_disagree_are_not_timed(tiny, monkeypatch):
@@ -62,6 +65,56 @@ def test_rivals_that_disagree_are_not_timed(tiny, monkeypatch):
 def test_unknown_setting_names_itself(tiny):
     with pytest.raises(SystemExit, match="--setting must be one of tiny, got huge"):
         bench.main(["plucker", "--setting", "huge"])
+
+
+def test_all_ops_by_one_command_and_scaling(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(bench.SCALING, "plucker", ("tiny", "length", (8, 16)))
+    records = bench.main(["all", "--repeats", "1", "--scaling", "--setting", "tiny, length 8", "--out", str(tmp_path)])
+    assert {(r["bench"], r["setting"], r["length"]) for r in records} == {("plucker", "tiny, length 8", 8)}
+    assert (tmp_path / "plucker-cpu-float32-scaling.png").stat().st_size > 1000
+    for op in dispatch.PACKAGES:
+        benchmark = importlib.import_module(f"grassland.kernels.{op}.rivals").BENCHMARK
+        name = bench.SCALING[op][1]
+        sizes = [s.values[name] for s in bench.scaled(benchmark)]
+        assert sizes == sorted(set(sizes)) and name in benchmark.settings[0].values
+
+
+def timed(rival, ratio, setting="s"):
+    return {"bench": "b", "setting": setting, "dtype": "float32", "mode": "forward", "rival": rival, "ratio": ratio}
+
+
+def test_a_shrunken_lead_is_a_regression():
+    before = [timed("ours", 1.0), timed("slow", 4.0), timed("fast", 0.5), timed("gone", 2.0), {"error": "x"}]
+    assert regressions([timed("ours", 1.0), timed("slow", 3.6), timed("fast", 0.5), timed("new", 0.1)], before) == []
+    lines = regressions([timed("ours", 1.0), timed("slow", 3.4), timed("fast", 0.4)], before)
+    assert lines == [
+        "regression: b | s | float32 | forward | slow: time / ours 4.000 -> 3.400, 1.18x slower",
+        "regression: b | s | float32 | forward | fast: time / ours 0.500 -> 0.400, 1.25x slower",
+    ]
+    with pytest.raises(ValueError, match="no setting, mode and rival in common"):
+        regressions([timed("ours", 1.0, "other")], before)
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1e-3, None), (1e3, 1)])
+def test_baseline_decides_the_exit_code(tiny, tmp_path, capsys, factor, code):
+    records = bench.main(["plucker", "--repeats", "1"])
+    path = tmp_path / "baseline.jsonl"
+    changed = [r | {"ratio": r["ratio"] * (factor if r["rival"] != tiny.ours else 1)} for r in records if "ratio" in r]
+    path.write_text("".join(json.dumps(r) + "\n" for r in changed))
+    if code is None:
+        bench.main(["plucker", "--repeats", "1", "--baseline", str(path)])
+        assert "no regression" in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["plucker", "--repeats", "1", "--baseline", str(path)])
+    assert stop.value.code == code and "regression: plucker | tiny" in capsys.readouterr().out
+
+
+def test_an_unreadable_baseline_names_itself(tiny, tmp_path):
+    path = tmp_path / "baseline.jsonl"
+    path.write_text("{")
+    with pytest.raises(SystemExit, match=r"baseline\.jsonl: not a benchmark's JSONL"):
+        bench.main(["plucker", "--baseline", str(path)])
 
 
 def test_readme_tables_are_those_of_the_results():

@@ -138,6 +138,22 @@ def sample(arguments: list[str]) -> int:
     return 0
 
 
+def eval_(arguments: list[str]) -> int:
+    """evaluate a trained language model with EleutherAI's lm-eval"""
+    from .eval_options import EvalOptions
+
+    options = read_options(EvalOptions, arguments, "eval")
+    try:
+        from .harness import FILE, evaluate_run, table
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    from .start import pick_device
+
+    print(table(evaluate_run(options, pick_device(options.device))))
+    print(options.out or options.folder / FILE)
+    return 0
+
+
 def plot(arguments: list[str]) -> int:
     """curves of one run or several in one picture"""
     options = read_options(PlotOptions, arguments, "plot")
@@ -169,6 +185,17 @@ def compare(arguments: list[str]) -> int:
     return run_all(read_options(CompareOptions, arguments, "compare"))
 
 
+def profile(arguments: list[str]) -> int:
+    """where the time of a training step goes, slot by slot"""
+    from .profile import PICTURE, ProfileOptions
+    from .profile import profile as measure
+
+    options = read_options(ProfileOptions, arguments, "profile")
+    measure(options)
+    print(options.out / PICTURE)
+    return 0
+
+
 def env(arguments: list[str]) -> int:
     """versions, devices, what was built, and the backend that each op takes"""
     if arguments:
@@ -180,8 +207,8 @@ def env(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    command.__name__: command
-    for command in (lm, mlm, finetune, nli, vision, transfer, compare, sample, plot, inspect, env)
+    command.__name__.rstrip("_"): command
+    for command in (lm, mlm, finetune, nli, vision, transfer, compare, sample, eval_, plot, inspect, profile, env)
 }
 
 

@@ -6,27 +6,22 @@ import torch
 from torch import Tensor, nn
 
 from ..archs import SharedMoE
-from . import parallel
+from .parallel import is_main, total
 
 
 class ExpertLoad:
-    """What each expert of `model` was given in training since the last `take`, in all processes.
-
-    The layers count on the device.
-    """
+    """What each expert of `model` was given in training since the last `take`, counted on the device by the layers."""
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [module for module in model.modules() if isinstance(module, SharedMoE)]
 
     def take(self) -> dict[str, Any]:
-        """ "expert_share": for each set of experts, the share of the assignments that chose each; "expert_dropped": the
-        share of all assignments that found no place. Empty without experts, or if nothing was counted. Starts anew.
-
-        Waits for the device.
+        """Shares of all processes' assignments: of each expert ("expert_share", a list for each set of experts), and of
+        those that found no place ("expert_dropped"). Empty if nothing was counted. Starts anew; waits for the device.
         """
         if not self.layers:
             return {}
-        counts, kept = parallel.total(torch.cat(self._tallies(), 1)).tolist()
+        counts, kept = total(torch.cat([layer.tally for layer in self.layers], 1)).tolist()
         for layer in self.layers:
             layer.tally.zero_()
         if not sum(counts):
@@ -39,13 +34,10 @@ class ExpertLoad:
         return {"expert_share": shares, "expert_dropped": 1 - sum(kept) / sum(counts)}
 
     def state(self) -> list[Tensor]:
-        """What has been counted, for a checkpoint between two looks."""
-        return [parallel.total(tally) for tally in self._tallies()]
+        """What all processes have counted, for a checkpoint between two looks."""
+        return [total(layer.tally) for layer in self.layers]
 
     def load_state(self, tallies: list[Tensor]) -> None:
         """Take up what `state` returned."""
-        for own, tally in zip(self._tallies(), tallies, strict=True):
-            own.copy_(tally) if parallel.is_main() else own.zero_()
-
-    def _tallies(self) -> list[Tensor]:
-        return [layer.tally for layer in self.layers]
+        for layer, tally in zip(self.layers, tallies, strict=True):
+            layer.tally.copy_(tally if is_main() else torch.zeros_like(tally))

@@ -47,7 +47,8 @@ class Trainer:
         self.save_every = in_steps(config, config.eval_epochs, task.batches_per_epoch, config.save_every)
         peak = peak_flops(task.device, config.dtype)
         # Counted before the model is spread: counting runs it.
-        self.peak_units = None if peak is None else peak * parallel.size() / task.flops_per_unit
+        self.flops_per_unit = task.flops_per_unit
+        self.peak_units = None if peak is None else peak * parallel.size() / self.flops_per_unit
         self.spread = Spread(task.models(), config.parallel or "none", task.device)
         self.optimizer = build_optimizer(
             task.model,
@@ -193,7 +194,7 @@ class Trainer:
             self.line.say(f"--- sample ---\n{sample}")
         rate = self._units_per_second(self.meter.average())
         ending = {"elapsed_s": self._elapsed(), f"{self.task.unit}_per_s": rate, "samples": samples}
-        cost = {"peak_bytes": peak_memory(self.task.device), "flops_per_unit": self.task.flops_per_unit}
+        cost = {"peak_bytes": peak_memory(self.task.device), "flops_per_unit": self.flops_per_unit}
         self.log.write("end", self.step, **ending, **cost, best_step=self.best_step)
         self.line.say(f"run: {self.folder}  ({duration(self._elapsed())}; {try_plot(self.folder)})")
         return 0

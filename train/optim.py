@@ -99,9 +99,8 @@ def _euclidean(
 
 
 def _muon(matrices: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    if any(isinstance(matrix, DTensor) for matrix in matrices):
-        return ShardedMuon(matrices, lr, weight_decay)
-    return torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    kind = ShardedMuon if any(isinstance(matrix, DTensor) for matrix in matrices) else torch.optim.Muon
+    return kind(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
 class Joined(torch.optim.Optimizer):

@@ -6,6 +6,7 @@ Its default format keeps pickled metadata, which can execute code when read; thi
 import errno
 import shutil
 import uuid
+import warnings
 import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, zeros
 
@@ -33,7 +36,7 @@ def write_shards(folder: Path, shards: Mapping[str, DTensor], step: int) -> dict
     name = parallel.from_main(lambda: f"{PREFIX}{step:08}-{uuid.uuid4().hex[:8]}")
     place = folder / name
     try:
-        dcp.save(dict(shards), storage_writer=dcp.HuggingFaceStorageWriter(str(place), save_distributed=True))
+        save(dict(shards), storage_writer=HuggingFaceStorageWriter(str(place), save_distributed=True))
     except CheckpointException as error:
         raise _first_error(error, place) from error
     parallel.from_main(lambda: sync_folder(place))
@@ -65,8 +68,11 @@ def read_shards(folder: Path, written: Mapping[str, Any], mesh: DeviceMesh | Non
             targets[key] = torch.zeros(shape, dtype=dtype)
         else:
             targets[key] = zeros(shape, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
-    reader = dcp.HuggingFaceStorageReader(str(folder / written["name"]))
-    dcp.load(targets, storage_reader=reader, no_dist=parallel.size() == 1)
+    reader = HuggingFaceStorageReader(str(folder / written["name"]))
+    with warnings.catch_warnings():
+        # One process is what is meant.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        load(targets, storage_reader=reader, no_dist=parallel.size() == 1)
     return targets
 
 

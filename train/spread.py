@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -22,7 +22,7 @@ class Spread:
     """The processes' copies or shards of `models`, the first of which is trained.
 
     mode: "none", "ddp" or "fsdp". module: what the loss is computed with. mesh: of the shards, None without any.
-    Parameters on a manifold stay whole in every process: a class's basis must not be cut.
+    Parameters on a manifold stay whole in every process: a class's basis must not be cut. So do scalars.
     """
 
     def __init__(self, models: list[nn.Module], mode: str, device: torch.device) -> None:
@@ -57,7 +57,7 @@ class Spread:
         sharded = [p for p in self.model.parameters() if isinstance(p, DTensor)]
         # Two kinds of tensors do not mix in one call.
         parts = [[p for p in part if p.grad is not None] for part in (sharded, self.replicated)]
-        norms = [torch.nn.utils.get_total_norm([p.grad for p in part]) for part in parts if part]
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts if part]
         norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
         if limit < math.inf:
             for part in parts:
@@ -121,12 +121,15 @@ def _like(target: Tensor, value: Tensor) -> Tensor:
 def _shard(model: nn.Module, mesh: DeviceMesh) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # FSDP takes no other memory layout
-    kept = {p for p in model.parameters() if getattr(p, "optim_group", None) == "manifold"}
+    # FSDP cuts dimension 0, which a scalar does not have.
+    kept = {p for p in model.parameters() if getattr(p, "optim_group", None) == "manifold" or p.ndim == 0}
     marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
     # Residuals add out of place: views that a branch returns do no harm.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for unit in (*_units(model), model):
         fully_shard(unit, mesh=mesh, ignored_params=kept)
+    for method in getattr(model, "forward_methods", ()):
+        register_fsdp_forward_method(model, method)
     for name, parameter in model.named_parameters():
         # Shards are new parameters: how the optimiser treats them goes along.
         vars(parameter).update(marks[name])
@@ -135,8 +138,8 @@ def _shard(model: nn.Module, mesh: DeviceMesh) -> None:
 def _units(model: nn.Module) -> list[nn.Module]:
     """What is gathered and freed as one: the branches of grassland's blocks, else the entries of the outermost lists
     of modules. A module that is used twice, or shares parameters, belongs to the whole."""
-    branches = [m.branch for m in model.modules() if isinstance(getattr(m, "branch", None), nn.Module)]
-    found: list[nn.Module] = branches or list(_entries(model))
+    branches = (getattr(module, "branch", None) for module in model.modules())
+    found = [branch for branch in branches if isinstance(branch, nn.Module)] or list(_entries(model))
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     calls = Counter(map(id, found))
     return [m for m in found if calls[id(m)] == 1 and {owners[id(p)] for p in m.parameters()} == {1}]

@@ -31,12 +31,12 @@ def run(task: Callable[[C, torch.device], Task], config: C) -> int:
     with parallel.processes(mode, device):
         config = replace(config, resume=parallel.from_main(lambda: resumed_folder(config)), parallel=mode)
         folder = parallel.from_main(lambda: run_folder(config))
+        config = replace(config, out=str(folder), resume=None if config.resume == AUTO else config.resume)
         seed_everything(config.seed)
         built = parallel.one_a_node_first(lambda: task(config, device))
         if parallel.size() > 1:
             # The same weights everywhere, but each process its own dropout.
             seed_everything(config.seed, 0, parallel.rank())
-        config = replace(config, out=str(folder), resume=None if config.resume == AUTO else config.resume)
         return Trainer(built, config, folder).run()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from ...kernels.moe import Routing, expert_capacity, moe_ffn, moe_route
 from ..init import INIT_STD
@@ -86,12 +87,13 @@ class SharedMoE(nn.Module):
         if x.dim() == 0 or x.shape[-1] != self.router.shape[1]:
             raise ValueError(f"x must be (…, {self.router.shape[1]}), got {tuple(x.shape)}")
         rows = x.reshape(-1, x.shape[-1])
+        logits, live = self._logits(rows), None if mask is None else _flat(mask, x)
         routing = moe_route(
-            self._logits(rows),
+            logits,
             top_k=self.top_k,
             capacity=self._capacity(rows.shape[0]),
             renormalize=self.renormalize,
-            mask=None if mask is None else _flat(mask, x),
+            mask=live,
         )
         drop = self.dropout if self.training else 0.0
         seed = torch.randint(2**31, (1,), device=x.device) if drop else None
@@ -113,7 +115,22 @@ class SharedMoE(nn.Module):
             self.routing = Routing(*(t.detach() for t in routing))
         if self.training:
             self._count(routing)
-        return y.view(x.shape), self.balance_weight * routing.balance
+        return y.view(x.shape), self.balance_weight * self._balance(routing, logits, live)
+
+    def _balance(self, routing: Routing, logits: Tensor, live: Tensor | None) -> Tensor:
+        """The balance loss; of training in several processes, one whose mean over them is that of all their tokens.
+
+        E sum_e m_e P_e is no mean over tokens: each process takes m, which has no gradient, over all of them, and P
+        over its own.
+        """
+        if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return routing.balance
+        mask = torch.ones(len(logits), dtype=torch.bool, device=logits.device) if live is None else live
+        chosen = torch.cat([routing.counts.to(logits.dtype), mask.sum()[None].to(logits.dtype)])
+        dist.all_reduce(chosen)
+        share, tokens = chosen[:-1] / chosen[:-1].sum().clamp_min(1), chosen[-1].clamp_min(1)
+        mass = (logits.softmax(-1) * mask[:, None]).sum(0) * (dist.get_world_size() / tokens)
+        return self.num_experts * (share * mass).sum()
 
     def _logits(self, rows: Tensor) -> Tensor:
         """Router logits in float32 (float64 for float64), with the noise of training."""

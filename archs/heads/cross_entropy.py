@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.autograd import scaled
+
 # Logits alive at a time: 2²⁴ float32 are 64 MiB, enough rows of a 30 k vocabulary for an efficient matrix product.
 CHUNK_ELEMENTS = 1 << 24
 IGNORE = -100
@@ -116,7 +118,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Tensor | None,
     if grad is None:
         return None, None, None, None, None, None
     grad_x, grad_weight = ctx.saved_tensors
-    return grad_x * grad.to(grad_x.dtype), grad_weight * grad.to(grad_weight.dtype), None, None, None, None
+    return scaled(grad_x, grad), scaled(grad_weight, grad), None, None, None, None
 
 
 _summed.register_autograd(_backward, setup_context=_save)

@@ -1,4 +1,5 @@
 """Other people's models with the layers of this library, and this library's models in other people's programs.
 
-`swap` and `adapters` need torch alone; `timm`, `hf` and `lm_eval` are imported on demand.
+`swap` and `adapters` need torch alone; `timm` and `hf` are imported on demand. The part for lm-eval is
+`grassland.train.harness`.
 """

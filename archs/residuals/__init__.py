@@ -13,8 +13,9 @@ A residual is constructed as `Residual(branch, dim, layer_index, *, norm, dropou
   but the first as a plain callable, so that a state dict has it once.
 """
 
-from .hyper import MHC, HyperConnection, MHCLite
+from .hyper import HyperConnection
 from .kromhc import KromHC
+from .manifold import MHC, MHCLite
 from .official import get_init_and_expand_reduce_stream_functions
 from .plain import PlainResidual
 from .streams import StreamState

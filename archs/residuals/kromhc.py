@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...kernels.kronecker import kronecker_factors, kronecker_matrix, kronecker_pre
 from ..registry import register_slot
-from .hyper import CLOSED, Manifold, Opened, wide
+from .hyper import Opened, wide
+from .manifold import CLOSED, Manifold
 from .streams import StreamState
 
 

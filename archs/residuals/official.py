@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .hyper import MHC, Hyper, HyperConnection, MHCLite
+from .hyper import Hyper, HyperConnection
 from .kromhc import KromHC
+from .manifold import MHC, MHCLite
 
 KINDS: dict[str, type[Hyper]] = {"kromhc": KromHC, "mhc": MHC, "mhc_lite": MHCLite, "hc": HyperConnection}
 Functions = tuple[Callable[..., Hyper], Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]

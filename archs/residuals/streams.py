@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.kronecker import kronecker_post, kronecker_pre, kronecker_step
+from ...kernels.kronecker import kronecker_open, kronecker_post, kronecker_step
 
 
 class Recipe:
@@ -83,7 +83,8 @@ class StreamState:
         """Input u (…, C) and coefficients h of a sublayer; a pending addition joins in the same pass."""
         if self._pending is None:
             with self._saving():
-                return kronecker_pre(self._x, weight, bias, factors=self._factors)
+                self._x, u, h = kronecker_open(self._x, weight, bias, factors=self._factors)
+            return u, h
         y, h = self._pending
         with self._saving():
             x, u, following = kronecker_step(self._x, y, h, weight, bias, factors=self._factors)
@@ -111,12 +112,12 @@ class StreamState:
         """
         if dim != -2 or options:
             return self.tensor().sum(dim, **options)
-        total = self._x.sum(-2)
         if self._pending is None:
-            return total
+            return self._x.sum(-2)
         y, h = self._pending
         n = self._x.shape[-2]
-        return (total.to(h.dtype) + h[..., n : 2 * n].sum(-1, keepdim=True) * y.to(h.dtype)).to(total.dtype)
+        joined = h[..., n : 2 * n].sum(-1, keepdim=True) * y.to(h.dtype)
+        return (self._x.sum(-2, dtype=h.dtype) + joined).to(self._x.dtype)
 
     def _settle(self, x: Tensor, y: Tensor, h: Tensor) -> None:
         if self._keep > 1:

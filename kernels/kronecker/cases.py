@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..testing import Case, Spec, Tensors, normal
-from . import EPS, kronecker_post, kronecker_pre, kronecker_step, op
+from . import EPS, kronecker_open, kronecker_post, kronecker_pre, kronecker_step, op
 from .reference import coefficients
 
 
@@ -86,6 +87,11 @@ def registered_pre(tensors: Tensors, options: dict[str, Any], backend: str) -> l
     ]
 
 
+def registered_open(tensors: Tensors, options: dict[str, Any], backend: str) -> list[tuple[Any, tuple]]:
+    operator, arguments = registered_pre(tensors, options, backend)[1]
+    return [(operator, (*arguments, torch.ones_like(arguments[2])))]
+
+
 def registered_post(tensors: Tensors, options: dict[str, Any], backend: str) -> list[tuple[Any, tuple]]:
     t = full(tensors)
     x, y, coefs = t["x"].flatten(0, -3), t["y"].flatten(0, -2), t["h"].flatten(0, -2)
@@ -109,14 +115,17 @@ def registered_step(tensors: Tensors, options: dict[str, Any], backend: str) -> 
     ]
 
 
-def spec(name: str, call: Any, make: Any, registered: Any) -> Spec:
+def spec(name: str, call: Any, make: Any, registered: Any, cases: Sequence[str] = ()) -> Spec:
     paper = Case("paper", partial(make, 2, 128, streams=4, dim=768))
     # The product is byte-bound and thin: whether it meets the tensor cores is the compiler's choice.
-    return Spec(name, call, build(make), registered, paper, ("cpp", "triton"), gemm=False)
+    chosen = [case for case in build(make) if case.id in cases or not cases]
+    return Spec(name, call, chosen, registered, paper, ("cpp", "triton"), gemm=False)
 
 
 SPECS = [
     spec("kronecker_pre", kronecker_pre, make_pre, registered_pre),
+    # The same kernels but for what joins in the backward.
+    spec("kronecker_open", kronecker_open, make_pre, registered_open, ("small", "empty", "strided", "ragged")),
     spec("kronecker_post", kronecker_post, make_post, registered_post),
     spec("kronecker_step", kronecker_step, make_step, registered_step),
 ]

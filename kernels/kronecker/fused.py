@@ -192,8 +192,8 @@ def post_backward_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def pre_backward_kernel(
     dfollowing, du, dafter, x, y, h, weight, after, saved, dx, dy, dh, logits, tokens, dim, limit,
-    POST: tl.constexpr, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, DTYPE: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr,
+    POST: tl.constexpr, JOIN: tl.constexpr, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
+    DTYPE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     # dX' = h_pre du + r g W - r^2 <g, z> X' + what else flows in; then, with POST, through the mixing
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -232,7 +232,7 @@ def pre_backward_kernel(
             w = tl.load(weight + j[:, None] * (N * dim) + s * dim + cols[None, :], mask=mask, other=0.0)
             pre = load_column(after, rows, keep, s, M)
             part = product(scaled, w, shrink[:, None] * tiles[s] + pre[:, None] * d)
-            if POST:
+            if JOIN:
                 part += load_tile(dfollowing + s * dim, rows, cols, N * dim, dim, keep)
             grads = grads + (part,)
         if POST:
@@ -330,12 +330,12 @@ def backward(
     if tokens == 0:
         return grad, dy, dh, torch.zeros_like(weight), weight.new_zeros(m)
     logits = torch.empty_like(after)
-    joined, branch, before = (dx if post else x), (y if post else x), (h if post else after)
+    joined, branch, before = (x if dx is None else dx), (y if post else x), (h if post else after)
     common = {"POST": post, "DTYPE": stored(x), **shape(x), **padded(x)}
     block = tile(x, 32)
     pre_backward_kernel[(triton.cdiv(tokens, block["BM"]),)](
         joined, du, dafter, x, branch, before, weight, after, saved, grad, dy, dh, logits, tokens, dim, 1 / eps,
-        **common, **block, num_warps=8,
+        JOIN=dx is not None, **common, **block, num_warps=8,
     )  # fmt: skip
     columns = triton.cdiv(dim, block["BC"])
     splits = max(1, min(SPLITS // columns, triton.cdiv(tokens, 256)))
@@ -368,9 +368,9 @@ def kronecker_post(x: Tensor, y: Tensor, h: Tensor) -> Tensor:
 
 
 def kronecker_pre_backward(
-    du: Tensor, dh: Tensor, x: Tensor, weight: Tensor, h: Tensor, saved: Tensor, eps: float
+    dx: Tensor | None, du: Tensor, dh: Tensor, x: Tensor, weight: Tensor, h: Tensor, saved: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, _, _, dweight, dbias = backward(None, du, dh, x, None, None, weight, h, saved, eps)
+    dx, _, _, dweight, dbias = backward(dx, du, dh, x, None, None, weight, h, saved, eps)
     return dx, dweight, dbias
 
 

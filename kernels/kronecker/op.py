@@ -20,8 +20,8 @@ DTYPES = {"cpp": (torch.float32, torch.bfloat16), "triton": (torch.float32, *HAL
 PRE = dispatch.register("kronecker_pre", **DTYPES)
 POST = dispatch.register("kronecker_post", **DTYPES)
 STEP = dispatch.register("kronecker_step", **DTYPES)
-# Numbers of streams that the compiled kernels hold in registers.
-FUSED_STREAMS = (2, 4, 8)
+# Numbers of streams that the compiled kernels hold in registers, or on the CPU in the L1 cache.
+FUSED_STREAMS = {"cpp": (2, 4, 8, 16, 32), "triton": (2, 4, 8)}
 
 
 def _factors(x: Tensor) -> list[int]:
@@ -30,10 +30,11 @@ def _factors(x: Tensor) -> list[int]:
 
 def _backend(op: dispatch.Op, x: Tensor, backend: str) -> str:
     chosen = dispatch.pick(op, x, backend)
-    if x.shape[1] in FUSED_STREAMS or chosen == "eager":
+    if chosen == "eager" or x.shape[1] in FUSED_STREAMS[chosen]:
         return chosen
     if backend:
-        raise dispatch.BackendError(f"{op.name}: the {backend} backend takes 2, 4 or 8 streams, got {x.shape[1]}")
+        allowed = ", ".join(map(str, FUSED_STREAMS[chosen]))
+        raise dispatch.BackendError(f"{op.name}: the {backend} backend takes {allowed} streams, got {x.shape[1]}")
     return "eager"
 
 
@@ -53,7 +54,7 @@ def _new(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(tokens, x.shape[2]), h.new_empty(tokens, columns), h.new_empty(tokens, columns + 1)
 
 
-@torch.library.custom_op("grassland::kronecker_pre", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_pre", mutates_args=())
 def kronecker_pre(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """(u, h, [z | r])."""
     backend = _backend(PRE, x, backend)
@@ -68,28 +69,31 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tupl
     return _new(x, weight)
 
 
-@torch.library.custom_op("grassland::kronecker_pre_backward", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_pre_backward", mutates_args=())
 def kronecker_pre_backward(
-    du: Tensor, dh: Tensor, x: Tensor, weight: Tensor, h: Tensor, saved: Tensor, eps: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias)."""
+    du: Tensor, dh: Tensor, x: Tensor, weight: Tensor, h: Tensor, saved: Tensor, eps: float, backend: str,
+    dx: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, dweight, dbias); the dx that comes in is what else flows into the streams."""
     backend = _backend(PRE, x, backend)
     if backend == "eager":
-        dx, dweight, dbias = eager.pre_backward(du, dh, x, weight, h, saved, eps)
+        wide = None if dx is None else dx.to(weight.dtype)
+        dx, dweight, dbias = eager.pre_backward(du, dh, x, weight, h, saved, eps, wide)
         return dx.to(x.dtype), dweight, dbias
     kernels = _triton() if backend == "triton" else _cpp()
     tensors = (t.contiguous() for t in (du, dh, x, weight, h, saved))
-    return kernels.kronecker_pre_backward(*tensors, eps)
+    return kernels.kronecker_pre_backward(None if dx is None else dx.contiguous(), *tensors, eps)
 
 
 @kronecker_pre_backward.register_fake
 def _(
-    du: Tensor, dh: Tensor, x: Tensor, weight: Tensor, h: Tensor, saved: Tensor, eps: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    du: Tensor, dh: Tensor, x: Tensor, weight: Tensor, h: Tensor, saved: Tensor, eps: float, backend: str,
+    dx: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
-@torch.library.custom_op("grassland::kronecker_post", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_post", mutates_args=())
 def kronecker_post(x: Tensor, y: Tensor, h: Tensor, backend: str) -> Tensor:
     """X' = H_res X + h_post (x) y."""
     backend = _backend(POST, x, backend)
@@ -104,7 +108,7 @@ def _(x: Tensor, y: Tensor, h: Tensor, backend: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("grassland::kronecker_post_backward", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_post_backward", mutates_args=())
 def kronecker_post_backward(
     grad: Tensor, x: Tensor, y: Tensor, h: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,7 +126,7 @@ def _(grad: Tensor, x: Tensor, y: Tensor, h: Tensor, backend: str) -> tuple[Tens
     return x.new_empty(x.shape), y.new_empty(y.shape), h.new_empty(h.shape)
 
 
-@torch.library.custom_op("grassland::kronecker_step", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_step", mutates_args=())
 def kronecker_step(
     x: Tensor, y: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -142,7 +146,7 @@ def _(
     return (x.new_empty(x.shape), *_new(x, weight))
 
 
-@torch.library.custom_op("grassland::kronecker_step_backward", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_step_backward", mutates_args=())
 def kronecker_step_backward(
     dx: Tensor, du: Tensor, dh: Tensor, x: Tensor, y: Tensor, h: Tensor, weight: Tensor, following_h: Tensor,
     saved: Tensor, eps: float, backend: str,
@@ -199,3 +203,27 @@ def _backward_step(ctx: Any, dx: Tensor, du: Tensor, dh: Tensor, _: Any) -> tupl
 kronecker_pre.register_autograd(_backward_pre, setup_context=_setup_pre)
 kronecker_post.register_autograd(_backward_post, setup_context=_setup_post)
 kronecker_step.register_autograd(_backward_step, setup_context=_setup_step)
+
+
+class KroneckerOpen(torch.autograd.Function):
+    """`kronecker_pre` that passes the streams on: (x, u, h). Their gradient comes back here and joins in the backward's
+    own pass, where autograd would add two tensors of their size. (A custom op must not return its input.)"""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        u, h, saved = kronecker_pre(x, weight, bias, eps, backend)
+        ctx.save_for_backward(x, weight, h, saved)
+        ctx.eps, ctx.backend = eps, backend
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), u, h
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dx: Tensor | None, du: Tensor | None, dh: Tensor | None) -> tuple:
+        x, weight, h, saved = ctx.saved_tensors
+        du = x.new_zeros(x.shape[0], x.shape[2]) if du is None else du
+        dh = torch.zeros_like(h) if dh is None else dh
+        grads = kronecker_pre_backward(du, dh, x, weight, h, saved, ctx.eps, ctx.backend, dx)
+        return (*grads, None, None)

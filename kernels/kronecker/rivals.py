@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,17 @@ from torch import Tensor
 from .. import dispatch
 from ..bench import Benchmark, Rival, Setting, Step, Unavailable, with_gradients
 from ..testing import normal
-from . import kronecker_post, kronecker_pre, kronecker_step
+from . import kronecker_open, kronecker_post, kronecker_pre, kronecker_step
 
 Values = dict[str, Any]
+Builder = Callable[[Values, torch.dtype, torch.device], dict[str, Step]]
 SINKHORN = 20
 SETTINGS = [
-    Setting("2x1024 C768", {"tokens": 2048, "streams": 4, "dim": 768}),
-    Setting("2x1024 C384", {"tokens": 2048, "streams": 4, "dim": 384}),
+    Setting("2x1024 C768", {"kind": "sublayer", "tokens": 2048, "streams": 4, "dim": 768}),
+    Setting("2x1024 C384", {"kind": "sublayer", "tokens": 2048, "streams": 4, "dim": 384}),
+    Setting("12 layers 2x512 C768", {"kind": "model", "batch": 2, "length": 512, "depth": 12, "dim": 768}),
 ]
+VOCABULARY = 512
 
 
 def inputs(v: Values, dtype: torch.dtype, device: torch.device, logits: int) -> list[Tensor]:
@@ -90,13 +94,40 @@ def stages(v: Values) -> int:
 
 
 def build_ours(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    if v["kind"] == "model":
+        return training(v, dtype, device, residual="kromhc", init="identity")
     backend = dispatch.preferred(device.type)
 
-    def run(x: Tensor, *weights: Tensor) -> Tensor:
-        u, h = kronecker_pre(x, *fold(x, *weights), backend=backend)
+    def run(x: Tensor, *weights: Tensor, backend: str = backend) -> Tensor:
+        x, u, h = kronecker_open(x, *fold(x, *weights), backend=backend)
         return kronecker_post(x, u, h, backend=backend)
 
-    return with_gradients(run, inputs(v, dtype, device, 2 * stages(v)))
+    return with_gradients(run, inputs(v, dtype, device, 2 * stages(v)), partial(run, backend="reference"))
+
+
+def build_plain(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    return training(v, dtype, device, residual="plain") if v["kind"] == "model" else {}
+
+
+def training(v: Values, dtype: torch.dtype, device: torch.device, **options: Any) -> dict[str, Step]:
+    """A training step of the paper's 12-layer model; `init="identity"` makes the first losses of the rivals equal."""
+    from ...archs import create_model
+
+    torch.manual_seed(0)
+    model = create_model("kromhc_lm_12l", vocab_size=VOCABULARY, max_len=v["length"], **options).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(VOCABULARY, (v["batch"], v["length"] + 1), device=device)
+
+    def loss() -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return model(ids[:, :-1], labels=ids[:, 1:])
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {"training step": step, "check": loss}
 
 
 def build_fused(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
@@ -105,19 +136,12 @@ def build_fused(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str
     x, *weights = inputs(v, dtype, device, 2 * stages(v))
     with torch.no_grad():
         y, h = kronecker_pre(x, *fold(x, *weights), backend=backend)
-    y, h = y.requires_grad_(), h.requires_grad_()
 
-    grads = [torch.ones_like(x), torch.ones_like(y), torch.ones_like(h)]
+    def run(x: Tensor, y: Tensor, h: Tensor, *weights: Tensor, backend: str = backend) -> tuple[Tensor, ...]:
+        return kronecker_step(x, y, h, *fold(x, *weights), backend=backend)
 
-    def both() -> tuple[Tensor, ...]:
-        outs = kronecker_step(x, y, h, *fold(x, *weights), backend=backend)
-        return torch.autograd.grad(outs, [x, y, h, *weights], grads)
-
-    def forward() -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return kronecker_step(x, y, h, *fold(x, *weights), backend=backend)
-
-    return {"forward": forward, "forward+backward": both}
+    tensors = [x, y.requires_grad_(), h.requires_grad_(), *weights]
+    return with_gradients(run, tensors, partial(run, backend="reference"))
 
 
 def build_official(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
@@ -134,13 +158,28 @@ def build_compiled(v: Values, dtype: torch.dtype, device: torch.device) -> dict[
 
 
 def build_mhc(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-    steps = with_gradients(sublayer(mhc_matrix), inputs(v, dtype, device, v["streams"] ** 2))
-    return {mode: step for mode, step in steps.items() if mode != "check"}
+    return with_gradients(sublayer(mhc_matrix), inputs(v, dtype, device, v["streams"] ** 2), mhc_layer)
 
 
 def build_mhc_compiled(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-    steps = with_gradients(torch.compile(sublayer(mhc_matrix)), inputs(v, dtype, device, v["streams"] ** 2))
-    return {mode: step for mode, step in steps.items() if mode != "check"}
+    compiled = torch.compile(sublayer(mhc_matrix))
+    return with_gradients(compiled, inputs(v, dtype, device, v["streams"] ** 2), mhc_layer)
+
+
+def mhc_layer(x: Tensor, gamma: Tensor, alpha: Tensor, beta: Tensor, b_alpha: Tensor, b_beta: Tensor) -> Tensor:
+    """grassland's own mHC with the weights of the rivals."""
+    from ...archs import MHC
+
+    n, one = x.shape[-2], x.new_ones(1)
+
+    def by_stream(columns: Tensor) -> Tensor:
+        return torch.cat([columns[..., :n, None], columns[..., n:].unflatten(-1, (n, n))], -1)
+
+    names = {"static_alpha": by_stream(b_alpha), "static_beta": b_beta, "norm.gamma": gamma}
+    names |= {"dynamic_alpha_fn": by_stream(alpha).flatten(-2), "dynamic_beta_fn": beta}
+    names |= {"pre_branch_scale": one, "residual_scale": one, "h_post_scale": one[0]}
+    layer = MHC(torch.nn.Identity(), x.shape[-1], num_streams=n, device="meta")
+    return torch.func.functional_call(layer, names, (x,))
 
 
 def build_peer(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
@@ -150,9 +189,39 @@ def build_peer(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str,
     except ImportError as error:
         raise Unavailable(f"pip install hyper-connections: {error}") from error
     layer = mHC(v["streams"], dim=v["dim"], branch=torch.nn.Identity(), layer_index=0).to(device, dtype)
+    names = [name for name, _ in layer.named_parameters()]
+    with torch.no_grad():
+        for seed, parameter in enumerate(layer.parameters()):
+            parameter += normal(*parameter.shape, seed=seed, scale=0.02).to(parameter)
     x = normal(v["streams"], v["tokens"], v["dim"]).to(device, dtype).requires_grad_()
-    steps = with_gradients(lambda x, *_: layer(x), [x, *layer.parameters()])
-    return {mode: step for mode, step in steps.items() if mode != "check"}
+
+    def truth(x: Tensor, *weights: Tensor) -> Tensor:
+        return peer_layer(x, **{name.replace(".", "_"): w for name, w in zip(names, weights, strict=True)})
+
+    return with_gradients(lambda x, *_: layer(x), [x, *layer.parameters()], truth)
+
+
+def peer_layer(
+    x: Tensor,
+    static_alpha: Tensor,
+    dynamic_alpha_fn: Tensor,
+    pre_branch_scale: Tensor,
+    residual_scale: Tensor,
+    static_beta: Tensor,
+    dynamic_beta_fn: Tensor,
+    h_post_scale: Tensor,
+    norm_gamma: Tensor,
+) -> Tensor:
+    """What that package computes for streams (n, T, C): every stream norms itself and has its own row of the mixing,
+    which is applied transposed."""
+    n = x.shape[0]
+    x = x.movedim(0, -2)
+    normed = F.normalize(x, dim=-1) * x.shape[-1] ** 0.5 * (1 + norm_gamma)
+    scale = torch.cat([pre_branch_scale, residual_scale.expand(n)])
+    alpha = static_alpha + scale * (normed @ dynamic_alpha_fn[0])
+    beta = 2 * (static_beta + h_post_scale * (normed @ dynamic_beta_fn)).sigmoid()
+    y = (alpha[..., :1].sigmoid() * x).sum(-2, keepdim=True)
+    return (mhc_matrix(alpha[..., 1:].flatten(-2)).mT @ x + beta.unsqueeze(-1) * y).movedim(-2, 0)
 
 
 def build_copy(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
@@ -162,34 +231,49 @@ def build_copy(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str,
     return {mode: lambda mode=mode: target[mode].copy_(source[mode]) for mode in COPIED}
 
 
+def of_a_sublayer(builder: Builder) -> Builder:
+    return lambda v, dtype, device: builder(v, dtype, device) if v["kind"] == "sublayer" else {}
+
+
 COPIED = {"forward": 14, "forward+backward": 37}
 
 
 def flops(v: Values, mode: str) -> float:
+    if v["kind"] == "model":
+        return 6.0 * v["batch"] * v["length"] * block_weights(v)
     n, k = v["streams"], stages(v)
     products = 2 * n * v["dim"] * (2 * n + k) * (3 if "backward" in mode else 1)
     return float(v["tokens"] * products)
 
 
 def moved(v: Values, mode: str, itemsize: int) -> float:
-    """Elements of the two-kernel form at n = 4: 14C forward, 23C backward."""
+    """Elements of the two-kernel form at n = 4: 14C forward, 23C backward. Of a training step: the blocks' weights and
+    AdamW's moments read and written, the gradients written and read."""
+    if v["kind"] == "model":
+        return 8.0 * itemsize * block_weights(v)
     return float(v["tokens"] * v["dim"] * itemsize * COPIED[mode] * v["streams"] / 4)
+
+
+def block_weights(v: Values) -> int:
+    """Those of attention (4 C^2) and a four times as wide ffn (8 C^2)."""
+    return 12 * v["depth"] * v["dim"] ** 2
 
 
 BENCHMARK = Benchmark(
     name="kronecker",
-    title="Hyper-connection sublayer, identity branch, four streams",
+    title="Hyper-connection sublayer, identity branch, four streams; a training step",
     ours="grassland",
     settings=SETTINGS,
     rivals=[
         Rival("grassland", build_ours),
-        Rival("grassland, boundary-fused", build_fused),
-        Rival("official KromHC, eager", build_official),
-        Rival("official KromHC, torch.compile", build_compiled),
-        Rival("mHC, eager", build_mhc),
-        Rival("mHC, torch.compile", build_mhc_compiled),
-        Rival("hyper-connections (PyPI) mHC", build_peer),
-        Rival("copy of the same bytes", build_copy),
+        Rival("plain residual", build_plain),
+        Rival("grassland, boundary-fused", of_a_sublayer(build_fused)),
+        Rival("official KromHC, eager", of_a_sublayer(build_official)),
+        Rival("official KromHC, torch.compile", of_a_sublayer(build_compiled)),
+        Rival("mHC, eager", of_a_sublayer(build_mhc)),
+        Rival("mHC, torch.compile", of_a_sublayer(build_mhc_compiled)),
+        Rival("hyper-connections (PyPI) mHC", of_a_sublayer(build_peer)),
+        Rival("copy of the same bytes", of_a_sublayer(build_copy)),
     ],
     flops=flops,
     moved=moved,

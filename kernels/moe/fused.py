@@ -11,7 +11,6 @@ and leaves if there are none, so that the host never waits for the device.
 
 from __future__ import annotations
 
-
 import torch
 import triton
 import triton.language as tl

@@ -16,7 +16,7 @@ OP = dispatch.register("moe_route", cpp=(torch.float32, torch.bfloat16), triton=
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("grassland::moe_route", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::moe_route", mutates_args=())
 def moe_route(
     logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renormalize: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -50,7 +50,7 @@ def _(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renormaliz
     )
 
 
-@torch.library.custom_op("grassland::moe_route_backward", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::moe_route_backward", mutates_args=())
 def moe_route_backward(
     grad_gates: Tensor,
     grad_balance: Tensor,

@@ -2,8 +2,8 @@
 
 All calls between a weight and its next backward use the same alias of it, the output of `_Alias`. In the backward each
 call adds its gradient of the weight, with beta = 1, to one float32 buffer and hands autograd nothing; `_Alias` runs
-once all of its users have, as autograd's order demands, and returns the buffer. To what stands before the weight (hooks,
-accumulation, DDP) that is one complete gradient a backward, as ever.
+once all of its users have, as autograd's order demands, and returns the buffer. What stands before the weight (hooks,
+accumulation, DDP) sees one complete gradient a backward, as ever.
 """
 
 from __future__ import annotations

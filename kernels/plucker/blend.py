@@ -14,7 +14,7 @@ from .op import HALVES
 OP = dispatch.register("gated_blend", cpp=(torch.float32, torch.bfloat16), triton=(torch.float32, *HALVES))
 
 
-@torch.library.custom_op("grassland::gated_blend", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::gated_blend", mutates_args=())
 def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """(out, alpha), contiguous."""
     backend = dispatch.pick(OP, g, backend)
@@ -36,7 +36,7 @@ def _(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, backend: str) -> tuple
     return x.new_empty(x.shape), g.new_empty(g.shape)
 
 
-@torch.library.custom_op("grassland::gated_blend_backward", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::gated_blend_backward", mutates_args=())
 def gated_blend_backward(
     grad: Tensor, x: Tensor, g: Tensor, weight: Tensor, alpha: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ OP = dispatch.register(
 )
 
 
-@torch.library.custom_op("grassland::plucker_mix", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::plucker_mix", mutates_args=())
 def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: list[int], eps: float, backend: str) -> Tensor:
     backend = dispatch.pick(OP, weight, backend)
     if backend == "eager":
@@ -39,7 +39,7 @@ def _(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: list[int], eps: f
     return weight.new_empty(z.shape[0], z.shape[1], weight.shape[0])
 
 
-@torch.library.custom_op("grassland::plucker_mix_backward", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::plucker_mix_backward", mutates_args=())
 def plucker_mix_backward(
     grad: Tensor, z: Tensor, weight: Tensor, offsets: list[int], eps: float, mask: list[bool], backend: str
 ) -> list[Tensor]:

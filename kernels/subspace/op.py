@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..autograd import scaled
 from . import chunked, eager
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -36,7 +37,7 @@ def rows_of(backend: str) -> Any:
     return fused
 
 
-@torch.library.custom_op("grassland::subspace_logits", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::subspace_logits", mutates_args=())
 def subspace_logits(x: Tensor, weight: Tensor, k: int, scale: float, backend: str) -> Tensor:
     backend = dispatch.pick(LOGITS, weight, backend)
     if backend == "cpp":
@@ -49,7 +50,7 @@ def _(x: Tensor, weight: Tensor, k: int, scale: float, backend: str) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0] // k, dtype=chunked.accumulation(x.dtype))
 
 
-@torch.library.custom_op("grassland::subspace_logits_backward", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::subspace_logits_backward", mutates_args=())
 def subspace_logits_backward(
     grad: Tensor, x: Tensor, weight: Tensor, k: int, scale: float, mask: list[bool], backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -86,7 +87,7 @@ def _backward_logits(ctx: Any, grad: Tensor) -> tuple:
 subspace_logits.register_autograd(_backward_logits, setup_context=_setup_logits)
 
 
-@torch.library.custom_op("grassland::subspace_cross_entropy", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::subspace_cross_entropy", mutates_args=())
 def subspace_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -145,14 +146,14 @@ def _backward_loss(ctx: Any, grad: Tensor | None, *_: object) -> tuple:
     found: list[Tensor | None] = [None, None]
     if grad is not None:
         pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
-        found = [g * grad.to(g.dtype) if needed else None for g, needed in pairs]
+        found = [scaled(saved, grad) if needed else None for saved, needed in pairs]
     return (*found, *[None] * 7)
 
 
 subspace_cross_entropy.register_autograd(_backward_loss, setup_context=_setup_loss)
 
 
-@torch.library.custom_op("grassland::grassmann_step", mutates_args=())
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::grassmann_step", mutates_args=())
 def grassmann_step(
     weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, carry: str, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -172,7 +173,7 @@ def _(
     return weight.new_empty(weight.shape), buffer.new_empty(buffer.shape)
 
 
-@torch.library.custom_op("grassland::grassmann_step_", mutates_args=("weight", "buffer"))
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::grassmann_step_", mutates_args=("weight", "buffer"))
 def grassmann_step_(
     weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, carry: str, backend: str
 ) -> None:

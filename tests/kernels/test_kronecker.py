@@ -9,21 +9,27 @@ from grassland.kernels.kronecker import (
     kronecker_columns,
     kronecker_factors,
     kronecker_matrix,
+    kronecker_open,
     kronecker_post,
     kronecker_pre,
     kronecker_step,
     reference,
 )
-from grassland.kernels.kronecker.cases import make_step
-from grassland.kernels.testing import normal
+from grassland.kernels.kronecker.cases import SPECS, make_post, make_pre, make_step
+from grassland.kernels.testing import Case, check_backend, normal
 
 BACKENDS = ["eager"] + (["cpp"] if dispatch.extension_error() is None else [])
 STREAMS = [2, 4, 8, 16, 32]
 ULP = torch.finfo(torch.float32).eps
 
 
-def backends(streams):
-    return [b for b in BACKENDS if b == "eager" or streams <= 8]
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="the extension is not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("streams", [16, 32])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_many_streams_on_the_cpu(spec, streams, dtype):
+    make = {"kronecker_step": make_step, "kronecker_post": make_post}.get(spec.name, make_pre)
+    check_backend(spec, Case("", lambda: make(11, streams=streams, dim=37)), "cpp", dtype)
 
 
 def mixing_of(logits, streams):
@@ -76,12 +82,12 @@ def walsh_matrix(streams):
 def test_the_mean_of_the_streams_is_kept(streams):
     tensors = {name: t.float() for name, t in make_step(50, streams=streams, dim=8).items()}
     x, y, h = tensors["x"], torch.zeros_like(tensors["y"]), tensors["h"]
-    for backend in backends(streams):
+    for backend in BACKENDS:
         after = kronecker_post(x, y, h, backend=backend)
         drift = (after.double().sum(1) - x.double().sum(1)).abs()
         assert drift.max() <= ULP * x.abs().sum(1).max()
     equal = x[:, :1].expand_as(x)
-    for backend in backends(streams):
+    for backend in BACKENDS:
         assert torch.equal(kronecker_post(equal, y, h, backend=backend), equal)
 
 
@@ -89,12 +95,32 @@ def test_the_mean_of_the_streams_is_kept(streams):
 @pytest.mark.parametrize("streams", STREAMS)
 def test_across_the_boundary_is_bitwise_the_two_kernels(streams, dtype):
     tensors = {name: t.to(dtype) for name, t in make_step(19, streams=streams, dim=21).items()}
-    for backend in backends(streams):
+    for backend in BACKENDS:
         x, u, h = kronecker_step(**tensors, backend=backend)
         expected = kronecker_post(tensors["x"], tensors["y"], tensors["h"], backend=backend)
         assert torch.equal(x, expected)
         alone = kronecker_pre(expected, tensors["weight"], tensors["bias"], backend=backend)
         assert torch.equal(u, alone[0]) and torch.equal(h, alone[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opening_gives_the_same_and_adds_up_the_gradients(backend):
+    """What flows back into the streams joins in the backward of `kronecker_open`, whichever outputs are used."""
+    tensors = {name: t.float().requires_grad_() for name, t in make_step(19, streams=4, dim=21).items()}
+    x, weight, bias = tensors["x"], tensors["weight"], tensors["bias"]
+    wanted = [x, weight, bias]
+
+    def gradients(streams, u, h, used):
+        results = {"all": kronecker_post(streams, u, h, backend=backend), "streams": streams, "u": u, "h": h}
+        return torch.autograd.grad(results[used].square().sum(), wanted, allow_unused=True, materialize_grads=True)
+
+    for used in ("all", "streams", "u", "h"):
+        alone = (x, *kronecker_pre(x, weight, bias, backend=backend))
+        opened = kronecker_open(x, weight, bias, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(opened, alone, strict=True))
+        assert opened[0].data_ptr() == x.data_ptr()
+        for a, b in zip(gradients(*opened, used), gradients(*alone, used), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("factors", [(3,), (4,), (4, 2), (2, 3), (3, 3)])
@@ -164,8 +190,8 @@ def test_bad_input_names_itself(change, error, words):
 
 
 def test_a_backend_that_cannot_is_an_error():
-    t = {name: value.float() for name, value in make_step(6, streams=16, dim=8).items()}
-    with pytest.raises(BackendError):
+    t = {name: value.float() for name, value in make_step(6, streams=64, dim=8).items()}
+    with pytest.raises(BackendError, match="32 streams, got 64" if "cpp" in BACKENDS else None):
         kronecker_step(**t, backend="cpp")
     x, h = torch.zeros(2, 3, 4), torch.zeros(2, 12)
     with pytest.raises(BackendError, match="factors of 2"):

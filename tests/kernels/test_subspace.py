@@ -94,6 +94,19 @@ def test_the_extension_works_through_many_chunks():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_retained_graph_gives_its_gradients_again(backend):
+    """The last backward scales what the forward has saved in place; those before it must not."""
+    leaves = [t.float().requires_grad_() for t in (normal(6, 12, seed=1), orthonormal(5, 3, 12))]
+    loss = subspace_cross_entropy(*leaves, torch.arange(6) % 5, 3, backend=backend)
+    (3 * loss).backward(retain_graph=True)
+    first = [leaf.grad.clone() for leaf in leaves]
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for leaf, expected in zip(leaves, first, strict=True):
+        torch.testing.assert_close(leaf.grad, expected * 5 / 3)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("classes", "k", "n"), SIZES)
 def test_gauge_equivariance(classes, k, n, mode):

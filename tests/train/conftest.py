@@ -1,5 +1,9 @@
+import multiprocessing
+import os
 import random
-from dataclasses import replace
+import socket
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -94,6 +98,90 @@ def vision():
         device="cpu",
     )
     return lambda **changes: replace(settings, **changes)
+
+
+CHILD = """
+import os, sys
+os.environ.update(environment)
+descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+import torch
+torch.set_num_threads(1)
+exec(before)
+from grassland.train.__main__ import main
+code = main(arguments)
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(code)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts `main(arguments)` in a process; a function that waits for it. before: code it runs first.
+
+    The processes are forked from one that has imported everything, so that they start at once.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["grassland.train.start", "grassland.train.tasks.lm", "grassland.train.tasks.vision"]
+    )
+    processes = []
+
+    def starting(arguments, environment=(), before=""):
+        output = str(tmp_path / f"output-{len(processes)}.txt")
+        names = {"arguments": [*map(str, arguments)], "output": output, "before": before}
+        names["environment"] = {"GRASSLAND_CACHE": os.environ["GRASSLAND_CACHE"], **dict(environment)}
+        processes.append(context.Process(target=exec, args=(CHILD, names)))
+        processes[-1].start()
+        return processes[-1], Path(output)
+
+    yield starting
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+        process.join()
+
+
+@pytest.fixture
+def launch(start):
+    """Runs `main(arguments)` in so many connected processes, as torchrun does; what the first one prints."""
+
+    def launching(count, *arguments, before=""):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        ranks = [{**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        started = [start(arguments, rank, before) for rank in ranks]
+        for process, output in started:
+            process.join(120)
+            assert process.exitcode == 0, output.read_text()
+        return started[0][1].read_text()
+
+    return launching
+
+
+@pytest.fixture
+def arguments():
+    """The command-line arguments of a run's settings."""
+
+    def options(settings, **changes):
+        words = [settings.__class__.__name__.removesuffix("Config").lower()]
+        default = type(settings)(steps=1)
+        for field in fields(settings):
+            value = changes.get(field.name, getattr(settings, field.name))
+            if value != getattr(default, field.name) or field.name in ("model", "data", "set"):
+                words += _option(field.name, value)
+        return words
+
+    return options
+
+
+def _option(name, value):
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    return [flag, *map(str, value)] if isinstance(value, tuple) else [flag, str(value)]
 
 
 @pytest.fixture

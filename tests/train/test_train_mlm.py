@@ -121,15 +121,16 @@ def test_sequences_cover_the_text_once_and_end_with_sentences(text_file):
     assert (text.spans[1:, 0] == text.spans[:-1, 1]).all() and (np.diff(text.spans).ravel() <= 62).all()
     ends = [found.tokenizer.decode([found.train.tokens[end - 1]]).strip(" ") for _, end in text.spans[:-1]]
     assert set(ends) <= {".", "\n", ".\n", "\n\n"}
+    sequences = 0
     for batch in text.evaluation(4):
         assert batch.ids.shape == (4, 64) and batch.order is None
-        assert torch.equal(batch.mask, batch.ids != text.special.pad)
+        told = (batch.labels != -100).any(1)
+        sequences += int(told.sum())
+        assert torch.equal(batch.mask[told], batch.ids[told] != text.special.pad)
         lengths = batch.mask.sum(1)
-        full = lengths > 0
-        assert (batch.ids[full, 0] == text.special.cls).all()
-        assert (batch.ids[full, lengths[full] - 1] == text.special.sep).all()
-        assert (batch.labels[~full] == -100).all() and (batch.types == 0).all()
-    assert sum(int(b.mask.any(1).sum()) for b in text.evaluation(4)) == len(text)
+        assert (batch.ids[told, 0] == text.special.cls).all() and (lengths[~told] == 1).all()
+        assert (batch.ids[told, lengths[told] - 1] == text.special.sep).all() and not batch.types.any()
+    assert sequences == len(text)
 
 
 def test_segments_are_exchanged_half_of_the_time_at_a_sentence(text_file):
@@ -215,10 +216,11 @@ def test_loss_is_masked_words_and_order_and_balance(mlm):
     batch = next(task.batches(0))
     model = task.model.train()
     inputs = {"mask": batch.mask, "token_types": batch.types}
-    x, balance = model.features(batch.ids, **inputs)
+    _, balance = model.features(batch.ids, **inputs)
     assert len(balance) == 2 and all(part > 0 for part in balance)
-    words = F.cross_entropy(model.token_logits(x, batch.positions).flatten(0, 1), batch.labels.flatten())
-    order = F.cross_entropy(model.class_logits(x), batch.order)
+    told, exchanged = model.predict(batch.ids, positions=batch.positions, **inputs)
+    words = F.cross_entropy(told.flatten(0, 1), batch.labels.flatten())
+    order = F.cross_entropy(exchanged, batch.order)
     torch.testing.assert_close(task.loss(model, batch), words + order + sum(balance))
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from grassland.archs import CheckpointError
+from grassland.archs import CheckpointError, CosineHead
 from grassland.train.__main__ import main
 from grassland.train.classify import Tally
 from grassland.train.config import VisionConfig
@@ -388,3 +388,13 @@ def test_other_data_are_refused_on_resumption(vision, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageClassification, "identity", lambda self: {**identity(self), "data": "other"})
     with pytest.raises(CheckpointError, match="saved for the data"):
         resume(tmp_path / "run", steps=2)
+
+
+def test_a_cosine_head_is_trained_and_loaded(vision, tmp_path):
+    config = vision(head="cosine", optimizer="muon", out=str(tmp_path / "run"))
+    assert run(ImageClassification, config) == 0
+    model = load_vision_model(tmp_path / "run")
+    assert isinstance(model.get_classifier(), CosineHead)
+    assert model(torch.randn(2, 3, 16, 16)).abs().max() <= 25
+    (test,) = [e for e in read_metrics(tmp_path / "run") if e["event"] == "test"]
+    assert 0 <= test["top1"] <= 1

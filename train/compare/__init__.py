@@ -17,6 +17,6 @@ def compare(options: CompareOptions) -> int:
     if options.plan:
         print("\n".join(plan.describe() for plan in plans))
         return 0
-    context = None if options.report_only else processes({plan.task for plan in plans})
+    context = None if options.report_only else processes()
     records = [record for plan in plans for record in Runner(plan, out / plan.name, context).records()]
     return write_report(records, out)

@@ -2,11 +2,10 @@
 
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +13,15 @@ from types import FrameType
 from typing import Any
 
 from ...archs import read_config
-from ..checkpoint import STATE_FILE
+from ..checkpoint import has_state
 from ..config import RunConfig
+from ..start import AUTO
 from .plan import FREE, Comparison
 from .results import SHOWN, Record, is_done, outcome, select
 
 # Imported once, in the process from which the runs are forked: several seconds that a run need not spend.
-PRELOADED = ("grassland.train.start", "grassland.train.tasks.lm", "matplotlib.figure")
-PRELOADED_FOR_IMAGES = ("grassland.train.tasks.vision", "timm", "torchvision")
+PRELOADED = ["grassland.train.start", "grassland.train.tasks.lm", "grassland.train.tasks.vision", "matplotlib.figure"]
+PRELOADED += ["timm", "torchvision", "sklearn.datasets"]
 
 
 class Runner:
@@ -71,20 +71,16 @@ class Runner:
 
     def _run(self, config: RunConfig, folder: Path) -> str | None:
         """Make sure that the run is done; the reason if it cannot be."""
-        started = (folder / STATE_FILE).is_file() or is_done(folder)
-        if started:
+        started, ended = has_state(folder), is_done(folder)
+        if started or ended:
             _check_same(folder, config)
-        if is_done(folder):
+        if ended:
             return None
         if self.context is None:
             return "interrupted" if started else "not run"
-        if not started and folder.exists():
-            # Killed before there was anything to resume.
-            shutil.rmtree(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        where = {"resume": str(folder), "out": None} if started else {"out": str(folder)}
         log = folder.with_name(f"{folder.name}.log")
-        process = self.context.Process(target=train, args=(replace(config, **where), log))
+        process = self.context.Process(target=train, args=(replace(config, out=str(folder), resume=AUTO), log))
         with _ended(process):
             process.join()
         if is_done(folder):
@@ -116,13 +112,13 @@ def train(config: RunConfig, log: Path) -> None:
     sys.exit(code)
 
 
-def processes(tasks: Iterable[str]) -> Any:
-    """A multiprocessing context whose processes are forked from one that has imported what `tasks` need and has used
-    none of it; where there is no fork, they are new ones."""
+def processes() -> Any:
+    """A multiprocessing context whose processes are forked from one that has imported what runs need, where it is
+    installed, and has used none of it; where there is no fork, they are new ones."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, *(PRELOADED_FOR_IMAGES if "vision" in tasks else ())])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 

@@ -51,8 +51,7 @@ class CompareOptions:
         changes = dict(map(parse_setting, self.settings))
         known = {f.name for plan in chosen for arm in plan.arms.values() for f in fields(arm)} - DECIDED
         _check("setting", changes, known)
-        narrowed = [self._narrowed(plan, changes) for plan in chosen]
-        return [plan for plan in narrowed if plan.arms]
+        return [self._narrowed(plan, changes) for plan in chosen if not self.arms or set(self.arms) & set(plan.arms)]
 
     def _narrowed(self, plan: Comparison, changes: dict[str, Any]) -> Comparison:
         arms = {name: changed(arm, changes) for name, arm in plan.arms.items() if not self.arms or name in self.arms}

@@ -34,6 +34,8 @@ class Comparison:
         for name in (self.name, *self.arms):
             if not name or name in (".", "..") or set(name) & set("/\\"):
                 raise ValueError(f"{name!r} cannot name a comparison or an arm: it names a folder")
+        if not self.arms:
+            raise ValueError(f"{self.name}: a comparison needs at least one arm")
         if len({type(arm) for arm in self.arms.values()}) > 1:
             raise ValueError(f"{self.name}: arms must be of one task, got {sorted({task_of(a) for a in self._runs})}")
         if not self.lrs or not all(math.isfinite(lr) and lr > 0 for lr in self.lrs):

@@ -60,7 +60,7 @@ class LabelledData:
 
 
 class TextBatch(NamedTuple):
-    """ids, types (B, L) int64, mask (B, L) bool, False for padding, classes (B,) int64, −100 for rows of padding."""
+    """ids, types (B, L) int64; mask (B, L) bool, False for padding; classes (B,) int64, −100 for an uncounted row."""
 
     ids: Tensor
     types: Tensor
@@ -114,14 +114,12 @@ def encode_labelled(data: LabelledText, tokenizer: "Tokenizer", seq_len: int) ->
 
 
 def evaluation_rows(rows: TextBatch, batch_size: int) -> Iterator[TextBatch]:
-    """Every row once. All batches have one shape: the last one is filled up with rows of padding."""
+    """Every row once. All batches have one shape: the last one is filled up with the first row, uncounted."""
     for start in range(0, len(rows.ids), batch_size):
-        part = TextBatch(*(tensor[start : start + batch_size] for tensor in rows))
-        missing = batch_size - len(part.ids)
-        fills = (0, 0, False, IGNORED)
-        yield TextBatch(
-            *(torch.cat([t, t.new_full((missing, *t.shape[1:]), fill)]) for t, fill in zip(part, fills, strict=True))
-        )
+        place = torch.arange(start, start + batch_size)
+        counted = place < len(rows.ids)
+        ids, types, mask, classes = (part[place.where(counted, 0)] for part in rows)
+        yield TextBatch(ids, types, mask, classes.where(counted, IGNORED))
 
 
 def _shortened(texts: list[NDArray], room: int) -> list[NDArray]:

@@ -90,17 +90,18 @@ class MaskedText:
         """The sequences `indices`, drawn as those that stand at places start, start + 1, … of the stream."""
         return self._batch([(int(index), (seed, TRAINING, start + row)) for row, index in enumerate(indices)])
 
-    def evaluation(self, batch_size: int) -> Iterator[MaskedBatch]:
-        """Every sequence once, hidden in the same places whatever the seed. All batches have one shape: the last one
-        is filled up with padding."""
+    def evaluation(self, batch_size: int, rows: slice | None = None) -> Iterator[MaskedBatch]:
+        """Every sequence once, or of every batch those in `rows`; hidden in the same places whatever the seed. All
+        batches have one shape: the last one is filled up with rows of padding, of which one token is seen."""
         for start in range(0, len(self), batch_size):
-            rows = range(start, min(start + batch_size, len(self)))
-            yield self._batch([(row, (EVALUATION, row)) for row in rows], batch_size)
+            chosen = range(start, start + batch_size)[rows or slice(None)]
+            yield self._batch([(row, (EVALUATION, row)) for row in chosen if row < len(self)], len(chosen))
 
     def _batch(self, draws: Sequence[tuple[int, tuple[int, ...]]], size: int | None = None) -> MaskedBatch:
         shape, told = (size or len(draws), self.seq_len), (size or len(draws), self.most_told)
         ids, types = np.full(shape, self.special.pad), np.zeros(shape, np.int64)
         mask, positions, labels = np.zeros(shape, bool), np.zeros(told, np.int64), np.full(told, IGNORED)
+        mask[:, 0] = True  # also in rows of padding: experts must have something to route
         order = np.full(len(ids), IGNORED)
         for row, (index, entropy) in enumerate(draws):
             generator = np.random.default_rng(entropy)

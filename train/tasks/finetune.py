@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...archs import CheckpointError, load_model, save_model
 from ...archs.encoder import Encoder
 from ...archs.registry import unknown
+from .. import parallel
 from ..config import RunConfig
 from ..data import BlockOrder, load_tokenizer, save_tokenizer
 from ..data.blocks import IGNORED
@@ -76,7 +77,7 @@ class TextClassification(Task):
     def __init__(self, config: FinetuneConfig, device: torch.device) -> None:
         self.config = config
         # A resumed run has the encoder's sizes and the vocabulary in its own folder.
-        source = Path(config.resume or config.model)
+        source = Path(config.resume if config.resume not in (None, "auto") else config.model)
         self.data = load_labelled(config.data, config.text_column, config.pair_column, config.label_column)
         model = classifier_from(source, len(self.data.classes), config.overrides())
         check_length(config.seq_len, model)
@@ -103,9 +104,10 @@ class TextClassification(Task):
 
     def batches(self, position: int) -> Iterator[TextBatch]:
         size = self.config.batch_size
+        mine = parallel.rows(size)
         while True:
-            rows = torch.from_numpy(self.order.at(position * size, size))
-            yield TextBatch(*(self.to_device(part[rows]) for part in self.rows["train"]))
+            chosen = torch.from_numpy(self.order.at(position * size, size)[mine])
+            yield TextBatch(*(self.to_device(part[chosen]) for part in self.rows["train"]))
             position += 1
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -117,8 +119,9 @@ class TextClassification(Task):
         training = model.training
         model.eval()
         confusion = Confusion(len(self.data.classes), self.device)
-        for rows in evaluation_rows(self.rows[split], self.config.batch_size):
-            batch = TextBatch(*map(self.to_device, rows))
+        mine = parallel.rows(self.config.batch_size)
+        for all_rows in evaluation_rows(self.rows[split], self.config.batch_size):
+            batch = TextBatch(*(self.to_device(part[mine]) for part in all_rows))
             confusion.add(classifier.classify(batch.ids, mask=batch.mask, token_types=batch.types), batch.classes)
         model.train(training)
         return confusion.metrics()
@@ -159,8 +162,8 @@ class Confusion:
 
     def metrics(self) -> dict[str, float]:
         """loss (nats), error, accuracy, f1 (of class 1 where there are two, otherwise the mean over the classes) and
-        matthews, the correlation of guesses and truth (Gorodkin 2004; 0 where either is constant)."""
-        counts, nll = self.counts.cpu(), float(self.nll)
+        matthews, the correlation of guesses and truth (Gorodkin 2004; 0 where either is constant); of all processes."""
+        counts, nll = parallel.total(self.counts).cpu(), float(parallel.total(self.nll))
         total, right = counts.sum(), counts.diagonal()
         true, guessed = counts.sum(1), counts.sum(0)
         f1 = 2 * right / (true + guessed).clamp_min(1)

@@ -29,7 +29,7 @@ class LanguageModeling(Task):
 
     def __init__(self, config: LMConfig, device: torch.device) -> None:
         self.config = config
-        self.corpus, self.tokenizer_damaged = _corpus(config)
+        self.corpus, self.tokenizer_damaged = read_corpus(config)
         _check_length(self.corpus, config)
         options = {"max_len": config.seq_len, **config.overrides()}
         model = create_model(config.model, vocab_size=self.corpus.tokenizer.get_vocab_size(), **options)
@@ -98,10 +98,14 @@ class LanguageModeling(Task):
         ]
 
 
-def _corpus(config: LMConfig) -> tuple[Corpus, bool]:
-    """The corpus, and whether the run's own vocabulary could not be read."""
+def read_corpus(config: LMConfig, *, marked: bool = False) -> tuple[Corpus, bool]:
+    """The corpus, `marked` or not, and whether the run's own vocabulary could not be read."""
+
+    def load(tokenizer: str) -> Corpus:
+        return load_corpus(config.data, tokenizer, config.text_column, marked=marked)
+
     if not config.resume or config.resume == "auto":
-        return load_corpus(config.data, config.tokenizer, config.text_column), False
+        return load(config.tokenizer), False
     # A resumed run reads the vocabulary it has been trained with, whatever has become of the tokeniser's source.
     own = Path(config.resume) / TOKENIZER_FILE
     try:
@@ -109,8 +113,8 @@ def _corpus(config: LMConfig) -> tuple[Corpus, bool]:
     except (FileNotFoundError, ValueError) as error:
         # That it is the same again shows when the state is loaded: it belongs to one text and one vocabulary.
         print(f"{error}; made again from {config.tokenizer}", file=sys.stderr)
-        return load_corpus(config.data, config.tokenizer, config.text_column), True
-    return load_corpus(config.data, str(own), config.text_column), False
+        return load(config.tokenizer), True
+    return load(str(own)), False
 
 
 def _check_length(corpus: Corpus, config: LMConfig) -> None:

@@ -3,21 +3,22 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...archs import create_model, load_model, model_config, save_model
+from ...archs import create_model, model_config
 from ...archs.registry import unknown
-from ..config import LMConfig, RunConfig
-from ..data import BlockOrder, load_corpus, save_tokenizer
+from ..config import LMConfig
+from ..data import BlockOrder
 from ..data.blocks import IGNORED
 from ..data.masked import MaskedBatch, MaskedText
-from ..data.tokenizer import FILE as TOKENIZER_FILE
+from ..data.sources import SPLITS
+from ..parallel import rows, total
 from .base import Task
+from .lm import LanguageModeling, read_corpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,22 +45,21 @@ class MLMConfig(LMConfig):
             raise ValueError(f"seq_len must be at least 8 for special tokens and words, got {self.seq_len}")
 
 
-class MaskedLanguageModeling(Task):
+class MaskedLanguageModeling(LanguageModeling):
     """Masked words, and with `config.sentence_order` the order of two segments, as in ALBERT.
 
     Raises ValueError for a text without a sequence and for a model that is no text encoder, and what `load_corpus` and
     `create_model` raise.
     """
 
-    name, unit, metric = "mlm", "tokens", "loss"
+    name = "mlm"
+    config: MLMConfig
 
     def __init__(self, config: MLMConfig, device: torch.device) -> None:
         self.config = config
-        # A resumed run reads the vocabulary it has been trained with, whatever has become of the tokeniser's source.
-        tokenizer = str(Path(config.resume) / TOKENIZER_FILE) if config.resume else config.tokenizer
-        self.corpus = load_corpus(config.data, tokenizer, config.text_column, marked=True)
-        self.texts = {name: self._text(name) for name in ("train", "valid", "test")}
-        super().__init__(self._model(), device)
+        self.corpus, self.tokenizer_damaged = read_corpus(config, marked=True)
+        self.texts = {name: self._text(name) for name in SPLITS}
+        Task.__init__(self, self._model(), device)
         self.order = BlockOrder(len(self.texts["train"]), config.seed)
 
     def _text(self, name: str) -> MaskedText:
@@ -79,29 +79,25 @@ class MaskedLanguageModeling(Task):
         return model
 
     @property
-    def batches_per_epoch(self) -> float:
-        return self.order.blocks / self.config.batch_size
-
-    @property
-    def units_per_batch(self) -> int:
-        return self.config.batch_size * self.config.seq_len
-
-    @property
     def flops_per_unit(self) -> float:
         model: Any = self.model
         head = model.head.flops_per_token() * (1 - self.texts["train"].most_told / self.config.seq_len)
         return 3 * (model.flops_per_token(self.config.seq_len) - head)
 
     def batches(self, position: int) -> Iterator[MaskedBatch]:
-        size = self.config.batch_size
+        size, text = self.config.batch_size, self.texts["train"]
+        mine = rows(size)
         while True:
-            sequences = self.order.at(position * size, size)
-            yield self._moved(self.texts["train"].training(sequences, position * size, self.config.seed))
+            sequences = self.order.at(position * size, size)[mine]
+            yield self._moved(text.training(sequences, position * size + mine.start, self.config.seed))
             position += 1
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        inputs = {"mask": batch.mask, "token_types": batch.types, "positions": batch.positions}
-        return model(batch.ids, labels=batch.labels, classes=batch.order, **inputs)
+        return model(batch.ids, labels=batch.labels, classes=batch.order, **_inputs(batch))
+
+    def weight(self, batch: Any) -> Tensor:
+        # The order of sentences, which has one target a sequence, counts by the words of its rows as well.
+        return (batch.labels != IGNORED).sum().float()
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
@@ -109,26 +105,16 @@ class MaskedLanguageModeling(Task):
         training = model.training
         model.eval()
         words, order = Hits(self.device), Hits(self.device)
-        for batch in map(self._moved, self.texts[split].evaluation(self.config.batch_size)):
-            x, _ = encoder.features(batch.ids, mask=batch.mask, token_types=batch.types)
-            words.add(encoder.token_logits(x, batch.positions), batch.labels)
+        size = self.config.batch_size
+        for batch in map(self._moved, self.texts[split].evaluation(size, rows(size))):
+            told, exchanged = encoder.predict(batch.ids, **_inputs(batch))
+            words.add(told, batch.labels)
             if batch.order is not None:
-                order.add(encoder.class_logits(x), batch.order)
+                order.add(exchanged, batch.order)
         model.train(training)
         loss, accuracy = words.means()
         found = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}
         return {**found, **({"order_accuracy": order.means()[1]} if self.config.sentence_order else {})}
-
-    def save(self, folder: Path, config: RunConfig) -> None:
-        if not (folder / TOKENIZER_FILE).exists():
-            save_tokenizer(self.corpus.tokenizer, folder)
-        save_model(self.model, folder, extra={"task": self.name, "run": config.to_dict()})
-
-    def best_model(self, folder: Path) -> nn.Module:
-        return load_model(folder, device=self.device)
-
-    def identity(self) -> dict[str, Any]:
-        return {"data": self.corpus.key, "vocab_size": self.corpus.tokenizer.get_vocab_size()}
 
     def describe(self) -> dict[str, Any]:
         counts = {
@@ -143,8 +129,7 @@ class MaskedLanguageModeling(Task):
         """The first sequences of the test text with what is hidden, and what the model puts there."""
         batch = self._moved(next(self.texts["test"].evaluation(max(count, 1))))
         encoder: Any = model
-        x, _ = encoder.features(batch.ids, mask=batch.mask, token_types=batch.types)
-        guesses = encoder.token_logits(x, batch.positions).argmax(-1)
+        guesses = encoder.predict(batch.ids, **_inputs(batch))[0].argmax(-1)
         told = batch.ids.scatter(1, batch.positions, guesses.where(batch.labels != IGNORED, batch.ids[:, :1]))
         return [
             f"{self._decoded(before[mask])}\n{self._decoded(after[mask])}"
@@ -156,6 +141,10 @@ class MaskedLanguageModeling(Task):
 
     def _moved(self, batch: MaskedBatch) -> MaskedBatch:
         return MaskedBatch(*(None if part is None else self.to_device(part) for part in batch))  # type: ignore[arg-type]
+
+
+def _inputs(batch: MaskedBatch) -> dict[str, Tensor]:
+    return {"mask": batch.mask, "token_types": batch.types, "positions": batch.positions}
 
 
 class Hits:
@@ -171,8 +160,8 @@ class Hits:
         self.sums += torch.stack([(targets != IGNORED).sum(), nll, (logits.argmax(-1) == targets).sum()])
 
     def means(self) -> tuple[float, float]:
-        """Cross entropy and accuracy a target."""
-        count, nll, right = self.sums.tolist()
+        """Cross entropy and accuracy a target, of all processes."""
+        count, nll, right = total(self.sums).tolist()
         return nll / count, right / count
 
 

@@ -18,6 +18,7 @@ from ..data.pairs import LABELS, MARKS, Pairs, PairTokens, load_pairs, marks
 from ..data.tokenizer import FILE as TOKENIZER_FILE
 from ..nli_config import NLIConfig
 from ..nli_model import NLIModel, build_nli_model, load_encoder, load_nli_model, save_nli_model, stored_encoder
+from ..parallel import rows as own_rows
 from ..vision_model import num_parameters
 from .base import Task
 
@@ -69,7 +70,7 @@ class NaturalLanguageInference(Task):
     def batches(self, position: int) -> Iterator[tuple[Tensor, ...]]:
         size = self.config.batch_size
         while True:
-            rows = self.order.at(position * size, size)
+            rows = self.order.at(position * size, size)[own_rows(size)]
             yield tuple(map(self.to_device, self.splits["train"].batch(rows)))
             position += 1
 

@@ -1,0 +1,216 @@
+"""Comparisons: what is run, what is skipped, how a learning rate is chosen, and the report."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from grassland.train.__main__ import main
+from grassland.train.compare import Comparison
+from grassland.train.compare.options import CompareOptions
+from grassland.train.compare.presets import PRESETS, load_comparisons
+from grassland.train.compare.report import arm_table, read_records, section
+from grassland.train.compare.results import select
+from grassland.train.compare.statistics import holm, paired, spread
+from grassland.train.config import LMConfig
+from grassland.train.log import read_metrics
+from grassland.train.loop import Trainer
+from grassland.train.tasks.lm import LanguageModeling
+
+
+def written(config, folder, **changes):
+    """A comparison of two mixers as a JSON file, at the size of `config`."""
+    settings = {**config.to_dict(), "model": "lm", "samples": 0, "set": ["dim=16", "depth=1", "ffn_dim=32"]}
+    content = {
+        "name": "tiny",
+        "title": "Two tiny mixers",
+        "task": "lm",
+        "settings": {name: value for name, value in settings.items() if name not in ("out", "resume", "lr", "seed")},
+        "arms": {"attention": {"set": ["mixer=attention"]}, "grassmann": {"set": ["rank=4"]}},
+        "lrs": [0.01],
+        "seeds": [0, 1],
+    }
+    path = folder / "tiny.json"
+    path.write_text(json.dumps(content | changes))
+    return path
+
+
+def run(path, out, *arguments):
+    return main(["compare", str(path), "--out", str(out), *arguments])
+
+
+def test_grid_then_seeds_then_nothing_is_run_twice(config, tmp_path, capsys):
+    path, out = written(config, tmp_path, lrs=[1e-5, 0.01]), tmp_path / "out"
+    assert run(path, out) == 0
+    records = read_records(out / "report.jsonl")
+    runs = [(r["arm"], r["lr"], r["seed"]) for r in records]
+    grid = [(arm, lr, 0) for lr in (1e-5, 0.01) for arm in ("attention", "grassmann")]
+    assert runs == [*grid, ("attention", 0.01, 1), ("grassmann", 0.01, 1)]
+    assert [r["chosen"] for r in records] == [False, False, True, True, True, True]
+    assert (out / "tiny.png").stat().st_size > 10_000
+    for record in records:
+        events = read_metrics(out / "tiny" / record["arm"] / f"lr{record['lr']:g}-seed{record['seed']}")
+        best = min((e for e in events if e["event"] == "valid"), key=lambda e: e["loss"])
+        assert record["valid"]["perplexity"] == best["perplexity"] and record["curve"]["step"] == [4, 8, 12]
+        assert record["curve"]["units"] == [256, 512, 768] and record["peak_bytes"] > 2**20
+        assert record["flops_per_unit"] == 3 * LanguageModeling(
+            replace(config, set=record["differs"]["set"]), torch.device("cpu")
+        ).model.flops_per_token(16)
+    report = (out / "report.md").read_text()
+    assert "| attention | 0.01* |" in report and section(records) in report
+
+    logs = {log: log.stat().st_mtime_ns for log in out.glob("tiny/*/*.log")}
+    assert run(path, out) == 0
+    assert read_records(out / "report.jsonl") == records
+    assert {log: log.stat().st_mtime_ns for log in out.glob("tiny/*/*.log")} == logs
+    capsys.readouterr()
+    assert run(path, out, "--settings", "batch_size=2") == 2
+    assert "a run with other settings is there: batch_size=4 (now 2)" in capsys.readouterr().err
+
+
+def test_a_failed_arm_is_named_and_the_rest_kept_and_it_is_tried_again(config, tmp_path, capsys):
+    arms = {"attention": {"set": ["mixer=attention"]}, "broken": {"set": ["rank=1"]}}
+    path, out = written(config, tmp_path, arms=arms, seeds=[0]), tmp_path / "out"
+    assert run(path, out) == 1
+    assert "without a result: tiny/broken lr 0.01 seed 0" in capsys.readouterr().out
+    report = (out / "report.md").read_text()
+    assert "| broken | no run finished |" in report and "rank must be an integer of at least 2, got 1" in report
+    assert [r["status"] for r in read_records(out / "report.jsonl")] == ["done", "failed"]
+    assert run(written(config, tmp_path, arms=arms | {"broken": {"set": ["rank=4"]}}, seeds=[0]), out) == 0
+
+
+def test_an_interrupted_run_is_resumed_to_the_same_numbers(config, tmp_path):
+    path, out = written(config, tmp_path, seeds=[0]), tmp_path / "out"
+    assert run(path, tmp_path / "whole") == 0
+    planned = load_comparisons(str(path))[0].config("grassmann", 0.01, 0)
+    folder = out / "tiny" / "grassmann" / "lr0.01-seed0"
+    torch.manual_seed(0)
+    trainer = Trainer(LanguageModeling(planned, torch.device("cpu")), replace(planned, out=str(folder)), folder)
+    for _ in range(5):
+        trainer.advance()
+    trainer.save()
+    trainer.log.close()
+    # Killed so early that there is nothing to resume.
+    (out / "tiny" / "attention" / "lr0.01-seed0").mkdir(parents=True)
+    (out / "tiny" / "attention" / "lr0.01-seed0" / "metrics.jsonl").write_text("{")
+    assert run(path, out, "--report-only") == 1
+    assert [r["error"] for r in read_records(out / "report.jsonl")] == ["not run", "interrupted"]
+    assert run(path, out) == 0
+    resumed, whole = (read_records(folder / "report.jsonl") for folder in (out, tmp_path / "whole"))
+    assert [r["test"] for r in resumed] == [r["test"] for r in whole]
+    assert any(e["event"] == "resume" for e in read_metrics(folder))
+
+
+def test_every_smoke_arm_runs(tmp_path):
+    """The whole preset, one step an arm: minutes in full are for `compare smoke` itself."""
+    for package in ("timm", "torchvision", "sklearn"):
+        pytest.importorskip(package)
+    short = ["--settings", "steps=1", "eval_every=0", "batch_size=2", "--lrs", "1e-3", "--seeds", "0"]
+    assert main(["compare", "smoke", "--out", str(tmp_path), *short]) == 0
+    records = read_records(tmp_path / "report.jsonl")
+    assert {(r["comparison"], r["arm"]) for r in records} == {(p.name, a) for p in PRESETS["smoke"]() for a in p.arms}
+    assert all(math.isfinite(r["train_loss"]) and r["flops_per_unit"] > 0 for r in records)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_whole(name):
+    for plan in load_comparisons(name):
+        assert len(plan.arms) >= 2 and len(plan.seeds) >= 3 and plan.describe()
+        allowed = {"model", "set", "head", "subspace_dim", "head_lr", "head_dropout", "loss", "bce_threshold"}
+        assert all(differs.keys() <= allowed for differs in plan.differing().values())
+
+
+def test_options_narrow_and_change(config, tmp_path):
+    plans = load_comparisons(str(written(config, tmp_path)))
+    options = {"arms": ("grassmann",), "lrs": (0.5,), "seeds": (7,), "settings": ("epochs=2", "clip=0.5")}
+    (plan,) = CompareOptions("x", **options).applied_to(plans)
+    chosen = plan.config("grassmann", 0.5, 7)
+    assert list(plan.arms) == ["grassmann"] and (plan.lrs, plan.seeds) == ((0.5,), (7,))
+    assert (chosen.epochs, chosen.clip, chosen.lr, chosen.seed) == (2, 0.5, 0.5, 7)
+    (shorter,) = CompareOptions("x", settings=("steps=3",)).applied_to([plan])
+    assert shorter.arms["grassmann"].epochs is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arms": ("gassmann",)}, "unknown arm 'gassmann'; did you mean 'grassmann'"),
+        ({"only": ("huge",)}, "unknown comparison 'huge'"),
+        ({"settings": ("stepz=3",)}, "unknown setting 'stepz'; did you mean 'steps'"),
+        ({"settings": ("lr=3",)}, "unknown setting 'lr'"),
+        ({"settings": ("steps=-3",)}, "steps must be positive, got -3"),
+        ({"lrs": (0.1, 0.1)}, "lrs must differ from each other"),
+        ({"seeds": (-1,)}, "seeds must be integers of at least 0"),
+    ],
+)
+def test_bad_options_name_themselves(config, tmp_path, options, message):
+    plans = load_comparisons(str(written(config, tmp_path)))
+    with pytest.raises(ValueError, match=message):
+        CompareOptions("x", **options).applied_to(plans)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "vison"}, "task must be one of"),
+        ({"lr": [1]}, "a comparison has no lr"),
+        ({"lrs": [0]}, "lrs must be positive"),
+        ({"arms": {"../up": {}}}, "names a folder"),
+        ({"arms": {"a": {"stepz": 1}}}, "unknown setting stepz"),
+        ({"arms": {}}, "needs at least one arm"),
+    ],
+)
+def test_bad_files_name_themselves(config, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=rf"tiny\.json: .*{message}"):
+        load_comparisons(str(written(config, tmp_path, **changes)))
+
+
+def test_unknown_preset_is_named():
+    with pytest.raises(ValueError, match="unknown preset 'wikitext2'; did you mean"):
+        load_comparisons("wikitext2")
+
+
+def record(arm, lr, seed, loss, **more):
+    return {"arm": arm, "lr": lr, "seed": seed, "task": "lm", "status": "done", "valid": {"loss": loss}, **more}
+
+
+def test_the_learning_rate_is_the_best_of_the_first_seed_and_its_edge_is_marked():
+    records = [record("a", 0.1, 0, 3.0), record("a", 0.2, 0, 2.0), record("a", 0.4, 0, math.nan)]
+    records += [record("b", 0.1, 0, 1.0), record("b", 0.2, 0, 2.0), record("b", 0.2, 1, 0.0)]
+    chosen = select(records, (0.1, 0.2, 0.4), 0)
+    assert (chosen["a"].lr, chosen["a"].edge, chosen["b"].lr, chosen["b"].edge) == (0.2, False, 0.1, True)
+
+
+def test_statistics_are_those_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    arm, base = {0: 3.0, 1: 4.5, 2: 3.5, 9: 1.0}, {0: 2.0, 1: 2.5, 2: 3.25}
+    found = paired(arm, base)
+    expected = stats.ttest_rel([3.0, 4.5, 3.5], [2.0, 2.5, 3.25])
+    assert found.seeds == 3 and found.p == pytest.approx(expected.pvalue, rel=1e-12)
+    assert found.interval == pytest.approx(tuple(expected.confidence_interval(0.95)), rel=1e-9)
+    assert paired({0: 1.0}, base).interval is None and paired({5: 1.0}, base) is None
+    assert paired({0: 3.0, 1: 3.5}, base).p is None  # the same difference twice: no deviation to test against
+    assert spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5)) and spread([4.0]) == (4.0, None)
+    assert holm([0.01, None, 0.04, 0.03, 0.9]) == pytest.approx([0.04, None, 0.09, 0.09, 0.9])
+
+
+def test_table_says_what_the_records_say():
+    def finished(arm, seed, ppl):
+        metrics = {"loss": math.log(ppl), "perplexity": ppl}
+        costs = {"parameters": 1000, "flops_per_unit": 3e6, "units_per_s": 50.0, "peak_bytes": 2**21, "unit": "token"}
+        return record(arm, 0.1, seed, 0.0, chosen=True, edge=False, **costs) | {"valid": metrics, "test": metrics}
+
+    records = [finished("base", 0, 10.0), finished("base", 1, 12.0), finished("new", 0, 9.0), finished("new", 1, 10.0)]
+    table = arm_table([r | {"task": "lm"} for r in records]).splitlines()
+    assert table[2] == "| base | 0.1 | 1,000 | 3e+06 | 50 | 2 MiB | 11.00 ± 1.41 | 11.00 ± 1.41 |  |  |  |"
+    assert table[3].startswith("| new | 0.1 |") and "| -1.50 [-7.85, +4.85] | 0.205 | 0.205 |" in table[3]
+
+
+def test_a_comparison_is_of_one_task(config):
+    from grassland.train.recipes import default_vision
+
+    with pytest.raises(ValueError, match="arms must be of one task"):
+        Comparison("x", "x", {"a": config, "b": default_vision()}, (0.1,))
+    assert Comparison("x", "x", {"a": LMConfig(steps=1)}, (0.1,)).task == "lm"

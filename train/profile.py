@@ -1,0 +1,222 @@
+"""Where the time of a training step goes: mixer, residual, ffn, head, embedding, optimiser and data."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..archs import create_model, model_config
+from ..kernels.machine import about
+from .config import VisionConfig
+from .data import BlockOrder, block_batch, num_blocks
+from .optim import build_optimizer
+from .plot import matplotlib_module
+from .start import pick_device, seed_everything
+
+NUMBERS, PICTURE = "profile.jsonl", "profile.png"
+PARTS = ("data", "embedding", "mixer", "residual", "ffn", "head", "optimiser")
+PASSES = ("forward", "backward")
+WARM_UP = 2
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """Where the time of a training step goes, for models of the four slots."""
+
+    models: tuple[str, ...] = ("transformer_lm_6l", "grassmann_lm_6l", "kromhc_lm_6l", "widenet_cifar")
+    """Presets of `grassland.archs.list_models()`."""
+    out: Path = Path("runs/profile")
+    """Folder for profile.jsonl and profile.png."""
+    batch_size: int = 8
+    """Sequences or images."""
+    seq_len: int = 128
+    """Tokens in a sequence, for models of text."""
+    steps: int = 10
+    """Steps that are timed; medians are reported."""
+    optimizer: Literal["adamw", "lamb", "muon", "sgd"] = "adamw"
+    """As in training."""
+    dtype: Literal["bf16", "float32"] = "float32"
+    """Precision of autocast."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "seq_len", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+class Clock:
+    """Time by (part, pass): from each `switch` to the next one it counts for what that one named.
+
+    On a GPU the times are those of its own stream, so that nothing waits before the step is over.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[tuple[tuple[str, str], Any]] = []
+
+    def switch(self, part: str, direction: str) -> None:
+        """From now on it is `part`'s time, in "forward", "backward" or ""."""
+        if self.device.type == "cuda":
+            now: Any = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self.marks.append(((part, direction), now))
+
+    def take(self) -> dict[tuple[str, str], float]:
+        """Seconds since the last call, which must end with a switch that names nothing."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds: dict[tuple[str, str], float] = {}
+        for (key, start), (_, end) in zip(self.marks, self.marks[1:], strict=False):
+            elapsed = start.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - start
+            seconds[key] = seconds.get(key, 0.0) + elapsed
+        self.marks = []
+        return seconds
+
+
+class Boundary(torch.autograd.Function):
+    """The identity, that switches the clock when the forward pass comes by, and when the backward pass does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clock: Clock, after: str, before: str) -> Tensor:
+        ctx.clock, ctx.before = clock, before
+        clock.switch(after, "forward")
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        ctx.clock.switch(ctx.before, "backward")
+        return grads[0], None, None, None
+
+
+def profile(options: ProfileOptions) -> list[Record]:
+    """Profile every model; writes profile.jsonl and profile.png into `options.out`.
+
+    A record has "seconds", {"data", "optimiser", "embedding forward", "embedding backward", "mixer forward", …}:
+    medians over the steps. What lies between the branches, norms included, is the residual's; the final norm and the
+    loss are the head's, the clipping of gradients the optimiser's. ValueError for a model without slots.
+    """
+    device = pick_device(options.device)
+    settings = {**asdict(options), "out": None, "models": None, "device": device.type}
+    records = []
+    for name in options.models:
+        seconds = profile_model(name, options, device)
+        records.append({"model": name, "seconds": seconds, **settings, **about()})
+        print(f"{name}: {1e3 * sum(seconds.values()):.1f} ms a step", flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / NUMBERS).write_text("".join(json.dumps(record) + "\n" for record in records))
+    plot(records, options.out / PICTURE)
+    return records
+
+
+def profile_model(name: str, options: ProfileOptions, device: torch.device) -> dict[str, float]:
+    """Median seconds of each part in each pass of a step."""
+    seed_everything(0)
+    clock = Clock(device)
+    model, batches, loss = _setup(name, options, device)
+    optimizer = build_optimizer(model, options.optimizer, lr=1e-4)
+    _mark(model, clock)
+    model.train()
+    steps = []
+    for _ in range(WARM_UP + options.steps):
+        clock.switch("data", "")
+        batch = next(batches)
+        clock.switch("embedding", "forward")
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.dtype == "bf16"):
+            value = loss(model, batch)
+        clock.switch("head", "backward")
+        value.backward()
+        clock.switch("optimiser", "")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        clock.switch("", "")
+        steps.append(clock.take())
+    keys = {" ".join(filter(None, key)): key for step in steps for key in step}
+    return {text: statistics.median(step.get(key, 0.0) for step in steps[WARM_UP:]) for text, key in keys.items()}
+
+
+def plot(records: list[Record], path: Path) -> None:
+    """One bar a model, a colour a part, its backward pass hatched."""
+    figure: Any = matplotlib_module("figure").Figure(figsize=(10, 1.6 + 0.6 * len(records)), layout="constrained")
+    axes = figure.subplots()
+    lefts = [0.0] * len(records)
+    cells = [(part, f"{part} {way}") for part in PARTS for way in PASSES] + [(part, part) for part in PARTS]
+    for part, key in sorted(cells, key=lambda cell: PARTS.index(cell[0])):
+        widths = [1e3 * record["seconds"].get(key, 0.0) for record in records]
+        if any(widths):
+            style = {"color": f"C{PARTS.index(part)}", "hatch": "///" if "backward" in key else None}
+            axes.barh([r["model"] for r in records], widths, left=lefts, label=key, edgecolor="white", **style)
+            lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+    first = records[0]
+    where = ", ".join(first["gpus"]) or f"{first['cpu']}, {first['threads']} threads"
+    axes.set(xlabel="ms a training step", title=f"batch {first['batch_size']}, {first['dtype']}, {where}")
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize=8, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def _setup(
+    name: str, options: ProfileOptions, device: torch.device
+) -> tuple[nn.Module, Iterator[Any], Callable[[nn.Module, Any], Tensor]]:
+    """Model, batches and loss: random text of the preset's own vocabulary, or digits at its own image size."""
+    kind = model_config(name).kind
+    if kind == "vision":
+        from .tasks.vision import ImageClassification
+
+        size: Any = model_config(name)
+        run = VisionConfig(model=name, steps=1, batch_size=options.batch_size, img_size=size.image_size)
+        task = ImageClassification(run, device)
+        return task.model, task.batches(0), task.loss
+    model = create_model(name, device=device, max_len=max(options.seq_len, model_config(name).max_len))
+    return model, _random_text(model.config.vocab_size, options, device), _text_loss
+
+
+def _random_text(vocab_size: int, options: ProfileOptions, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    tokens = np.random.default_rng(0).integers(vocab_size, size=1 << 20, dtype=np.int32)
+    order = BlockOrder(num_blocks(len(tokens), options.seq_len), 0)
+    position = 0
+    while True:
+        inputs, targets = block_batch(tokens, order.at(position, options.batch_size), options.seq_len)
+        yield inputs.to(device), targets.to(device)
+        position += options.batch_size
+
+
+def _text_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return model(batch[0], labels=batch[1])
+
+
+def _mark(model: Any, clock: Clock) -> None:
+    """Switch the clock where the stream enters and leaves the blocks, and where it enters and leaves a branch."""
+
+    def entering(part: str, before: str) -> Callable[..., Any]:
+        return lambda module, args: (Boundary.apply(args[0], clock, part, before), *args[1:])
+
+    def leaving(part: str, after: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, out: Any) -> Any:
+            first, *rest = out if isinstance(out, tuple) else (out,)
+            marked = Boundary.apply(first, clock, after, part)
+            return (marked, *rest) if rest else marked
+
+        return hook
+
+    last = model.proj if hasattr(model, "proj") else model.dropout
+    last.register_forward_hook(leaving("embedding", "residual"))
+    model.norm.register_forward_pre_hook(entering("head", "residual"))
+    for block in model.blocks:
+        for part, residual in (("mixer", block.mixer), ("ffn", block.ffn)):
+            # A branch shared across depth is a module in the first block only, where its hooks serve all.
+            if isinstance(residual.branch, nn.Module):
+                residual.branch.register_forward_pre_hook(entering(part, "residual"))
+                residual.branch.register_forward_hook(leaving(part, "residual"))
