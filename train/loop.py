@@ -324,7 +324,8 @@ class Trainer:
         where = self._place("skip", self.step, self.position - self.config.grad_accum, loss, norm)
         self.line.say(f"{where}: skipped")
         if self.watch.in_a_row == MAX_SKIPS:
-            raise TrainingError(f"{where}, and {MAX_SKIPS} steps in a row skipped; {self._advice()} with a lower --lr")
+            skipped = f"{where}, and {MAX_SKIPS} steps in a row skipped"
+            raise TrainingError(f"{skipped}; {self._advice()}; else try a lower --lr")
 
     def _place(self, event: str, step: int, position: int, loss: float, norm: float) -> str:
         """Log where the numbers are not finite; the same as a message."""

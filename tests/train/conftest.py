@@ -154,7 +154,7 @@ def launch(start):
         ranks = [{**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
         started = [start(arguments, rank, before) for rank in ranks]
         for process, output in started:
-            process.join(120)
+            process.join(600)
             assert process.exitcode == 0, output.read_text()
         return started[0][1].read_text()
 

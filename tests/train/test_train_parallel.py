@@ -1,6 +1,10 @@
 """Many processes make the numbers of one."""
 
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +14,7 @@ from grassland.train.log import read_metrics
 from grassland.train.parallel import checked_mode
 from grassland.train.start import run
 from grassland.train.tasks import LanguageModeling
+from grassland.train.tasks.mlm import MaskedLanguageModeling
 from grassland.train.tasks.vision import ImageClassification
 
 SMALL = ("dim=16", "depth=2", "ffn_dim=32", "rank=4", "offsets=1,2")
@@ -71,6 +76,15 @@ def test_text_processes_have_the_losses_of_one(variant, arguments, launch, tmp_p
 def test_image_processes_have_the_losses_of_one(vision, arguments, launch, tmp_path, mode, changes):
     settings = vision(**{**DIGITS, "steps": 4, **changes})
     run(ImageClassification, vision(**vars(settings) | {"out": str(tmp_path / "one")}))
+    launch(2, *arguments(settings, out=tmp_path / "many", parallel=mode))
+    assert_same(tmp_path / "many", tmp_path / "one", rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_masked_text_processes_have_the_losses_of_one(mlm, arguments, launch, tmp_path, mode):
+    shape = ("dim=16", "depth=2", "ffn_dim=24", "embed_dim=8", "num_heads=2", "max_len=32", "dropout=0")
+    settings = mlm(set=(*shape, *QUIET[:2]), sentence_order=False, steps=4, log_every=1, samples=0)
+    run(MaskedLanguageModeling, mlm(**vars(settings) | {"out": str(tmp_path / "one")}))
     launch(2, *arguments(settings, out=tmp_path / "many", parallel=mode))
     assert_same(tmp_path / "many", tmp_path / "one", rel=1e-3)
 
@@ -173,3 +187,46 @@ def test_the_mode_follows_the_launcher_and_is_no_setting_of_the_run(monkeypatch,
     assert LMConfig.from_dict({**config.to_dict(), "parallel": "fsdp"}).to_dict()["parallel"] is None
     with pytest.raises(ValueError, match="parallel must be one of"):
         LMConfig(steps=1, parallel="tensor")  # type: ignore[arg-type]
+
+
+DIE_ONCE = """
+import os, signal
+from grassland.train.loop import Trainer
+advance = Trainer.advance
+def advance_and_die(self):
+    advance(self)
+    if self.step == 6 and os.environ["RANK"] == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+Trainer.advance = advance_and_die
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_after_a_kill(variant, arguments, tmp_path):
+    settings = variant(set=SMALL, batch_size=8, steps=8, samples=0, save_every=2)
+    run(LanguageModeling, variant(**vars(settings) | {"out": str(tmp_path / "straight")}))
+    script = tmp_path / "script.py"
+    main_call = "import sys; from grassland.train.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    script.write_text(f"{DIE_ONCE}\n{main_call}")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [str(word) for word in arguments(settings, out=tmp_path / "run", resume="auto", parallel="fsdp")]
+    command = [*torchrun, "--max-restarts", "1", str(script), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_same(tmp_path / "run", tmp_path / "straight")
+    assert [event["event"] for event in read_metrics(tmp_path / "run")].count("resume") == 1
+
+
+def test_a_process_that_has_lost_another_says_so(variant, arguments, start, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = arguments(variant(set=SMALL, batch_size=8, samples=0, log_every=100), out=tmp_path / "run")
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = [{**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    (first, said), (second, _) = [start(words, rank, DIE_ONCE) for rank in ranks]
+    second.join(600)
+    first.join(600)
+    assert second.exitcode == -signal.SIGKILL and first.exitcode == 2, said.read_text()
+    assert "another process of the run is gone" in said.read_text()
+    assert "the checkpoint of step 4 is intact: continue with: torchrun" in said.read_text()

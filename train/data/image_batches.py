@@ -135,8 +135,9 @@ def load_batches(batches: Dataset, positions: Iterable[int], workers: int) -> It
             if isinstance(batch, ImageError):
                 raise ImageError(f"{batch}; --bad-images skip leaves such images out")
             yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # One that dies while it hands over a batch leaves a broken connection.
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         advice = "if memory ran out, fewer --workers or a smaller --batch-size help"
         raise WorkerError(f"a process that prepares batches has died ({first_line(error)}); {advice}") from error

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .images import Arrays, Files, ImageSet, Part, Rows
-from .sources import ALIASES, SPLITS, load_hub, looks_local, open_parquet, split_of
+from .sources import ALIASES, SPLITS, load_hub, looks_local, open_parquet, read_columns, split_of
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp", ".gif"})
 IMAGE_COLUMNS = ("image", "img", "images")
@@ -164,7 +164,7 @@ def _parquet(
         for path in paths:
             file = open_parquet(path)
             image, label = _columns(file.schema_arrow, columns, path)
-            tables.append(file.read([image, label]).rename_columns(["image", "label"]))
+            tables.append(read_columns(file, [image, label], path).rename_columns(["image", "label"]))
             classes = classes or _class_names(file.schema_arrow, label)
         table = arrow.concat_tables(tables)
         title = str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} {split}"

@@ -131,7 +131,7 @@ def _parquet_rows(path: Path, column: str) -> Iterable[str]:
     file = open_parquet(path)
     if column not in file.schema_arrow.names:
         raise ValueError(f"data {path}: no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
-    return file.read([column]).column(column).to_pylist()
+    return read_columns(file, [column], path).column(column).to_pylist()
 
 
 def open_parquet(path: Path) -> Any:
@@ -143,6 +143,14 @@ def open_parquet(path: Path) -> Any:
     try:
         return parquet.ParquetFile(path)
     except Exception as error:  # pyarrow's errors share no base class with a name of their own
+        raise ValueError(f"data {path}: not a readable parquet file ({first_line(error)})") from error
+
+
+def read_columns(file: Any, columns: list[str], path: Path) -> Any:
+    """The Arrow table of these columns of `open_parquet`'s file; ValueError that names the file if they are damaged."""
+    try:
+        return file.read(columns)
+    except Exception as error:  # damage shows as OSError, ArrowInvalid and others
         raise ValueError(f"data {path}: not a readable parquet file ({first_line(error)})") from error
 
 
