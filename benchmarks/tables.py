@@ -76,6 +76,28 @@ def vision_table(name):
     return "\n".join([*lines, "", footnote(runs)])
 
 
+def tuned_table(name):
+    """One line a head and pair of learning rates: mean ± standard deviation over its seeds."""
+    groups = {}
+    for r in (vision_summary(path) for path in sorted((RESULTS / name).glob("*.jsonl"))):
+        groups.setdefault((r["head"], r["lr"], r["head_lr"]), []).append(r)
+    lines = [
+        "| head | lr | head lr | seeds | images seen | valid top-1 | test top-1 | test ECE |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (head, lr, head_lr), runs in groups.items():
+        quality = " | ".join(spread([100 * r[key] for r in runs], " %") for key in ("valid_top1", "top1"))
+        rates = f"{lr:g} | {'' if head_lr is None else f'{head_lr:g}'}"
+        ece = statistics.mean(r["ece"] for r in runs)
+        lines.append(f"| {head} | {rates} | {len(runs)} | {runs[0]['images']:,} | {quality} | {ece:.3f} |")
+    return "\n".join([*lines, "", footnote([r for runs in groups.values() for r in runs])])
+
+
+def spread(values, unit):
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}{unit}"
+
+
 def sharing_table(name):
     """One line a run of an image model that is named by its sizes, not by its head."""
     runs = [sharing_summary(path) for path in sorted((RESULTS / name).glob("*.jsonl"))]
@@ -121,6 +143,9 @@ def vision_summary(path):
     return facts | {
         "head": head,
         "epochs": config["epochs"],
+        "lr": config["lr"],
+        "head_lr": config["head_lr"],
+        "images": start["steps"] * config["batch_size"] * config["grad_accum"],
         "parameters": start["parameters"],
         "valid_top1": max(e["top1"] for e in events if e["event"] == "valid"),
         **{key: test[key] for key in ("top1", "top5", "ece")},
@@ -278,6 +303,7 @@ TABLES |= {
     "support": support_table,
     "lm": functools.partial(lm_table, "wikitext-2"),
     "vision": functools.partial(vision_table, "cifar-10"),
+    "heads_tuned": functools.partial(tuned_table, "cifar-10-tuned"),
     "sharing": functools.partial(sharing_table, "sharing-cifar-10"),
     "kernels_cpu": functools.partial(kernel_tables, "cpu"),
     "kernels_gpu": functools.partial(kernel_tables, "cuda"),

@@ -13,7 +13,8 @@ namespace {
 
 enum Mode : int64_t { kOfficial = 0, kProject = 1, kTransport = 2 };
 
-constexpr int kSeries = 9;       // powers of H
+constexpr int kSeries = 9;       // powers of H at most
+constexpr double kTerm = 1e-15;  // what the powers left out add at most
 constexpr double kTrace = 1.0;   // angles are halved until the trace of H is below
 constexpr int kHalvings = 40;
 // B is replaced by G from this |A|^2 / |G|^2 on, or this a^2 |A|^2: the radial parts of S+ would cancel too.
@@ -122,6 +123,7 @@ struct Step {
 
 // What one class needs besides its rows: s = S^T S, cross = S^T X, c = X^T X for the rows X that are B, or G itself, and a,
 // what projects X to G = X - S a: cross, or 0.
+template <int64_t K>
 struct Scratch {
   int64_t k;
   Matrix a, c, s, cross, h, u, sinc, p, q, excess, spare;
@@ -130,20 +132,31 @@ struct Scratch {
       : k(k), a(k * k), c(k * k), s(k * k), cross(k * k), h(k * k), u(k * k), sinc(k * k), p(k * k), q(k * k), excess(k * k),
         spare(k * k), top_x(k * k), top_y(k * k), bottom_x(k * k), bottom_y(k * k), moved(k * kColumns),
         stored(k * kColumns) {}
+  // A constant where K is one, which unrolls the loops over k.
+  int64_t size() const { return K > 0 ? K : k; }
 };
 
+// How many powers of a matrix of this trace the series need: the terms of cos, t^j / (2j)!, bound those of sinc.
+GRASSLAND_INLINE int powers(double t) {
+  int count = 1;
+  for (double term = t * t / 24; term > kTerm && count < kSeries; ++count) term *= t / ((2 * count + 3) * (2 * count + 4));
+  return count;
+}
+
 // u = cos(sqrt h) - 1 and sinc(sqrt h); h is used up. Doubling: sinc <- sinc (1 + u), u <- 2 u u + 4 u.
-GRASSLAND_INLINE void trigonometry(Scratch& w) {
-  const int64_t k = w.k, size = k * k;
+template <int64_t K>
+GRASSLAND_INLINE void trigonometry(Scratch<K>& w) {
+  const int64_t k = w.size(), size = k * k;
   int halvings = 0;
-  for (double t = trace(w.h.data(), k); t > kTrace && halvings < kHalvings; t *= 0.25) ++halvings;
+  double t = trace(w.h.data(), k);
+  for (; t > kTrace && halvings < kHalvings; t *= 0.25) ++halvings;
   const double shrink = std::ldexp(1.0, -2 * halvings);
   for (int64_t i = 0; i < size; ++i) w.h[i] *= shrink;
   std::fill(w.u.begin(), w.u.end(), 0.0);
   std::fill(w.sinc.begin(), w.sinc.end(), 0.0);
   double factorial[2 * kSeries + 2] = {1};
   for (int i = 1; i < 2 * kSeries + 2; ++i) factorial[i] = factorial[i - 1] * i;
-  for (int j = kSeries; j >= 1; --j) {
+  for (int j = powers(t); j >= 1; --j) {
     const double sign = j % 2 ? -1.0 : 1.0;
     for (int64_t i = 0; i < k; ++i) {
       w.u[i * k + i] += sign / factorial[2 * j];
@@ -166,8 +179,9 @@ GRASSLAND_INLINE void trigonometry(Scratch& w) {
 }
 
 // S+ = P S + Q X with P = 1 + u - a sinc A^T, Q = a sinc, and one Newton-Schulz step on [P Q] in Gram space.
-GRASSLAND_INLINE void end_coefficients(Scratch& w, double a) {
-  const int64_t k = w.k, size = k * k;
+template <int64_t K>
+GRASSLAND_INLINE void end_coefficients(Scratch<K>& w, double a) {
+  const int64_t k = w.size(), size = k * k;
   for (int64_t i = 0; i < size; ++i) {
     w.q[i] = a * w.sinc[i];
     w.p[i] = w.u[i];
@@ -192,8 +206,9 @@ GRASSLAND_INLINE void end_coefficients(Scratch& w, double a) {
 }
 
 // The stored momentum R S + T X: G = X - A^T S, or transported, (1 + u) G - a sinc (G^T G) S with G^T G = c.
-GRASSLAND_INLINE void momentum_coefficients(Scratch& w, double a, int64_t mode) {
-  const int64_t k = w.k, size = k * k;
+template <int64_t K>
+GRASSLAND_INLINE void momentum_coefficients(Scratch<K>& w, double a, int64_t mode) {
+  const int64_t k = w.size(), size = k * k;
   std::fill(w.q.begin(), w.q.end(), 0.0);
   if (mode == kTransport) w.q = w.u;
   for (int64_t i = 0; i < k; ++i) w.q[i * k + i] += 1;
@@ -206,8 +221,9 @@ GRASSLAND_INLINE void momentum_coefficients(Scratch& w, double a, int64_t mode) 
 }
 
 // horizontal <- G = B - A^T S
-GRASSLAND_INLINE void project(const Step& s, const float* weight, const float* buffer, Scratch& w) {
-  const int64_t k = s.k, n = s.n;
+template <int64_t K>
+GRASSLAND_INLINE void project(const Step& s, const float* weight, const float* buffer, Scratch<K>& w) {
+  const int64_t k = w.size(), n = s.n;
   w.horizontal.resize(k * n);
   for (int64_t i = 0; i < k; ++i) {
     for (int64_t j = 0; j < k; ++j) {
@@ -223,8 +239,9 @@ GRASSLAND_INLINE void project(const Step& s, const float* weight, const float* b
   }
 }
 
-GRASSLAND_INLINE void step_class(const Step& s, int64_t index, Scratch& w) {
-  const int64_t k = s.k, n = s.n, size = k * k;
+template <int64_t K>
+GRASSLAND_INLINE void step_class(const Step& s, int64_t index, Scratch<K>& w) {
+  const int64_t k = w.size(), n = s.n, size = k * k;
   float *weight = s.weight + index * k * n, *buffer = s.buffer + index * k * n;
   const float* grad = s.grad + index * k * n;
   const float mu = s.momentum;
@@ -269,9 +286,18 @@ GRASSLAND_INLINE void step_class(const Step& s, int64_t index, Scratch& w) {
   }
 }
 
-GRASSLAND_MULTIARCH void step_classes(const Step& s, int64_t begin, int64_t end) {
-  Scratch scratch(s.k);
+template <int64_t K>
+GRASSLAND_INLINE void step_classes_of(const Step& s, int64_t begin, int64_t end) {
+  Scratch<K> scratch(s.k);
   for (int64_t index = begin; index < end; ++index) step_class(s, index, scratch);
+}
+
+GRASSLAND_MULTIARCH void step_classes(const Step& s, int64_t begin, int64_t end) {
+  switch (s.k) {
+    case 4: return step_classes_of<4>(s, begin, end);
+    case 8: return step_classes_of<8>(s, begin, end);
+    default: return step_classes_of<0>(s, begin, end);
+  }
 }
 
 void grassmann_step_cpu(Tensor weight, Tensor buffer, const Tensor& grad, int64_t k, double lr, double momentum,

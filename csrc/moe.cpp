@@ -120,6 +120,21 @@ GRASSLAND_INLINE void output_backward_body(const T* grad, const T* o, const T* b
 }
 
 // From D = G W_down and h: a g (over a), dh = g drop gelu'(h) D (over D), and <D, a> for d gate.
+template <typename T, bool Drop>
+GRASSLAND_INLINE float down_backward_row(const T* h, float gate, const Dropout& d, uint32_t row, int64_t width, T* dh,
+                                         T* a) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < width; ++c) {
+    const float x = to_float(h[c]), v = to_float(dh[c]), half = gate_of_gelu(x);
+    const float keep = Drop ? factor(d, row, c) : 1.0f, value = x * half * keep;
+    sum += v * value;
+    from_float(value * gate, a[c]);
+    from_float(v * gate * keep * gelu_slope(x, half), dh[c]);
+  }
+  return sum;
+}
+
 template <typename T>
 GRASSLAND_INLINE void down_backward_body(const T* h, const float* gates, const int64_t* order, const Dropout& d,
                                          bool act, int64_t width, int64_t begin, int64_t end, T* dh, T* a,
@@ -127,17 +142,9 @@ GRASSLAND_INLINE void down_backward_body(const T* h, const float* gates, const i
   for (int64_t r = begin; r < end; ++r) {
     const uint32_t row = row_hash(d, order[r]);
     const float gate = gates[order[r]];
-    const T* hr = h + r * width;
-    T *dr = dh + r * width, *ar = a + r * width;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < width; ++c) {
-      const float x = to_float(hr[c]), v = to_float(dr[c]), keep = factor(d, row, c), half = gate_of_gelu(x);
-      const float value = x * half * keep;
-      sum += v * value;
-      from_float(value * gate, ar[c]);
-      from_float(v * gate * keep * gelu_slope(x, half), dr[c]);
-    }
+    const int64_t at = r * width;
+    const float sum = d.on ? down_backward_row<T, true>(h + at, gate, d, row, width, dh + at, a + at)
+                           : down_backward_row<T, false>(h + at, gate, d, row, width, dh + at, a + at);
     if (!act) dgate[order[r]] += sum;
   }
 }

@@ -7,7 +7,9 @@ run are listed with the reason. Before anything is timed, the results of the riv
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
+import itertools
 import json
 import statistics
 import sys
@@ -24,6 +26,8 @@ from . import bench_report, dispatch
 from .machine import about
 
 Step = Callable[[], Any]
+# Parameters of glibc's mallopt.
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
 
 class Unavailable(Exception):
@@ -166,15 +170,24 @@ def saved_bytes(step: Step) -> int:
     return sum(seen.values())
 
 
-def peak_bytes(step: Step, device: torch.device) -> int | None:
-    """Peak device memory of one call above what was there before; None on the CPU."""
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """Peak memory of one call above what was there before."""
     if device.type != "cuda":
-        return None
+        return cpu_peak_bytes(step)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def cpu_peak_bytes(step: Step) -> int:
+    """From the allocator's events, as the profiler sees them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    profiler: Any = profile.profiler
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
 
 
 def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -194,7 +207,7 @@ def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace)
             record |= {"ratio": median / ours, "gflops": benchmark.flops(setting.values, mode) / median / 1e9}
             record |= {"gbytes": benchmark.moved(setting.values, mode, dtype.itemsize) / median / 1e9}
             record |= {"peak_bytes": peak_bytes(chosen[name], device)}
-            if "backward" in mode:
+            if "forward" in mode and "backward" in mode:
                 record["saved_bytes"] = saved_bytes(chosen[name])
             records.append({**common, **record})
     return records
@@ -225,6 +238,18 @@ def scaled(benchmark: Benchmark) -> list[Setting]:
     start, name, sizes = SCALING[benchmark.name]
     base = next((s for s in benchmark.settings if s.id == start), benchmark.settings[0])
     return [Setting(f"{base.id}, {name} {size}", {**base.values, name: size}) for size in sizes]
+
+
+def keep_freed_memory() -> None:
+    """Make glibc's malloc reuse large blocks for all rivals alike.
+
+    By default it returns them to the system, which then clears new pages inside the timed calls: for outputs of 25 MB
+    that takes as long as the kernels, now and then. Blocks from 32 MB on are always returned.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(MMAP_THRESHOLD, 2**25)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -279,6 +304,7 @@ def write(records: Sequence[dict[str, Any]], benchmark: Benchmark, options: argp
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     ops = dispatch.PACKAGES if options.op == "all" else [options.op]
     benchmarks: list[Benchmark] = [importlib.import_module(f"{__package__}.{op}.rivals").BENCHMARK for op in ops]
     settings = {benchmark.name: chosen_settings(benchmark, options) for benchmark in benchmarks}

@@ -14,17 +14,17 @@ TOLERANCE = 0.15
 def table(records: Sequence[Record], ours: str) -> str:
     """Markdown: one row a rival, its time over ours in every setting."""
     lines = [
-        f"| setting | mode | rival | ms | time / {ours} | GFLOP/s | GB/s | saved MB |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| setting | mode | rival | ms | time / {ours} | GFLOP/s | GB/s | saved MB | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in records:
         if "error" in r:
-            lines.append(f"| {r['setting']} | | {r['rival']} | not run: {r['error']} | | | | |")
+            lines.append(f"| {r['setting']} | | {r['rival']} | not run: {r['error']} | | | | | |")
             continue
         saved = f"{r['saved_bytes'] / 1e6:.1f}" if "saved_bytes" in r else ""
         lines.append(
             f"| {r['setting']} | {r['mode']} | {r['rival']} | {r['ms']:.2f} | {r['ratio']:.2f} | {r['gflops']:.1f} | "
-            f"{r['gbytes']:.1f} | {saved} |"
+            f"{r['gbytes']:.1f} | {saved} | {r['peak_bytes'] / 1e6:.1f} |"
         )
     return "\n".join(lines)
 

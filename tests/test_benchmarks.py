@@ -120,3 +120,78 @@ def test_an_unreadable_baseline_names_itself(tiny, tmp_path):
 def test_readme_tables_are_those_of_the_results():
     done = subprocess.run([sys.executable, ROOT / "benchmarks/tables.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_rival_is_held_to_its_own_truth(tiny, monkeypatch):
+    """A rival of other mathematics is compared with that in float64, not with ours."""
+    module = importlib.import_module("grassland.kernels.plucker.rivals")
+
+    def other(v, dtype, device):
+        x = torch.randn(3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        return bench.with_gradients(torch.sin, [x], torch.cos if v.get("wrong") else torch.sin)
+
+    for wrong in (False, True):
+        setting = replace(TINY, values={**TINY.values, "wrong": wrong})
+        changed = replace(tiny, rivals=[*tiny.rivals, Rival("other", other)], settings=[setting])
+        monkeypatch.setattr(module, "BENCHMARK", changed)
+        if wrong:
+            with pytest.raises(SystemExit, match="other and other in float64 differ by"):
+                bench.main(["plucker", "--repeats", "1"])
+        else:
+            assert "other" in {r["rival"] for r in bench.main(["plucker", "--repeats", "1"])}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_hyper_connection_rival_is_checked(dtype):
+    """All but the copy: KromHC's against float64 and each other, every mHC against its own equations."""
+    if dispatch.extension_error():
+        pytest.skip(dispatch.extension_error())
+    module = importlib.import_module("grassland.kernels.kronecker.rivals")
+    setting = Setting("tiny", {"kind": "sublayer", "tokens": 24, "streams": 4, "dim": 40})
+    rivals = [r for r in module.BENCHMARK.rivals if "compile" not in r.name]
+    benchmark = replace(module.BENCHMARK, rivals=rivals)
+    steps, absent = bench.build(benchmark, setting, getattr(torch, dtype), torch.device("cpu"))
+    unchecked = {name for name, modes in steps.items() if modes and "check" not in modes}
+    assert unchecked == {"copy of the same bytes"} and set(absent) <= {"hyper-connections (PyPI) mHC"}
+    assert {name for name, modes in steps.items() if "truth" in modes} >= {"grassland, boundary-fused", "mHC, eager"}
+    bench.agreement(benchmark, steps, getattr(torch, dtype))
+
+
+def test_training_step_begins_as_the_plain_network():
+    module = importlib.import_module("grassland.kernels.kronecker.rivals")
+    setting = Setting("tiny", {"kind": "model", "batch": 1, "length": 8, "depth": 6, "dim": 384})
+    rivals = [r for r in module.BENCHMARK.rivals if "compile" not in r.name]
+    steps, _ = bench.build(replace(module.BENCHMARK, rivals=rivals), setting, torch.float32, torch.device("cpu"))
+    ours, plain = steps.pop("grassland"), steps.pop("plain residual")
+    assert not any(steps.values())
+    first = ours["check"]().item()
+    assert first == pytest.approx(plain["check"]().item(), rel=1e-5)
+    for modes in (ours, plain):
+        modes["training step"]()
+        assert modes["check"]().item() < first
+
+
+def test_tables_show_settings_that_rivals_do_not_share(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    tables = importlib.import_module("tables")
+    facts = {"gpus": [], "cpu": "c", "cpu_capability": "a", "threads": 2, "dtype": "float32", "torch": "2"}
+    timed = [("grassland", "a", 1.0), ("other", "a", 1.5), ("grassland", "b", 1.0), ("plain", "b", 0.9)]
+    records = [{"rival": r, "setting": s, "mode": "step", "ms": 5.0, "ratio": ratio} for r, s, ratio in timed]
+    records.append({"rival": "absent", "setting": "a", "error": "no wheel"})
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(r | facts) for r in records))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    rows = tables.kernel_table("x").splitlines()
+    assert (
+        "| other | 1.50 |  |" in rows and "| plain |  | 0.90 |" in rows and "| absent | not run: no wheel |  |" in rows
+    )
+
+
+def test_peak_memory_on_the_cpu():
+    def step():
+        a = torch.ones(1 << 20)
+        b = a + 1
+        del a
+        return b + 1
+
+    # Two of the three tensors at a time, and scalars.
+    assert 2 <= bench.peak_bytes(step, torch.device("cpu")) / (4 << 20) < 2.01

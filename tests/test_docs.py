@@ -67,13 +67,12 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, registry):
 
 
 def commands(page):
-    """The grassland commands of a page's console blocks, as (module, arguments)."""
+    """The grassland commands of a page's console blocks, as (module, arguments); "…" stands for further options."""
     for _, text in blocks(page, "console", ""):
         for line in text.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.removeprefix("$ "), comments=True)
-            for index, word in enumerate(words):
-                if words[index - 1 : index] == ["-m"] and word.startswith("grassland."):
-                    yield word, [w for w in words[index + 1 :] if w not in ("&&", "&")]
+            found = re.search(r"-m (grassland\.[\w.]+)(.*)", line)
+            if found:
+                yield found[1], [w for w in shlex.split(found[2], comments=True) if w not in ("&&", "…")]
 
 
 @pytest.mark.parametrize("page", pages_with("console", ""))

@@ -145,7 +145,7 @@ class GrasslandLM(TemplateLM):
         settings: dict[str, Any] = dict(normalize_gen_kwargs(options))
         stops, tokens = [stop for stop in settings.pop("until") if stop], settings.pop("max_gen_toks")
         sampled = settings.pop("do_sample", False)
-        choice = {name: settings.pop(name) for name in SAMPLING if name in settings}
+        choice: dict[str, Any] = {name: settings.pop(name) for name in SAMPLING if name in settings}
         if settings:
             raise ValueError(f"generation options {', '.join(settings)} are not supported; {', '.join(SAMPLING)} are")
         if not sampled:
@@ -174,7 +174,8 @@ def evaluate_run(options: EvalOptions, device: torch.device) -> dict[str, Any]:
     manager = _manager(options)
     model, tokenizer = load_run(options.folder, device)
     seeds = {f"{kind}_seed": options.seed for kind in ("random", "numpy_random", "torch_random", "fewshot_random")}
-    found: Any = simple_evaluate(
+    evaluate: Any = simple_evaluate  # its decorator hides the signature
+    found = evaluate(
         GrasslandLM(model, tokenizer, options.batch_size, options.prefix, seed=options.seed),
         tasks=list(options.tasks),
         num_fewshot=options.num_fewshot,

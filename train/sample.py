@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..archs import CheckpointError, load_model
+from ..archs.lm import LanguageModel
 from .data import load_tokenizer
 
 if TYPE_CHECKING:
@@ -55,13 +56,16 @@ def generate_text(
 def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, "Tokenizer"]:
     """The model and tokeniser of a run's folder.
 
-    Raises FileNotFoundError or CheckpointError that names the file, also if the two have different vocabularies.
+    Raises FileNotFoundError or CheckpointError that names the file, also if the model is no language model, or if the
+    two have different vocabularies.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     model = load_model(folder, device=device)
+    if not isinstance(model, LanguageModel):
+        raise CheckpointError(f"{folder}: a model of kind {model.config.kind!r}, not a language model")
     tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
-    size, rows = tokenizer.get_vocab_size(), model.config.vocab_size  # type: ignore[union-attr]
+    size, rows = tokenizer.get_vocab_size(), model.config.vocab_size
     if size != rows:
         raise CheckpointError(f"{folder}: tokenizer.json has {size} tokens, but the model has vocab_size={rows}")
     return model, tokenizer

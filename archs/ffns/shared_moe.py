@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -167,7 +169,7 @@ class SharedMoE(nn.Module):
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs a token whose pairs all find a place."""
-        expert = self.w_up[0].numel() + self.w_down[0].numel()
+        expert = (self.w_up.numel() + self.w_down.numel()) // self.num_experts
         return 2 * (self.router.numel() + self.top_k * expert)
 
     def extra_repr(self) -> str:
@@ -193,8 +195,8 @@ def _check_options(
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
     if top_k > num_experts:
         raise ValueError(f"top_k must be at most num_experts={num_experts}, got {top_k}")
-    if capacity_factor is not None and not capacity_factor > 0:
-        raise ValueError(f"capacity_factor must be > 0 or None, got {capacity_factor!r}")
+    if capacity_factor is not None and not 0 < capacity_factor < math.inf:
+        raise ValueError(f"capacity_factor must be > 0 and finite, or None, got {capacity_factor!r}")
     if out_act not in (None, "gelu"):
         raise ValueError(f"out_act must be None or 'gelu', got {out_act!r}")
     if not 0 <= dropout < 1:

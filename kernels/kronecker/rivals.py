@@ -110,11 +110,11 @@ def build_plain(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str
 
 
 def training(v: Values, dtype: torch.dtype, device: torch.device, **options: Any) -> dict[str, Step]:
-    """A training step of the paper's 12-layer model; `init="identity"` makes the first losses of the rivals equal."""
+    """A training step of the paper's model of this depth; `init="identity"` makes the first loss the plain model's."""
     from ...archs import create_model
 
     torch.manual_seed(0)
-    model = create_model("kromhc_lm_12l", vocab_size=VOCABULARY, max_len=v["length"], **options).to(device)
+    model = create_model(f"kromhc_lm_{v['depth']}l", vocab_size=VOCABULARY, max_len=v["length"], **options).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(VOCABULARY, (v["batch"], v["length"] + 1), device=device)
 

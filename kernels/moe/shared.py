@@ -35,7 +35,8 @@ class SharedWeight:
 
     def total(self) -> tuple[Tensor | None, bool]:
         """The buffer for this backward and whether it holds a sum; None in one that stops short of the weight."""
-        if not torch._C._will_engine_execute_node(self.alias.grad_fn):
+        node: Any = self.alias.grad_fn
+        if not torch._C._will_engine_execute_node(node):
             return None, False
         return self.sums.total(torch._C._current_graph_task_id())
 
@@ -99,11 +100,12 @@ class _Call(torch.autograd.Function):
             return None, None, *_differentiable(ctx, grad)
         if torch._C._current_graph_task_id() < 0 or not any(ctx.shared):
             return None, None, *op.plain_backward(ctx, grad, ctx.needs_input_grad[2:])
-        totals, filled = zip(*(s.total() if s else (None, False) for s in ctx.shared), strict=True)
-        for total, full in zip(totals, filled, strict=True):
-            if any(filled) and total is not None and not full:
+        (up, up_filled), (down, down_filled) = (s.total() if s else (None, False) for s in ctx.shared)
+        accumulate = up_filled or down_filled
+        for total, filled in ((up, up_filled), (down, down_filled)):
+            if total is not None and accumulate and not filled:
                 total.zero_()
-        dx, dgates, db_up, db_down = op.backward(ctx, grad, *totals, any(filled))
+        dx, dgates, db_up, db_down = op.backward(ctx, grad, up, down, accumulate)
         return None, None, dx, dgates, None, None, None, None, db_up, None, db_down, *(None,) * 5
 
 
@@ -111,8 +113,9 @@ def _differentiable(ctx: Any, grad: Tensor) -> tuple:
     """The gradients as functions of the inputs, for a second derivative: autograd's, of the eager form."""
     *saved, _, _, seed = ctx.saved_tensors
     # Views, so that the gradient of a weight does not come by x too, which may depend on it.
-    inputs = [t.view_as(t) for t in saved]
-    y = eager.moe_ffn(*inputs, ctx.dropout, seed, ctx.gelu_out)[0]
+    inputs: Any = [t.view_as(t) for t in saved]
+    arguments: Any = (*inputs, ctx.dropout, seed, ctx.gelu_out)
+    y = eager.moe_ffn(*arguments)[0]
     wanted = [t for t in inputs if t.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
     return *(next(found) if t.requires_grad else None for t in inputs), *(None,) * 5
@@ -123,7 +126,8 @@ _open: weakref.WeakValueDictionary[int, SharedWeight] = weakref.WeakValueDiction
 
 def shared(weight: Tensor, dtype: torch.dtype) -> SharedWeight | None:
     """What the calls with this weight share until the next backward; None for a frozen weight and in torch.func."""
-    if not weight.requires_grad or torch._C._functorch.maybe_current_level() is not None:
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    if not weight.requires_grad or functorch.maybe_current_level() is not None:
         return None
     found = _open.get(id(weight))
     if found is None or not found.serves(weight, dtype):

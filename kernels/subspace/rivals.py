@@ -111,13 +111,29 @@ def build_momentum_sgd(v: Values, dtype: torch.dtype, device: torch.device) -> d
     return {"step": optimizer.step}
 
 
+def package(name: str, distribution: str | None = None) -> Any:
+    if importlib.util.find_spec(name) is None:
+        raise Unavailable(f"{distribution or name} is not installed")
+    return importlib.import_module(name)
+
+
+def build_pogo(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    """The optimiser of pogo-torch, with the same momentum."""
+    if v["kind"] != "step":
+        return {}
+    pogo = package("pogo", "pogo-torch")
+    weight, _, grad = (t.view(-1, v["k"], v["n"]) for t in stepping(v, device))
+    parameter = torch.nn.Parameter(weight)
+    parameter.grad = grad
+    base = importlib.import_module("pogo.base").SGD(momentum=MOMENTUM)
+    return {"step": pogo.POGO([parameter], base, lr=LR).step}
+
+
 def build_geoopt(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
     """geoopt's RiemannianSGD on its Euclidean Stiefel manifold, with the same momentum."""
     if v["kind"] != "step":
         return {}
-    if importlib.util.find_spec("geoopt") is None:
-        raise Unavailable("geoopt is not installed")
-    geoopt = importlib.import_module("geoopt")
+    geoopt = package("geoopt")
     weight, _, grad = stepping(v, device)
     columns = [t.view(-1, v["k"], v["n"]).mT.contiguous() for t in (weight, grad)]
     parameter = geoopt.ManifoldParameter(columns[0], manifold=geoopt.EuclideanStiefel())
@@ -166,6 +182,22 @@ def cosine_loss(x: Tensor, weight: Tensor, labels: Tensor, k: int) -> Tensor:
     return F.cross_entropy(SCALE * F.linear(F.normalize(x), F.normalize(weight[::k])), labels)
 
 
+def metric_loss_rival(name: str, centres: str) -> Callable:
+    """A loss of pytorch-metric-learning with k centres a class; `centres` is what it calls their number."""
+
+    def build(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+        if v["kind"] != "head":
+            return {}
+        package("pytorch_metric_learning", "pytorch-metric-learning")
+        losses = importlib.import_module("pytorch_metric_learning.losses")
+        options = {"num_classes": v["classes"], "embedding_size": v["n"], centres: v["k"]}
+        loss = getattr(losses, name)(**options).to(device, dtype)
+        x, _, labels = head_inputs(v, dtype, device)
+        return {"forward+backward": lambda: torch.autograd.grad(loss(x, labels), (x, *loss.parameters()))}
+
+    return build
+
+
 def build_compiled(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
     return head_rival(torch.compile(composed_loss))(v, dtype, device)
 
@@ -206,11 +238,14 @@ BENCHMARK = Benchmark(
         Rival("official SVD geodesic", step_rival(official_step)),
         Rival("geoopt EuclideanStiefel SGD", build_geoopt),
         Rival("POGO, batched products", step_rival(pogo_step, comparable=False)),
+        Rival("pogo-torch", build_pogo),
         Rival("momentum SGD, eager", step_rival(momentum_sgd_step, comparable=False)),
         Rival("momentum SGD, torch fused", build_momentum_sgd),
         Rival("GEMM roof", build_roof),
         Rival("linear head", head_rival(linear_loss, comparable=False)),
         Rival("cosine head", head_rival(cosine_loss, comparable=False)),
+        Rival("SubCenterArcFace, k centres", metric_loss_rival("SubCenterArcFaceLoss", "sub_centers")),
+        Rival("SoftTriple, k centres", metric_loss_rival("SoftTripleLoss", "centers_per_class")),
     ],
     flops=flops,
     moved=moved,

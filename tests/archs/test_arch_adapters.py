@@ -192,7 +192,7 @@ def test_a_grassmann_head_on_the_papers_models(name):
     put_grassmann_head(model, subspace_dim=2)
     head = next(module for module in model.modules() if isinstance(module, GrassmannHead))
     logits = model(torch.randn(2, 3, size, size))
-    assert logits.shape == (2, 6) and float(logits.min()) >= 0 and float(logits.max()) <= head.scale
+    assert logits.shape == (2, 6) and logits.min().item() >= 0 and logits.max().item() <= head.scale
     nn.functional.cross_entropy(logits, torch.tensor([1, 4])).backward()
     assert gradients(head)["weight"] and head.orthogonality_error() < 1e-6
     assert model.get_classifier() is head

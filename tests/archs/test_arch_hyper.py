@@ -478,13 +478,11 @@ def test_inverse_permutations():
             assert [orders[index][i] for i in order] == list(range(size))
 
 
-@pytest.mark.parametrize(
-    ("residual", "projections"), [("mhc", 2 * 4 + 16), ("mhc_lite", 2 * 4 + 24), ("kromhc", 2 * 4 + 4)]
-)
-def test_flops_are_projections_branch_ends_and_mixing(residual, projections):
+@pytest.mark.parametrize(("residual", "logits"), [("mhc", 16), ("mhc_lite", 24), ("kromhc", 4)])
+def test_flops_are_projections_branch_ends_and_mixing(residual, logits):
     sizes = {"vocab_size": 11, "max_len": 8, "dim": 8, "depth": 1, "ffn_dim": 8, "rank": 3, "norm": "pre"}
     plain = create_model("lm", device="meta", **sizes)
     streams = create_model("lm", device="meta", residual=residual, num_streams=4, **sizes)
     width, mixing = 4 * 8, {"kromhc": 2 * (2 + 2) * 4 * 8}.get(residual, 2 * 4 * 4 * 8)
-    more = 2 * width * projections + 4 * width + mixing
+    more = 2 * width * (4 + 4 + logits) + 4 * width + mixing
     assert streams.flops_per_token(8) - plain.flops_per_token(8) == 2 * more

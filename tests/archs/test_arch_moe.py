@@ -86,6 +86,14 @@ def test_padding_is_not_routed():
     torch.testing.assert_close(auxiliary, expected)
 
 
+def test_a_sequence_of_padding_alone_passes_by_the_residual():
+    layer, x = moe().train(), torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    y, auxiliary = layer(x, torch.tensor([True, False, True])[:, None].expand(3, 5))
+    assert (y[1] == 0).all() and (y[[0, 2]] != 0).any() and torch.isfinite(auxiliary)
+    (x + y).sum().backward()
+    assert (x.grad[1] == 1).all()
+
+
 def test_gradient_of_shared_weights_is_the_sum_over_an_untied_copy():
     shared, untied = model(share=("ffn",), capacity_factor=None), model(share=(), capacity_factor=None)
     state = shared.state_dict()
@@ -220,6 +228,8 @@ def test_lm_with_shared_experts_compiles_and_decodes():
         ({"num_experts": 2, "top_k": 3}, ("top_k", "3", "num_experts=2")),
         ({"capacity_factor": 0}, ("capacity_factor", "0")),
         ({"capacity_factor": -1.0}, ("capacity_factor", "-1.0")),
+        ({"capacity_factor": float("inf")}, ("capacity_factor", "inf", "None")),
+        ({"capacity_factor": float("nan")}, ("capacity_factor", "nan")),
         ({"num_experts": 0}, ("num_experts", "0")),
         ({"top_k": 1.5}, ("top_k", "1.5")),
         ({"out_act": "relu"}, ("out_act", "relu")),

@@ -25,11 +25,11 @@ ULP = torch.finfo(torch.float32).eps
 
 @pytest.mark.skipif("cpp" not in BACKENDS, reason="the extension is not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("streams", [16, 32])
+@pytest.mark.parametrize(("streams", "dim"), [(16, 37), (32, 37), (2, 1700)])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-def test_many_streams_on_the_cpu(spec, streams, dtype):
+def test_many_streams_and_long_rows_on_the_cpu(spec, streams, dim, dtype):
     make = {"kronecker_step": make_step, "kronecker_post": make_post}.get(spec.name, make_pre)
-    check_backend(spec, Case("", lambda: make(11, streams=streams, dim=37)), "cpp", dtype)
+    check_backend(spec, Case("", lambda: make(11, streams=streams, dim=dim)), "cpp", dtype)
 
 
 def mixing_of(logits, streams):

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from grassland.kernels import dispatch
 from grassland.kernels.moe import expert_capacity, moe_ffn, moe_route
-from grassland.kernels.testing import normal
+from grassland.kernels.testing import normal, record_launches
 
 BACKENDS = ["reference", "eager"]
 FLOAT32 = ["eager", *(["cpp"] if dispatch.extension_error() is None else [])]
@@ -161,6 +161,42 @@ def test_accumulating_backward_adds_to_what_is_there():
                 torch.testing.assert_close(total, 1 + 2 * single.float(), atol=1e-5, rtol=relative)
             alone = op.moe_ffn_backward(*saved, None, twice[1], False, backend)
             assert all(torch.equal(a, b) for a, b in zip((*small, once[1]), (*alone, twice[1]), strict=True))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, *FLOAT32[1:]])
+def test_with_nothing_to_route_output_balance_and_gradients_are_zero(backend):
+    x, logits = normal(6, 6).float().requires_grad_(), normal(6, 4).float().requires_grad_()
+    w = weights(4, 6, 10, torch.float32)
+    y, r = layer(x, logits, w, backend, mask=torch.zeros(6, dtype=torch.bool))
+    assert (y == 0).all() and r.balance == 0 and r.counts.sum() == 0 and (r.order == -1).all()
+    found = torch.autograd.grad(y.sum() + r.balance, [x, logits, *w.values()])
+    assert all((g == 0).all() for g in found)
+
+
+@pytest.mark.parametrize("gelu_out", [False, True])
+def test_the_triton_path_asks_nothing_of_the_device(gelu_out):
+    """With tensors that have no values, every launch from routing to the backward is made."""
+    pytest.importorskip("triton")
+    from grassland.kernels.moe import fused
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, logits, mask = empty(40, 6), empty(40, 4), empty(40, dtype=torch.bool)
+    w_up, b_up, w_down, b_down = empty(4, 10, 6), empty(4, 10), empty(4, 6, 10), empty(4, 6)
+
+    def run():
+        gates, balance, experts, slots, order, offsets, counts, p = fused.route(logits, mask, 2, 12, True)
+        seed = empty(1, dtype=torch.int64)
+        index = (gates, slots, order, offsets)
+        y, h, o = fused.moe_ffn(x, *index, w_up, b_up, w_down, b_down, 0.1, seed, gelu_out, True)
+        kept = (w_up, w_down, b_down, h, o, 0.1, seed, gelu_out, w_up, w_down, True)
+        fused.moe_ffn_backward(y, x, *index, *kept)
+        fused.route_backward(gates, balance, p, experts, counts, mask, True)
+
+    names = [launch.name for launch in record_launches(run)]
+    assert names.count("grouped_kernel") == 4 and names.count("weight_gradient_kernel") == 2
+    assert {"choose_kernel", "scan_kernel", "slot_kernel", "route_backward_kernel"} < set(names)
 
 
 def test_capacity_formula():

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grassland.kernels import dispatch
 from grassland.kernels.moe import moe_ffn, moe_route, shared
-from grassland.kernels.testing import normal
+from grassland.kernels.testing import normal, poisoned
 
 COMPILED = dispatch.extension_error() is None
 needs_extension = pytest.mark.skipif(not COMPILED, reason=str(dispatch.extension_error()))
@@ -285,6 +285,16 @@ def test_buffers_of_the_size_of_the_experts_do_not_grow_with_depth(backend, accu
             found[each, times] = count()
     assert found[dict, 1] == found[dict, 4] == 2
     assert found[copies, 4] > found[copies, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_are_the_same_bit_for_bit(dtype):
+    runs = []
+    for _ in range(2):
+        x, w = normal(197, 64).to(dtype).requires_grad_(), weights(dtype, 4, 64, 96)
+        with poisoned():
+            runs.append(torch.autograd.grad(stack(x, w).float().square().sum(), [x, *w.values()]))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_nothing_outlives_the_graph():

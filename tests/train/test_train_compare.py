@@ -11,7 +11,7 @@ from grassland.train.__main__ import main
 from grassland.train.compare import Comparison
 from grassland.train.compare.options import CompareOptions
 from grassland.train.compare.presets import PRESETS, load_comparisons
-from grassland.train.compare.report import arm_table, read_records, section
+from grassland.train.compare.report import arm_table, is_complete, read_records, section
 from grassland.train.compare.results import select
 from grassland.train.compare.statistics import holm, paired, spread
 from grassland.train.config import LMConfig
@@ -107,7 +107,7 @@ def test_every_smoke_arm_runs(tmp_path):
     """The whole preset, one step an arm: minutes in full are for `compare smoke` itself."""
     for package in ("timm", "torchvision", "sklearn"):
         pytest.importorskip(package)
-    short = ["--settings", "steps=1", "eval_every=0", "batch_size=2", "--lrs", "1e-3", "--seeds", "0"]
+    short = ["--settings", "steps=1", "eval_every=0", "--lrs", "1e-3", "--seeds", "0"]
     assert main(["compare", "smoke", "--out", str(tmp_path), *short]) == 0
     records = read_records(tmp_path / "report.jsonl")
     assert {(r["comparison"], r["arm"]) for r in records} == {(p.name, a) for p in PRESETS["smoke"]() for a in p.arms}
@@ -181,6 +181,13 @@ def test_the_learning_rate_is_the_best_of_the_first_seed_and_its_edge_is_marked(
     records += [record("b", 0.1, 0, 1.0), record("b", 0.2, 0, 2.0), record("b", 0.2, 1, 0.0)]
     chosen = select(records, (0.1, 0.2, 0.4), 0)
     assert (chosen["a"].lr, chosen["a"].edge, chosen["b"].lr, chosen["b"].edge) == (0.2, False, 0.1, True)
+
+
+def test_a_learning_rate_that_diverges_does_not_fail_its_arm():
+    diverged = {"status": "failed", "error": "loss nan", "chosen": False}
+    assert is_complete([diverged, {"status": "done", "chosen": True}])
+    assert not is_complete([{"status": "done", "chosen": True}, diverged | {"chosen": True}])
+    assert not is_complete([diverged])
 
 
 def test_statistics_are_those_of_scipy():

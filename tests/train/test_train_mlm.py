@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -231,13 +233,16 @@ def test_training_learns(mlm, tmp_path):
     assert last["loss"] < first["loss"] < 6
 
 
-def test_the_command_trains_on_a_wordpiece_vocabulary(text_file, wordpiece, tmp_path):
+def test_the_command_trains_on_a_wordpiece_vocabulary(text_file, wordpiece, tmp_path, capsys):
     small = ["--set", "dim=8", "depth=1", "ffn_dim=8", "embed_dim=4", "num_heads=2"]
     size = ["--seq-len", "16", "--batch-size", "2", "--steps", "2"]
     where = ["--data", str(text_file), "--tokenizer", wordpiece, "--out", str(tmp_path / "run")]
     assert main(["mlm", "--model", "albert_base", *small, *size, *where]) == 0
     assert load_model(tmp_path / "run").config.vocab_size == len(VOCABULARY)
     assert main(["mlm", "--resume", str(tmp_path / "run"), "--steps", "3"]) == 0
+    capsys.readouterr()
+    assert main(["sample", str(tmp_path / "run")]) == 2
+    assert "a model of kind 'mlm', not a language model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -290,3 +295,24 @@ def test_bert_vocabulary_on_real_text(shared, tmp_path):
     batch = text.training(np.arange(16), 0, seed=0)
     told = (batch.labels != -100).sum(1) / (batch.mask.sum(1) - 3)
     assert told.mean().item() == pytest.approx(0.15, abs=0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_processes_train_and_judge_as_one(text_file, tmp_path, mode):
+    exact = ["dropout=0", "noise=False", "capacity_factor=None", "balance_weight=0.0"]
+    sizes = ["dim=16", "depth=2", "ffn_dim=16", "embed_dim=8", "num_heads=2"]
+    settings = ["--model", "widenet_albert_4e", "--set", *sizes, *exact, "--data", str(text_file)]
+    settings += ["--tokenizer", "bpe:280", "--seq-len", "24", "--batch-size", "8", "--steps", "6", "--log-every", "2"]
+    settings += ["--lr", "1e-2", "--warmup", "1", "--samples", "0", "--device", "cpu"]
+    assert main(["mlm", *settings, "--out", str(tmp_path / "one")]) == 0
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*start, "-m", "grassland.train", "mlm", *settings, "--parallel", mode, "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
+    assert len(one) == len(two)
+    for alone, together in zip(one, two, strict=True):
+        assert alone.get("expert_share") == together.get("expert_share")
+        for name in {"loss", "grad_norm", "accuracy"} & alone.keys():
+            assert together[name] == pytest.approx(alone[name], rel=1e-4), name

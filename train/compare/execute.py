@@ -141,11 +141,10 @@ def _ended(process: Any) -> Iterator[None]:
 
 
 def _check_same(folder: Path, config: RunConfig) -> None:
-    stored, planned = read_config(folder).get("run", {}), config.to_dict()
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in planned.items()}
-    other = [name for name in plain if name not in FREE and plain[name] != stored.get(name)]
+    stored, planned = type(config).from_dict(read_config(folder).get("run", {})).to_dict(), config.to_dict()
+    other = [name for name in planned if name not in FREE and planned[name] != stored[name]]
     if other:
-        was = ", ".join(f"{name}={stored.get(name)!r} (now {plain[name]!r})" for name in other)
+        was = ", ".join(f"{name}={stored[name]!r} (now {planned[name]!r})" for name in other)
         raise ValueError(f"{folder}: a run with other settings is there: {was}; give another --out")
 
 

@@ -13,7 +13,10 @@ FILE = "report.jsonl"
 
 
 def write_report(records: Sequence[Record], out: Path) -> int:
-    """Write the report into `out`; 1 if an arm has no result for one of its runs, else 0."""
+    """Write the report into `out`; 1 if an arm lacks a result for one of the seeds, else 0.
+
+    A learning rate of the grid at which an arm fails is named, but is not a failure of the arm.
+    """
     from .figure import plot
 
     out.mkdir(parents=True, exist_ok=True)
@@ -25,11 +28,18 @@ def write_report(records: Sequence[Record], out: Path) -> int:
             plot(part, out / f"{name}.png")
             sections.append(f"![{part[0]['title']}]({name}.png)\n")
     (out / "report.md").write_text("\n".join(["# Comparisons\n", *sections]))
-    failed = [record for record in records if record["status"] != "done"]
-    for record in failed:
-        print(f"without a result: {record['comparison']}/{record['arm']} lr {record['lr']:g} seed {record['seed']}")
+    for record in records:
+        if record["status"] != "done":
+            print(f"without a result: {record['comparison']}/{record['arm']} lr {record['lr']:g} seed {record['seed']}")
     print(out / "report.md")
-    return 1 if failed else 0
+    arms = [arm for part in by(records, "comparison").values() for arm in by(part, "arm").values()]
+    return 0 if all(is_complete(arm) for arm in arms) else 1
+
+
+def is_complete(records: Sequence[Record]) -> bool:
+    """Whether an arm has a learning rate, and a result for every seed that was run at it."""
+    chosen = [record["status"] == "done" for record in records if record["chosen"]]
+    return bool(chosen) and all(chosen)
 
 
 def read_records(path: Path) -> list[Record]:

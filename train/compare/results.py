@@ -40,7 +40,8 @@ def outcome(folder: Path, task: str) -> Record:
         "unit": unit.removesuffix("s"),
         "steps": end["step"],
         "best_step": end["best_step"],
-        "valid": _metrics(next(e for e in reversed(valid) if e["best"])),
+        # Where the metric was never finite, none is the best.
+        "valid": _metrics(([e for e in valid if e["best"]] or valid)[-1]),
         "test": _metrics(next(e for e in reversed(events) if e["event"] == "test")),
         "train_loss": next(e["loss"] for e in reversed(events) if e["event"] == "train"),
         "flops_per_unit": end["flops_per_unit"],

@@ -82,9 +82,12 @@ class NaturalLanguageInference(Task):
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         training, tally, part = model.training, Tally(self.device), self.splits[split]
         model.eval()
-        for start in range(0, len(part), self.config.batch_size):
-            rows = np.arange(start, min(start + self.config.batch_size, len(part)))
-            ids, mask, labels = map(self.to_device, part.batch(rows))
+        size = self.config.batch_size
+        for start in range(0, len(part), size):
+            rows = np.arange(start, start + size)
+            # Row −1 does not count: all processes have rows in every batch.
+            rows[rows >= len(part)] = -1
+            ids, mask, labels = map(self.to_device, part.batch(rows[own_rows(size)]))
             tally.add(model(ids, mask), labels)
         model.train(training)
         found = tally.metrics()
