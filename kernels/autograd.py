@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+_C: Any = torch._C
 
 
 def scaled(saved: Tensor, factor: Tensor) -> Tensor:
@@ -14,6 +18,6 @@ def scaled(saved: Tensor, factor: Tensor) -> Tensor:
     """
     factor = factor.to(saved.dtype)
     # What traces a backward (torch.compile) has tensor types of its own, and does without the spare tensor anyway.
-    if type(saved) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
+    if type(saved) is not Tensor or _C._autograd._get_current_graph_task_keep_graph():
         return saved * factor
     return saved.mul_(factor)

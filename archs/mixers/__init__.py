@@ -16,8 +16,9 @@ A mixer is constructed as `Mixer(dim, *, options…, device, dtype)` and has
 
 from .attention import CausalAttention
 from .bidirectional import BidirectionalAttention
-from .controls import CausalConvolution, ConcatenationMixer, HadamardMixer, LocalAttention
+from .controls import CausalConvolution, ConcatenationMixer, HadamardMixer
 from .grassmann import CausalGrassmannMixer
+from .local_attention import LocalAttention
 from .state import MixerState
 
 __all__ = [
