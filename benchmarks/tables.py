@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+NONE = "None has been run."
 
 
 def read(name):
@@ -52,6 +53,8 @@ def cell(record):
 def lm_table(name):
     """One line a training run, from the metrics.jsonl files that were copied to results/NAME."""
     runs = [summary(path) for path in sorted((RESULTS / name).glob("*.jsonl"))]
+    if not runs:
+        return NONE
     lines = [
         "| model | parameters | steps | valid ppl | test ppl | test word ppl | test bits per byte | tokens/s |",
         "|---|---|---|---|---|---|---|---|",
@@ -123,9 +126,10 @@ def summary(path):
     """What a table says of a language model's run: its settings, its results, and the median of its throughput."""
     events, start, facts = about(path)
     test = next(e for e in events if e["event"] == "test")
+    config = start["config"]
     return facts | {
-        "model": start["config"]["model"],
-        "steps": start["config"]["steps"],
+        "model": config["model"] + (f" ({', '.join(config['set'])})" if config["set"] else ""),
+        "steps": config["steps"],
         "parameters": start["parameters"],
         "valid_perplexity": min(e["perplexity"] for e in events if e["event"] == "valid"),
         "test_perplexity": test["perplexity"],
@@ -207,7 +211,7 @@ def kernel_tables(device):
     paths = [path for op in OPS for path in sorted(RESULTS.glob(f"{op}-*.jsonl")) if path.stem.split("-")[1] == device]
     plain = [path.stem for path in paths if not path.stem.endswith("-scaling")]
     parts = [f"#### {stem}\n\n{kernel_details(stem)}\n\n![{stem}](results/{stem}.png)" for stem in plain]
-    return "\n\n".join(parts) or "None has been run."
+    return "\n\n".join(parts) or NONE
 
 
 def kernel_details(stem):
@@ -228,7 +232,7 @@ def scaling_tables():
     """Ours and every rival against the size that was varied, in milliseconds."""
     stems = [path.stem for path in sorted(RESULTS.glob("*-scaling.jsonl"))]
     parts = [f"#### {stem}\n\n{scaling_table(stem)}\n\n![{stem}](results/{stem}.png)" for stem in stems]
-    return "\n\n".join(parts) or "None has been run."
+    return "\n\n".join(parts) or NONE
 
 
 def scaling_table(stem):
@@ -252,14 +256,14 @@ def compare_tables():
         for name, records in by(read_records(path), "comparison").items():
             picture = f"![{name}](results/compare/{path.parent.name}/{name}.png)"
             parts.append(f"#### {records[0]['title']}\n\n{section(records)}\n\n{picture}")
-    return "\n\n".join(parts) or "None has been run."
+    return "\n\n".join(parts) or NONE
 
 
 def profile_table():
     """Milliseconds of a training step by part, forward + backward."""
     records = [r for path in sorted(RESULTS.glob("profile-*.jsonl")) for r in read(path.name)]
     if not records:
-        return "None has been run."
+        return NONE
     heads = ("data", "embedding", "mixer", "residual", "ffn", "head", "optimiser")
     lines = [f"| ms | {' | '.join(heads)} | step |", "|---|" + "---|" * (len(heads) + 1)]
     for r in records:
@@ -302,6 +306,7 @@ TABLES = {op: functools.partial(kernel_table, f"{op}-cpu-float32") for op in OPS
 TABLES |= {
     "support": support_table,
     "lm": functools.partial(lm_table, "wikitext-2"),
+    "residuals": functools.partial(lm_table, "residuals"),
     "vision": functools.partial(vision_table, "cifar-10"),
     "heads_tuned": functools.partial(tuned_table, "cifar-10-tuned"),
     "sharing": functools.partial(sharing_table, "sharing-cifar-10"),
