@@ -16,6 +16,7 @@ import figures
 from latex2mathml.converter import convert
 from listings import LISTINGS
 from mkdocs.exceptions import PluginError
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,7 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
 MARK = re.compile(r"<!-- table:(\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
+@event_priority(100)  # before mkdocstrings reads its paths
 def on_config(config: Any) -> Any:
     """Show mkdocstrings the folders under the names that they are imported by; pages that nav leaves out come last."""
     pages = sorted(str(page.relative_to(config.docs_dir)) for page in Path(config.docs_dir).rglob("*.md"))

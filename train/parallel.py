@@ -152,7 +152,11 @@ def processes(mode: str, device: torch.device) -> Iterator[None]:
     if mode == "none":
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    store, number, count = next(iter(dist.rendezvous("env://")))
+    # torchrun keeps its store when it starts the processes again: what the dead ones wrote must not be found.
+    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count)
     try:
         yield
     finally:

@@ -256,11 +256,13 @@ def _flat(state):
 
 def test_skipped_images_leave_running_statistics_and_averages_alone(vision, tmp_path, monkeypatch):
     settings = vision(out=str(tmp_path / "run"), on_nan="skip", steps=3)
-    forward = ImageClassification._images
-    calls = iter(range(100))
-    monkeypatch.setattr(
-        ImageClassification, "_images", lambda self, x: forward(self, x * (float("nan") if next(calls) == 1 else 1.0))
-    )
+    loss, calls = ImageClassification.loss, iter(range(100))
+
+    def poisoned_loss(self, model, batch):
+        factor = float("nan") if next(calls) == 1 else 1.0
+        return loss(self, model, batch._replace(images=batch.images * factor))
+
+    monkeypatch.setattr(ImageClassification, "loss", poisoned_loss)
     seen = []
     advance = Trainer.advance
 
