@@ -61,6 +61,9 @@ def atomic_write(
 
 
 def _keep(target: Path, keep: Path) -> None:
+    # As a write that failed after this leaves them. A rename between two links to one file would do nothing.
+    if keep.exists() and keep.samefile(target):
+        return
     link = keep.with_name(f".{keep.name}.{uuid.uuid4().hex}.tmp")
     try:
         link.hardlink_to(target)
