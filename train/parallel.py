@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -152,9 +154,9 @@ def processes(mode: str, device: torch.device) -> Iterator[None]:
     if mode == "none":
         yield
         return
-    store, number, count = next(iter(dist.rendezvous("env://")))
+    store, number, count = next(iter(rendezvous("env://")))
     # torchrun keeps its store when it starts the processes again: what the dead ones wrote must not be found.
-    store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
     try:
