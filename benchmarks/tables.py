@@ -217,13 +217,14 @@ def kernel_tables(device):
 def kernel_details(stem):
     """Every rival in every setting and mode."""
     records = read(f"{stem}.jsonl")
-    lines = ["| setting | mode | rival | ms | time / grassland | GFLOP/s | saved MB |", "|---|---|---|---|---|---|---|"]
+    heads = "| setting | mode | rival | ms | time / grassland | GFLOP/s | saved MB | peak MB |"
+    lines = [heads, "|---|---|---|---|---|---|---|---|"]
     for r in records:
         if "error" in r:
-            lines.append(f"| {r['setting']} | | {r['rival']} | not run: {r['error']} | | | |")
+            lines.append(f"| {r['setting']} | | {r['rival']} | not run: {r['error']} | | | | |")
             continue
-        saved = f"{r['saved_bytes'] / 1e6:.1f}" if "saved_bytes" in r else ""
-        figures = f"{r['ms']:.2f} | {r['ratio']:.2f} | {r['gflops']:.1f} | {saved}"
+        saved, peak = (f"{r[key] / 1e6:.1f}" if key in r else "" for key in ("saved_bytes", "peak_bytes"))
+        figures = f"{r['ms']:.2f} | {r['ratio']:.2f} | {r['gflops']:.1f} | {saved} | {peak}"
         lines.append(f"| {r['setting']} | {r['mode']} | {r['rival']} | {figures} |")
     return "\n".join([*lines, "", footnote(records)])
 

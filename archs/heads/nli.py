@@ -10,6 +10,7 @@ layer. The paper limits each sentence to 48 tokens and does not say how the two 
 as one sequence, encoded together ([CLS] premise [SEP] hypothesis [SEP]).
 """
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -57,9 +58,9 @@ class NLIHead(nn.Module):
         for part in (self.proj, self.hidden, self.classifier):
             part.apply(init_weights)
 
+    @abstractmethod
     def mixer(self, dd: dict[str, Any]) -> nn.Module:
         """One layer's mixer."""
-        raise NotImplementedError
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (B, num_classes) of token features (B, T, in_features).
