@@ -171,7 +171,8 @@ def build_grouped(v: Values, dtype: torch.dtype, device: torch.device) -> dict[s
 
 def build_grouped_compiled(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
     # The backward alone is timed on one graph, again and again: it must leave the saved tensors as they are.
-    importlib.import_module("torch._functorch.config").donated_buffer = False
+    config: Any = importlib.import_module("torch._functorch.config")
+    config.donated_buffer = False
     found = steps(torch.compile(grouped_layer(v)), v, inputs(v, dtype, device))
     try:
         found["forward+backward"]()
