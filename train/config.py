@@ -76,6 +76,8 @@ class RunConfig:
     """Seeds initial weights, data order, dropout and samples."""
     eval_every: int = 200
     """Steps between validations; 0 validates only at the end."""
+    valid_batches: int | None = None
+    """Batches that a validation judges, the first ones of the split; by default all. Testing always sees all."""
     save_every: int = 200
     """Steps between resumable checkpoints; 0 saves only at the end and on a signal."""
     eval_epochs: float | None = None
@@ -90,7 +92,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.steps is None and self.epochs is None:
             raise ValueError("give steps or epochs")
-        for name in ("steps", "epochs", "batch_size", "grad_accum", "log_every"):
+        for name in ("steps", "epochs", "batch_size", "grad_accum", "log_every", "valid_batches"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")

@@ -1,6 +1,7 @@
 """How well a language model predicts a text: token and word perplexity, bits per byte."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -44,11 +45,21 @@ def text_metrics(nll: float, tokens: int, words: int, bytes: int) -> dict[str, f
 
 
 def evaluate_text(
-    model: nn.Module, split: Split, seq_len: int, batch_size: int, device: torch.device | str = "cpu"
+    model: nn.Module,
+    split: Split,
+    seq_len: int,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    batches: int | None = None,
 ) -> dict[str, float]:
-    """`text_metrics` of a model on a whole split."""
-    nll, count = negative_log_likelihood(model, split, seq_len, batch_size, device)
-    return text_metrics(nll, count, split.words, split.bytes)
+    """`text_metrics` of a model on a split; of only its first `batches`, where words are not counted, loss and
+    perplexity."""
+    judged = split.tokens if batches is None else split.tokens[: batches * batch_size * seq_len + 1]
+    nll, count = negative_log_likelihood(model, replace(split, tokens=judged), seq_len, batch_size, device)
+    metrics = text_metrics(nll, count, split.words, split.bytes)
+    if len(judged) == len(split.tokens):
+        return metrics
+    return {name: metrics[name] for name in ("loss", "perplexity")}
 
 
 def _exp(value: float) -> float:

@@ -1,14 +1,17 @@
 """What the training loop asks of a task."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import RunConfig
+
+Batch = TypeVar("Batch")
 
 
 class Task(ABC):
@@ -25,6 +28,7 @@ class Task(ABC):
     name: str
     unit: str
     metric: str
+    config: Any
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.model = model.to(device)
@@ -82,6 +86,10 @@ class Task(ABC):
         With several processes their losses count by it, so that the whole batch has the loss of one process.
         """
         return None
+
+    def judged(self, batches: Iterable[Batch], split: str) -> Iterator[Batch]:
+        """Those of a split's batches that `evaluate` sees: of "valid" the first `config.valid_batches`."""
+        return islice(batches, self.config.valid_batches if split == "valid" else None)
 
     def models(self) -> list[nn.Module]:
         """The trained model, and all others that keep pace with its weights: they are sharded alike."""

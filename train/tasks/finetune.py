@@ -120,7 +120,7 @@ class TextClassification(Task):
         model.eval()
         confusion = Confusion(len(self.data.classes), self.device)
         mine = parallel.rows(self.config.batch_size)
-        for all_rows in evaluation_rows(self.rows[split], self.config.batch_size):
+        for all_rows in self.judged(evaluation_rows(self.rows[split], self.config.batch_size), split):
             batch = TextBatch(*(self.to_device(part[mine]) for part in all_rows))
             confusion.add(classifier.classify(batch.ids, mask=batch.mask, token_types=batch.types), batch.classes)
         model.train(training)

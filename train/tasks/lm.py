@@ -63,7 +63,8 @@ class LanguageModeling(Task):
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         part = self.corpus.valid if split == "valid" else self.corpus.test
-        return evaluate_text(model, part, self.config.seq_len, self.config.batch_size, self.device)
+        limit = self.config.valid_batches if split == "valid" else None
+        return evaluate_text(model, part, self.config.seq_len, self.config.batch_size, self.device, limit)
 
     def save(self, folder: Path, config: RunConfig) -> None:
         if not (folder / TOKENIZER_FILE).exists():

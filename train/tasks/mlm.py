@@ -106,7 +106,7 @@ class MaskedLanguageModeling(LanguageModeling):
         model.eval()
         words, order = Hits(self.device), Hits(self.device)
         size = self.config.batch_size
-        for batch in map(self._moved, self.texts[split].evaluation(size, rows(size))):
+        for batch in map(self._moved, self.judged(self.texts[split].evaluation(size, rows(size)), split)):
             told, exchanged = encoder.predict(batch.ids, **_inputs(batch))
             words.add(told, batch.labels)
             if batch.order is not None:

@@ -95,7 +95,7 @@ class ImageClassification(Task):
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         batches = EvalBatches(self.data.splits[split], self.config)
-        stream = load_batches(batches, range(len(batches)), self.config.workers)
+        stream = load_batches(batches, list(self.judged(range(len(batches)), split)), self.config.workers)
         return evaluate_classifier(model, stream, self._images, self.device)
 
     def save(self, folder: Path, config: RunConfig) -> None:

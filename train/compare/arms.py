@@ -1,0 +1,69 @@
+"""The arms of the comparisons: what differs in each, whatever the size of the models."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import LMConfig, VisionConfig
+from .plan import merged
+
+CONTROLS = ("convolution", "hadamard", "concatenation", "local_attention")
+RESIDUALS = ("plain", "hc", "mhc", "mhc_lite", "kromhc")
+DIMENSIONS = (1, 2, 4, 8, 16, 32)
+Arms = dict[str, dict[str, Any]]
+
+
+def papers_models(layers: int, rank: int = 32) -> Arms:
+    """The two presets of arXiv 2512.19428 of that depth."""
+    names = {name: f"{name}_lm_{layers}l" for name in ("transformer", "grassmann")}
+    return {"transformer": {"model": names["transformer"]}, "grassmann": _grassmann(names["grassmann"], rank)}
+
+
+def tuned_models(rank: int = 32) -> Arms:
+    """The Transformer, and Grassmann models with offsets one a layer or several, and of twice the rank."""
+    model = "grassmann_lm_6l"
+    return {
+        "transformer": {"model": "transformer_lm_6l"},
+        "grassmann, one offset a layer": _grassmann(model, rank),
+        "grassmann, offsets 1 2 4": _grassmann(model, rank, "offsets=1,2,4"),
+        f"grassmann, rank {2 * rank}": _grassmann(model, 2 * rank),
+    }
+
+
+def _grassmann(model: str, rank: int, *more: str) -> dict[str, Any]:
+    return {"model": model, "set": (f"rank={rank}", *more)}
+
+
+def mixers() -> Arms:
+    """The Grassmann mixer, and plainer pairings of the same tokens at equal parameters."""
+    return {name: {"set": (f"mixer={name}",)} for name in ("grassmann", *CONTROLS)}
+
+
+def residual_streams() -> Arms:
+    """The plain residual and hyper-connections."""
+    return {name: {"set": (f"residual={name}",)} for name in RESIDUALS}
+
+
+def shared_blocks(*narrow: str) -> Arms:
+    """Over a WideNet's settings; `narrow` makes the last one a ViT of about the WideNet's parameters."""
+    return {
+        "unshared (ViT)": {"set": ("ffn=mlp", "share=[]")},
+        "ALBERT-like": {"set": ("ffn=mlp",)},
+        "WideNet": {},
+        "ViT of WideNet's parameters": {"set": ("ffn=mlp", "share=[]", *narrow)},
+    }
+
+
+def heads(**grassmann: Any) -> Arms:
+    """Linear and cosine classifier, and Grassmann ones with the settings that they have apart from the others."""
+    dimensions = {f"GCR k={k}": {"head": "grassmann", "subspace_dim": k, **grassmann} for k in DIMENSIONS}
+    return {"softmax": {}, "cosine": {"head": "cosine"}, **dimensions}
+
+
+def texts(arms: Mapping[str, Mapping[str, Any]], **common: Any) -> dict[str, LMConfig]:
+    """Language models with these settings in common."""
+    return {name: LMConfig(**merged(common, own)) for name, own in arms.items()}
+
+
+def images(arms: Mapping[str, Mapping[str, Any]], **common: Any) -> dict[str, VisionConfig]:
+    """Image models with these settings in common."""
+    return {name: VisionConfig(**merged(common, own)) for name, own in arms.items()}
