@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..archs import create_model, model_config
+from ..archs import create_model, list_models, model_config
 from ..kernels.machine import about
 from .config import VisionConfig
 from .data import BlockOrder, block_batch, num_blocks
@@ -24,6 +24,7 @@ NUMBERS, PICTURE = "profile.jsonl", "profile.png"
 PARTS = ("data", "embedding", "mixer", "residual", "ffn", "head", "optimiser")
 PASSES = ("forward", "backward")
 WARM_UP = 2
+MASKED = 0.15
 Record = dict[str, Any]
 
 
@@ -32,7 +33,7 @@ class ProfileOptions:
     """Where the time of a training step goes, for models of the four slots."""
 
     models: tuple[str, ...] = ("transformer_lm_6l", "grassmann_lm_6l", "kromhc_lm_6l", "widenet_cifar")
-    """Presets of `grassland.archs.list_models()`."""
+    """Presets of `grassland.archs.list_models()`; all takes every one."""
     out: Path = Path("runs/profile")
     """Folder for profile.jsonl and profile.png."""
     batch_size: int = 8
@@ -52,6 +53,11 @@ class ProfileOptions:
         for name in ("batch_size", "seq_len", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def presets(self) -> tuple[str, ...]:
+        """The names that `models` stands for."""
+        return tuple(list_models()) if self.models == ("all",) else self.models
 
 
 class Clock:
@@ -110,7 +116,7 @@ def profile(options: ProfileOptions) -> list[Record]:
     device = pick_device(options.device)
     settings = {**asdict(options), "out": None, "models": None, "device": device.type}
     records = []
-    for name in options.models:
+    for name in options.presets:
         seconds = profile_model(name, options, device)
         records.append({"model": name, "seconds": seconds, **settings, **about()})
         print(f"{name}: {1e3 * sum(seconds.values()):.1f} ms a step", flush=True)
@@ -148,29 +154,36 @@ def profile_model(name: str, options: ProfileOptions, device: torch.device) -> d
 
 
 def plot(records: list[Record], path: Path) -> None:
-    """One bar a model, a colour a part, its backward pass hatched."""
-    figure: Any = matplotlib_module("figure").Figure(figsize=(10, 1.6 + 0.6 * len(records)), layout="constrained")
+    """One bar a model, of the shares of its step: a colour a part, its backward pass hatched."""
+    figure: Any = matplotlib_module("figure").Figure(figsize=(10, 1.6 + 0.45 * len(records)), layout="constrained")
     axes = figure.subplots()
+    totals = [sum(record["seconds"].values()) for record in records]
+    names = [f"{record['model']}, {1e3 * total:,.0f} ms" for record, total in zip(records, totals, strict=True)]
     lefts = [0.0] * len(records)
     cells = [(part, f"{part} {way}") for part in PARTS for way in PASSES] + [(part, part) for part in PARTS]
     for part, key in sorted(cells, key=lambda cell: PARTS.index(cell[0])):
-        widths = [1e3 * record["seconds"].get(key, 0.0) for record in records]
+        widths = [100 * r["seconds"].get(key, 0.0) / total for r, total in zip(records, totals, strict=True)]
         if any(widths):
             style = {"color": f"C{PARTS.index(part)}", "hatch": "///" if "backward" in key else None}
-            axes.barh([r["model"] for r in records], widths, left=lefts, label=key, edgecolor="white", **style)
+            axes.barh(names, widths, left=lefts, label=key, edgecolor="white", **style)
             lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
     first = records[0]
     where = ", ".join(first["gpus"]) or f"{first['cpu']}, {first['threads']} threads"
-    axes.set(xlabel="ms a training step", title=f"batch {first['batch_size']}, {first['dtype']}, {where}")
+    title = f"batch {first['batch_size']}, {first['optimizer']}, {first['dtype']}, {where}"
+    axes.set(xlabel="% of a training step", xlim=(0, 100), title=title)
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.2))
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    axes.margins(y=0.01)
+    figure.legend(frameon=False, fontsize=8, ncols=6, loc="outside lower center")
+    figure.savefig(path, dpi=120)
 
 
 def _setup(
     name: str, options: ProfileOptions, device: torch.device
 ) -> tuple[nn.Module, Iterator[Any], Callable[[nn.Module, Any], Tensor]]:
-    """Model, batches and loss: random text of the preset's own vocabulary, or digits at its own image size."""
+    """Model, batches and loss: random text of the preset's own vocabulary, or digits at its own image size.
+
+    A text encoder tells MASKED of the tokens.
+    """
     kind = model_config(name).kind
     if kind == "vision":
         from .tasks.vision import ImageClassification
@@ -180,7 +193,8 @@ def _setup(
         task = ImageClassification(run, device)
         return task.model, task.batches(0), task.loss
     model = create_model(name, device=device, max_len=max(options.seq_len, model_config(name).max_len))
-    return model, _random_text(model.config.vocab_size, options, device), _text_loss
+    text = _random_text(model.config.vocab_size, options, device)
+    return model, text, _masked_loss if kind == "mlm" else _text_loss
 
 
 def _random_text(vocab_size: int, options: ProfileOptions, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -195,6 +209,12 @@ def _random_text(vocab_size: int, options: ProfileOptions, device: torch.device)
 
 def _text_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return model(batch[0], labels=batch[1])
+
+
+def _masked_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    inputs, labels = batch
+    positions = torch.arange(0, inputs.shape[1], round(1 / MASKED), device=inputs.device).expand(len(inputs), -1)
+    return model(inputs, labels=labels.gather(1, positions), positions=positions)
 
 
 def _mark(model: Any, clock: Clock) -> None:

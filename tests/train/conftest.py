@@ -29,6 +29,22 @@ def no_fsync(monkeypatch):
 
 
 @pytest.fixture
+def judged(monkeypatch):
+    """By split, how many batches the evaluations of tasks have seen."""
+    from grassland.train.tasks.base import Task
+
+    counts, chosen = {}, Task.judged
+
+    def counting(self, batches, split):
+        for batch in chosen(self, batches, split):
+            counts[split] = counts.get(split, 0) + 1
+            yield batch
+
+    monkeypatch.setattr(Task, "judged", counting)
+    return counts
+
+
+@pytest.fixture
 def text():
     draw = random.Random(0)
     sentences = [f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)} {draw.choice(OBJECTS)}." for _ in range(300)]

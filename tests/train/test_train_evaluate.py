@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,9 @@ import torch.nn.functional as F
 from grassland.archs import create_model
 from grassland.train.data import Split, evaluation_batches
 from grassland.train.evaluate import evaluate_text, negative_log_likelihood, text_metrics
+from grassland.train.log import read_metrics
+from grassland.train.start import run
+from grassland.train.tasks.lm import LanguageModeling
 
 
 @pytest.fixture
@@ -63,3 +67,26 @@ def test_every_token_but_the_first_is_a_target_once():
     assert targets[targets != -100].tolist() == list(range(1, 38))
     for inputs, targets in batches:
         assert torch.equal((inputs + 1)[targets != -100], targets[targets != -100])
+
+
+def test_some_batches_are_the_beginning_of_the_text(model):
+    part = split(57)
+    whole, some = evaluate_text(model, part, 10, 2), evaluate_text(model, part, 10, 2, batches=2)
+    beginning = evaluate_text(model, Split(part.tokens[:41], 1, 1), 10, 2)
+    assert some == {name: beginning[name] for name in ("loss", "perplexity")} and some["loss"] != whole["loss"]
+    assert evaluate_text(model, part, 10, 2, batches=3) == whole
+
+
+def test_a_run_validates_on_some_batches_and_tests_on_all(config, tmp_path):
+    folder = tmp_path / "run"
+    assert run(LanguageModeling, replace(config, valid_batches=1, out=str(folder))) == 0
+    task = LanguageModeling(config, torch.device("cpu"))
+    best = task.best_model(folder)
+    events = {event["event"]: event for event in read_metrics(folder)}
+    first = Split(task.corpus.valid.tokens[: 4 * 16 + 1], 1, 1)
+    kept = next(e for e in reversed(read_metrics(folder)) if e["event"] == "valid" and e["best"])
+    assert kept["loss"] == pytest.approx(evaluate_text(best, first, 16, 4)["loss"], rel=1e-6)
+    assert events["test"]["loss"] == pytest.approx(task.evaluate(best, "test")["loss"], rel=1e-6)
+    assert "word_perplexity" in events["test"] and "word_perplexity" not in kept
+    with pytest.raises(ValueError, match="valid_batches must be positive, got 0"):
+        replace(config, valid_batches=0)

@@ -266,3 +266,10 @@ def language_model(tmp_path):
 
     save_model(create_model("lm", dim=8, depth=1, ffn_dim=8, vocab_size=9, rank=4), tmp_path / "lm")
     return tmp_path / "lm"
+
+
+def test_a_validation_may_see_some_batches_and_a_test_sees_all(config, judged):
+    task = TextClassification(replace(config, valid_batches=1, batch_size=4), torch.device("cpu"))
+    for split in ("valid", "test"):
+        task.evaluate(task.model, split)
+    assert judged == {"valid": 1, "test": 2}

@@ -316,3 +316,10 @@ def test_two_processes_train_and_judge_as_one(text_file, tmp_path, mode):
         assert alone.get("expert_share") == together.get("expert_share")
         for name in {"loss", "grad_norm", "accuracy"} & alone.keys():
             assert together[name] == pytest.approx(alone[name], rel=1e-4), name
+
+
+def test_a_validation_may_see_some_batches_and_a_test_sees_all(mlm, judged):
+    task = MaskedLanguageModeling(mlm(valid_batches=2, batch_size=2), torch.device("cpu"))
+    for split in ("valid", "test"):
+        task.evaluate(task.model, split)
+    assert len(task.texts["valid"]) > 4 and judged == {"valid": 2, "test": -(-len(task.texts["test"]) // 2)}

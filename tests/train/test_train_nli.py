@@ -236,3 +236,10 @@ def test_a_checkpoint_of_another_kind_is_refused(nli, tmp_path):
         (out / "config.json").write_text(json.dumps({**content, "model": {**content["model"], **change}}))
         with pytest.raises(CheckpointError, match=named):
             load_nli_model(out)
+
+
+def test_a_validation_may_see_some_batches_and_a_test_sees_all(nli, judged):
+    task = NaturalLanguageInference(nli(valid_batches=1), torch.device("cpu"))
+    for split in ("valid", "test"):
+        task.evaluate(task.model, split)
+    assert judged == {"valid": 1, "test": 2}

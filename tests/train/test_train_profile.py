@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from grassland.archs import create_model
+from grassland.archs import create_model, list_models
 from grassland.train import profile as module
 from grassland.train.__main__ import main
 from grassland.train.profile import PARTS, Clock, ProfileOptions, profile_model
@@ -80,3 +80,14 @@ def test_command_writes_numbers_and_a_picture(monkeypatch, tmp_path, capsys):
     assert "unknown model 'grassmann'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="steps must be positive, got 0"):
         ProfileOptions(steps=0)
+
+
+def test_models_of_images_and_text_encoders_too(tmp_path):
+    for package in ("torchvision", "sklearn"):
+        pytest.importorskip(package)
+    sizes = ["--batch-size", "1", "--seq-len", "8", "--steps", "1", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["profile", "--models", "albert_base", "widenet_cifar", *sizes]) == 0
+    records = [json.loads(line) for line in (tmp_path / "profile.jsonl").read_text().splitlines()]
+    for record in records:
+        assert {key.split()[0] for key, value in record["seconds"].items() if value > 0} == set(PARTS)
+    assert ProfileOptions(models=("all",)).presets == tuple(list_models())

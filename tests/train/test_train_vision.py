@@ -398,3 +398,11 @@ def test_a_cosine_head_is_trained_and_loaded(vision, tmp_path):
     assert model(torch.randn(2, 3, 16, 16)).abs().max() <= 25
     (test,) = [e for e in read_metrics(tmp_path / "run") if e["event"] == "test"]
     assert 0 <= test["top1"] <= 1
+
+
+def test_a_validation_may_see_some_batches_and_a_test_sees_all(vision, judged):
+    task = ImageClassification(vision(valid_batches=1, batch_size=4), torch.device("cpu"))
+    for split in ("valid", "test"):
+        task.evaluate(task.model, split)
+    sizes = {split: len(part) for split, part in task.data.splits.items()}
+    assert sizes["valid"] > 4 and judged == {"valid": 1, "test": -(-sizes["test"] // 4)}
