@@ -7,9 +7,11 @@ A table stands between `<!-- table:NAME -->` and `<!-- end -->`.
 import functools
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
+
+from grassland.train.compare import report
+from grassland.train.compare.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -48,129 +50,6 @@ def cell(record):
     if "error" in record:
         return f"not run: {record['error']}"
     return f"{record['ms']:.1f} ms" if record["rival"] == "grassland" else f"{record['ratio']:.2f}"
-
-
-def lm_table(name):
-    """One line a training run, from the metrics.jsonl files that were copied to results/NAME."""
-    runs = [summary(path) for path in sorted((RESULTS / name).glob("*.jsonl"))]
-    if not runs:
-        return NONE
-    lines = [
-        "| model | parameters | steps | valid ppl | test ppl | test word ppl | test bits per byte | tokens/s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in runs:
-        quality = f"{r['valid_perplexity']:.1f} | {r['test_perplexity']:.1f} | {r['word_perplexity']:.0f}"
-        cost = f"{r['bits_per_byte']:.3f} | {r['tokens_per_s']:.0f}"
-        lines.append(f"| {r['model']} | {r['parameters']:,} | {r['steps']} | {quality} | {cost} |")
-    return "\n".join([*lines, "", footnote(runs)])
-
-
-def vision_table(name):
-    """One line a training run of an image model."""
-    runs = [vision_summary(path) for path in sorted((RESULTS / name).glob("*.jsonl"))]
-    lines = [
-        "| head | parameters | epochs | valid top-1 | test top-1 | test top-5 | test ECE |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in runs:
-        quality = " | ".join(f"{100 * r[key]:.1f} %" for key in ("valid_top1", "top1", "top5"))
-        lines.append(f"| {r['head']} | {r['parameters']:,} | {r['epochs']:g} | {quality} | {r['ece']:.3f} |")
-    return "\n".join([*lines, "", footnote(runs)])
-
-
-def tuned_table(name):
-    """One line a head and pair of learning rates: mean ± standard deviation over its seeds."""
-    groups = {}
-    for r in (vision_summary(path) for path in sorted((RESULTS / name).glob("*.jsonl"))):
-        groups.setdefault((r["head"], r["lr"], r["head_lr"]), []).append(r)
-    lines = [
-        "| head | lr | head lr | seeds | images seen | valid top-1 | test top-1 | test ECE |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (head, lr, head_lr), runs in groups.items():
-        quality = " | ".join(spread([100 * r[key] for r in runs], " %") for key in ("valid_top1", "top1"))
-        rates = f"{lr:g} | {'' if head_lr is None else f'{head_lr:g}'}"
-        ece = statistics.mean(r["ece"] for r in runs)
-        lines.append(f"| {head} | {rates} | {len(runs)} | {runs[0]['images']:,} | {quality} | {ece:.3f} |")
-    return "\n".join([*lines, "", footnote([r for runs in groups.values() for r in runs])])
-
-
-def spread(values, unit):
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}{unit}"
-
-
-def sharing_table(name):
-    """One line a run of an image model that is named by its sizes, not by its head."""
-    runs = [sharing_summary(path) for path in sorted((RESULTS / name).glob("*.jsonl"))]
-    lines = [
-        "| model | parameters | images seen | valid top-1 | test top-1 | test loss |",
-        "|---|---|---|---|---|---|",
-    ]
-    for r in runs:
-        quality = f"{100 * r['valid_top1']:.1f} % | {100 * r['top1']:.1f} % | {r['loss']:.3f}"
-        lines.append(f"| {r['model']} | {r['parameters']:,} | {r['images']:,} | {quality} |")
-    return "\n".join([*lines, "", footnote(runs)])
-
-
-def about(path):
-    """The events of a run, and what a table's footnote says of it."""
-    events = read(path)
-    start = next(e for e in events if e["event"] == "start")
-    facts = {"torch": start["versions"]["torch"], "date": start.get("date"), "commit": start.get("commit")}
-    return events, start, {**start["machine"], **facts, "dtype": start["config"]["dtype"]}
-
-
-def summary(path):
-    """What a table says of a language model's run: its settings, its results, and the median of its throughput."""
-    events, start, facts = about(path)
-    test = next(e for e in events if e["event"] == "test")
-    config = start["config"]
-    return facts | {
-        "model": config["model"] + (f" ({', '.join(config['set'])})" if config["set"] else ""),
-        "steps": config["steps"],
-        "parameters": start["parameters"],
-        "valid_perplexity": min(e["perplexity"] for e in events if e["event"] == "valid"),
-        "test_perplexity": test["perplexity"],
-        "word_perplexity": test["word_perplexity"],
-        "bits_per_byte": test["bits_per_byte"],
-        "tokens_per_s": statistics.median(e["tokens_per_s"] for e in events if e["event"] == "train"),
-    }
-
-
-def vision_summary(path):
-    """The same for an image model."""
-    events, start, facts = about(path)
-    config, test = start["config"], next(e for e in events if e["event"] == "test")
-    head = f"Grassmann, k = {config['subspace_dim']}" if config["head"] == "grassmann" else config["head"]
-    return facts | {
-        "head": head,
-        "epochs": config["epochs"],
-        "lr": config["lr"],
-        "head_lr": config["head_lr"],
-        "images": start["steps"] * config["batch_size"] * config["grad_accum"],
-        "parameters": start["parameters"],
-        "valid_top1": max(e["top1"] for e in events if e["event"] == "valid"),
-        **{key: test[key] for key in ("top1", "top5", "ece")},
-    }
-
-
-def sharing_summary(path):
-    """What `vision_summary` says, the sizes in place of the head, and how much it was trained."""
-    events, start, facts = about(path)
-    config, test = start["config"], next(e for e in events if e["event"] == "test")
-    sizes = ", ".join(
-        f"{size} {value}" for size, _, value in (s.partition("=") for s in config["set"]) if size in SIZES
-    )
-    return facts | {
-        "model": config["model"] + (f" ({sizes})" if sizes else ""),
-        "parameters": start["parameters"],
-        "images": start["steps"] * config["batch_size"] * config["grad_accum"],
-        "valid_top1": max(e["top1"] for e in events if e["event"] == "valid"),
-        "top1": test["top1"],
-        "loss": test["loss"],
-    }
 
 
 def support_table():
@@ -248,16 +127,32 @@ def scaling_table(stem):
     return "\n".join([*lines, "", footnote(records)])
 
 
-def compare_tables():
-    """Every comparison whose report.jsonl lies in results/compare."""
-    from grassland.train.compare.report import by, read_records, section
+def comparisons(preset):
+    """The records of a preset of `train compare` by comparison, if its report.jsonl lies in results/compare."""
+    path = RESULTS / "compare" / preset / report.FILE
+    return report.by(report.read_records(path), "comparison") if path.exists() else {}
 
+
+def compare_tables(*presets):
+    """Everything that is known of the comparisons of some presets."""
     parts = []
-    for path in sorted((RESULTS / "compare").glob("*/report.jsonl")):
-        for name, records in by(read_records(path), "comparison").items():
-            picture = f"![{name}](results/compare/{path.parent.name}/{name}.png)"
-            parts.append(f"#### {records[0]['title']}\n\n{section(records)}\n\n{picture}")
+    for preset in presets:
+        for name, records in comparisons(preset).items():
+            picture = f"![{name}](results/compare/{preset}/{name}.png)"
+            parts.append(f"#### {records[0]['title']}\n\n{report.section(records)}\n\n{picture}")
     return "\n\n".join(parts) or NONE
+
+
+def compare_summary(preset):
+    """One row an arm: size, test metric, difference to the first arm."""
+    parts = []
+    for records in comparisons(preset).values():
+        rows = report.arm_rows(records)
+        kept = [place for place, head in enumerate(rows[0]) if head.startswith(SUMMARY)]
+        heads, *cells = [[row[place] for place in kept] for row in rows]
+        first = report.done(records)[0]
+        parts.append(f"**{records[0]['title']}**, {first['steps']} steps\n\n{report.markdown(heads, cells)}")
+    return "\n\n".join([*parts, report.footnote(report.done(records))]) if parts else NONE
 
 
 def profile_table():
@@ -299,23 +194,22 @@ def missing():
     return text if gpu else f"Nothing on this page was measured on a GPU: none has been at hand.\n\n{text}"
 
 
-FULL = ("wikitext2-paper", "wikitext2-tuned", "controls", "residuals", "sharing", "heads", "imagenet-r50d")
+SMALL = ("wikitext2-cpu", "cifar10-cpu", "smoke")
+FULL = [name for name in PRESETS if name not in SMALL]
+SUMMARY = ("arm", "parameters", "test", "p (Holm)")
 BACKENDS = {"eager": "eager", "cpp": "C++ on CPU", "triton": "Triton", "cuda": "CUDA C++"}
-SIZES = ("dim", "depth", "ffn_dim")
 OPS = ("plucker", "kronecker", "subspace", "moe")
 TABLES = {op: functools.partial(kernel_table, f"{op}-cpu-float32") for op in OPS}
 TABLES |= {
     "support": support_table,
-    "lm": functools.partial(lm_table, "wikitext-2"),
-    "residuals": functools.partial(lm_table, "residuals"),
-    "vision": functools.partial(vision_table, "cifar-10"),
-    "heads_tuned": functools.partial(tuned_table, "cifar-10-tuned"),
-    "sharing": functools.partial(sharing_table, "sharing-cifar-10"),
+    "text": functools.partial(compare_summary, "wikitext2-cpu"),
+    "images": functools.partial(compare_summary, "cifar10-cpu"),
     "kernels_cpu": functools.partial(kernel_tables, "cpu"),
     "kernels_gpu": functools.partial(kernel_tables, "cuda"),
     "scaling": scaling_tables,
     "profile": profile_table,
-    "compare": compare_tables,
+    "compare_full": functools.partial(compare_tables, *FULL),
+    **{f"compare_{name.replace('-', '_')}": functools.partial(compare_tables, name) for name in SMALL},
     "missing": missing,
 }
 PAGES = ("README.md", "benchmarks/README.md")

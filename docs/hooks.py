@@ -42,8 +42,10 @@ def on_files(files: Files, *, config: Any) -> Files:
     """Add the figures, the pictures of benchmarks/results and the tour."""
     for name, draw in figures.FIGURES.items():
         files.append(File.generated(config, f"figures/{name}.svg", content=draw()))
-    for picture in sorted((ROOT / "benchmarks/results").glob("*.png")):
-        files.append(File.generated(config, f"results/{picture.name}", content=picture.read_bytes()))
+    results = ROOT / "benchmarks/results"
+    for picture in sorted(results.rglob("*.png")):
+        place = f"results/{picture.relative_to(results).as_posix()}"
+        files.append(File.generated(config, place, content=picture.read_bytes()))
     files.append(File.generated(config, "tour.md", content=tour()))
     return files
 

@@ -9,6 +9,8 @@ from .plan import merged
 CONTROLS = ("convolution", "hadamard", "concatenation", "local_attention")
 RESIDUALS = ("plain", "hc", "mhc", "mhc_lite", "kromhc")
 DIMENSIONS = (1, 2, 4, 8, 16, 32)
+# Other libraries' baselines, beside our own of the same sizes.
+GPT2, VIT, TIMM_VIT = "GPT-2 (transformers)", "ViT (timm)", "timm/vit_tiny_patch16_224"
 Arms = dict[str, dict[str, Any]]
 
 
@@ -31,6 +33,23 @@ def tuned_models(rank: int = 32) -> Arms:
 
 def _grassmann(model: str, rank: int, *more: str) -> dict[str, Any]:
     return {"model": model, "set": (f"rank={rank}", *more)}
+
+
+def gpt2(dim: int, dropout: float) -> tuple[str, ...]:
+    """What `set` says of transformers' GPT-2 with the sizes of `transformer_lm_6l` at width `dim`."""
+    rates = (f"{place}_pdrop={dropout}" for place in ("resid", "embd", "attn"))
+    return (f"n_embd={dim}", "n_layer=6", "n_head=4", *rates)
+
+
+def timm_vit(dim: int, depth: int, ffn_dim: int, patch_size: int) -> tuple[str, ...]:
+    """What `set` says of timm's ViT of these sizes with three heads."""
+    return (
+        f"embed_dim={dim}",
+        f"depth={depth}",
+        "num_heads=3",
+        f"mlp_ratio={ffn_dim / dim:g}",
+        f"patch_size={patch_size}",
+    )
 
 
 def mixers() -> Arms:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...archs.registry import unknown
+from ..config import LMConfig, VisionConfig
 from ..recipes import RECIPES, recipe
 from . import arms
 from .plan import Comparison, read_comparisons
@@ -49,8 +50,10 @@ def wikitext2_paper() -> list[Comparison]:
 def wikitext2_tuned() -> list[Comparison]:
     """The same at 6 layers with what replications found better: pre-norm, dropout, several offsets or one a layer."""
     settings = {**WIKITEXT, **PAPER, "set": ("norm=pre", "dropout=0.1")}
+    runs = arms.texts(arms.tuned_models(), **settings)
+    runs[arms.GPT2] = LMConfig(**{**settings, "model": "hf/gpt2", "set": arms.gpt2(256, dropout=0.1)})
     title = "WikiText-2, 6 layers, 128 tokens, pre-norm, dropout 0.1"
-    return [Comparison("wikitext2-tuned", title, arms.texts(arms.tuned_models(), **settings), (3e-4, 1e-3, 3e-3))]
+    return [Comparison("wikitext2-tuned", title, runs, (3e-4, 1e-3, 3e-3))]
 
 
 def controls() -> list[Comparison]:
@@ -74,8 +77,10 @@ def sharing() -> list[Comparison]:
     settings = {**CIFAR, "model": "widenet_cifar", "batch_size": 256, "epochs": 100, "eval_epochs": 5.0}
     settings |= {"warmup_epochs": 5.0, "weight_decay": 0.05, "clip": 1.0, "label_smoothing": 0.1}
     settings |= {"auto_augment": "rand-m9-mstd0.5-inc1", "mixup": 0.5}
+    runs = arms.images(blocks, **settings)
+    runs[arms.VIT] = VisionConfig(**{**settings, "model": arms.TIMM_VIT, "set": arms.timm_vit(192, 12, 768, 4)})
     title = "CIFAR-10, patches of 4, 12 blocks of width 192: sharing across depth"
-    return [Comparison("sharing", title, arms.images(blocks, **settings), (5e-4, 1e-3, 2e-3))]
+    return [Comparison("sharing", title, runs, (5e-4, 1e-3, 2e-3))]
 
 
 def heads() -> list[Comparison]:

@@ -59,14 +59,19 @@ def section(records: Sequence[Record]) -> str:
 
 def arm_table(records: Sequence[Record]) -> str:
     """One row an arm, at its chosen learning rate, over the seeds."""
+    heads, *rows = arm_rows(records)
+    return markdown(heads, rows)
+
+
+def arm_rows(records: Sequence[Record]) -> list[list[str]]:
+    """The cells of `arm_table`, its heads first."""
     finished = done(records)
     unit, label = finished[0]["unit"], SHOWN[finished[0]["task"]][4]
     heads = ["arm", "lr", "parameters", f"training FLOPs / {unit}", f"{unit}s/s", "peak memory"]
     heads += [f"valid {label}", f"test {label}", "test − first arm [95 %]", "p", "p (Holm)"]
     differences = {arm: difference(records, arm) for arm in by(records, "arm")}
     adjusted = dict(zip(differences, holm([d and d.p for d in differences.values()]), strict=True))
-    rows = [row(arm, part, differences[arm], adjusted[arm]) for arm, part in by(records, "arm").items()]
-    return markdown(heads, rows)
+    return [heads, *(row(arm, part, differences[arm], adjusted[arm]) for arm, part in by(records, "arm").items())]
 
 
 def row(arm: str, records: Sequence[Record], gap: Difference | None, adjusted: float | None) -> list[str]:

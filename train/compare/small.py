@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import RunConfig
+from ..config import LMConfig, RunConfig, VisionConfig
 from . import arms
 from .plan import Comparison
 
@@ -35,13 +35,17 @@ def wikitext2_cpu() -> list[Comparison]:
     controls = {**WIKITEXT, "model": "grassmann_lm_6l", "set": (*SIZES, "norm=pre", "rank=16")}
     streams = {**WIKITEXT, "model": "kromhc_lm_6l", "optimizer": "muon", "weight_decay": 0.1}
     streams["set"] = (*SIZES, "num_heads=2")
+    gpt2 = LMConfig(**{**WIKITEXT, "model": "hf/gpt2", "set": arms.gpt2(128, dropout=0.0)})
     plans = {
         "paper-6l": ("6 layers, 128 tokens, post-norm", arms.texts(arms.papers_models(6, rank=16), **paper)),
         "paper-12l": (
             "12 layers, 256 tokens, post-norm",
             arms.texts(arms.papers_models(12, rank=16), **{**paper, "seq_len": 256, "batch_size": 4}),
         ),
-        "tuned": ("6 layers, 128 tokens, pre-norm", arms.texts(arms.tuned_models(rank=16), **tuned)),
+        "tuned": (
+            "6 layers, 128 tokens, pre-norm",
+            {**arms.texts(arms.tuned_models(rank=16), **tuned), arms.GPT2: gpt2},
+        ),
         "controls": ("6 layers: Grassmann mixer and controls", arms.texts(arms.mixers(), **controls)),
         "residuals": ("6 layers, Muon: residuals", arms.texts(arms.residual_streams(), **streams)),
     }
@@ -60,6 +64,7 @@ def cifar10_cpu() -> list[Comparison]:
     nets = {**CIFAR, "model": "timm/resnet10t", "optimizer": "sgd", "betas": (0.9, 0.999), "weight_decay": 5e-4}
     nets |= {"set": ("channels=16,32,64,128", "stem_width=8"), "steps": 1400, "eval_every": 350}
     shared = arms.images(arms.shared_blocks("dim=64", "ffn_dim=128", "num_heads=2"), **blocks)
+    shared[arms.VIT] = VisionConfig(**{**blocks, "model": arms.TIMM_VIT, "set": arms.timm_vit(96, 6, 192, 8)})
     # Found best for k = 4 and 8 in the search over both rates in benchmarks/results/cifar-10-tuned.
     heads = arms.images(arms.heads(head_lr=0.01), **nets)
     note = "Sized for two CPU cores: {} of batches of 64, {}."

@@ -1,0 +1,55 @@
+"""The tables of the pages say what the records in benchmarks/results say."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = importlib.import_module("tables")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+def finished(arm, seed, perplexity):
+    metrics = {"loss": math.log(perplexity), "perplexity": perplexity}
+    about = {"comparison": "two-arms", "title": "Two arms", "note": "", "task": "lm", "differs": {"set": arm}}
+    costs = {"parameters": 1000, "flops_per_unit": 3e6, "units_per_s": 50.0, "peak_bytes": 2**21, "unit": "token"}
+    where = {"cpu": "c", "cpu_capability": "v", "threads": 1, "gpus": [], "device": "cpu", "dtype": "float32"}
+    where |= {"torch": "2", "date": "2026-01-01", "commit": "abc", "data": "text", "steps": 7, "status": "done"}
+    choice = {"arm": arm, "lr": 0.1, "seed": seed, "chosen": True, "edge": False}
+    return about | costs | where | choice | {"valid": metrics, "test": metrics}
+
+
+def test_comparisons_in_short_and_in_full(tables, tmp_path):
+    assert tables.TABLES["text"]() == tables.TABLES["compare_full"]() == tables.NONE
+    folder = tmp_path / "compare" / "wikitext2-cpu"
+    folder.mkdir(parents=True)
+    records = [finished("base", 0, 10.0), finished("base", 1, 12.0), finished("new", 0, 9.0), finished("new", 1, 10.0)]
+    (folder / "report.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    lines = tables.TABLES["text"]().splitlines()
+    assert lines[0] == "**Two arms**, 7 steps"
+    assert lines[2] == "| arm | parameters | test perplexity | test − first arm [95 %] | p (Holm) |"
+    assert lines[4] == "| base | 1,000 | 11.00 ± 1.41 |  |  |"
+    assert lines[5] == "| new | 1,000 | 9.50 ± 0.71 | -1.50 [-7.85, +4.85] | 0.205 |"
+    assert lines[-1] == "Data: text. c (v), 1 threads, float32, torch 2, 2026-01-01, commit abc."
+    whole, picture = tables.TABLES["compare_wikitext2_cpu"](), "![two-arms](results/compare/wikitext2-cpu/two-arms.png)"
+    assert whole.startswith("#### Two arms") and whole.endswith(picture)
+    assert tables.TABLES["compare_smoke"]() == tables.NONE
+
+
+def test_what_is_missing_is_found_by_its_files(tables, tmp_path):
+    assert "comparison `imagenet-r50d` in full" in tables.missing() and "none has been at hand" in tables.missing()
+    assert "`smoke`" not in tables.missing() and "`wikitext2-cpu`" not in tables.missing()
+    (tmp_path / "compare" / "heads").mkdir(parents=True)
+    (tmp_path / "compare" / "heads" / "report.jsonl").write_text("")
+    (tmp_path / "moe-cuda-float32.jsonl").write_text("")
+    assert "comparison `heads` in full" not in tables.missing() and "none has been at hand" not in tables.missing()
+    assert "moe-cuda-bfloat16.jsonl" in tables.missing() and "moe-cuda-float32.jsonl" not in tables.missing()
