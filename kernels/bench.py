@@ -1,7 +1,8 @@
 """Every op against its rivals, side by side: `python -m grassland.kernels.bench plucker` (or `all`).
 
-Each repetition runs every rival once, in turn; medians are compared, never times of different runs. Rivals that cannot
-run are listed with the reason. Before anything is timed, the results of the rivals are compared.
+Every rival that installs here or on a GPU takes part, and one that cannot run is listed with the reason. Results are
+compared before anything is timed. Each repetition runs every rival once, in turn; medians are compared, never times of
+different runs.
 """
 
 from __future__ import annotations
@@ -54,10 +55,14 @@ class Rival:
     …), none if the setting is not for it, and, as "check", one whose result (a tensor, or a tuple of them) must agree
     with the other rivals', or with that of the function it gives as "truth": the same mathematics in float64. Builders
     raise Unavailable.
+
+    foreign: the work is done by somebody else's package; where that fails or disagrees, the rival is listed with the
+    reason, and the others are measured all the same.
     """
 
     name: str
     build: Callable[[dict[str, Any], torch.dtype, torch.device], dict[str, Step]]
+    foreign: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,15 +110,58 @@ def with_gradients(
     return modes
 
 
+def without_check(steps: dict[str, Step]) -> dict[str, Step]:
+    """The modes of a rival that computes another function: there is nothing to compare."""
+    return {mode: step for mode, step in steps.items() if mode not in ("check", "truth")}
+
+
+def package(name: str, install: str, device: torch.device | None = None) -> Any:
+    """A module of somebody else's package, or Unavailable with what is missing.
+
+    install: what pip calls it. device: given for what runs on an NVIDIA GPU alone.
+    """
+    if device is not None and device.type != "cuda":
+        raise Unavailable("needs an NVIDIA GPU")
+    try:
+        return importlib.import_module(name)
+    # What such a package raises where it finds no driver or compiler can be anything.
+    except Exception as error:
+        top = name.partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and error.name == top:
+            raise Unavailable(f"{top} is not installed: pip install {install}") from error
+        raise Unavailable(f"{name} does not import ({summary(error)}): pip install {install}") from error
+
+
+def summary(error: Exception) -> str:
+    """One line, without what would end a cell of a table."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}".replace("|", "/")
+
+
 def build(benchmark: Benchmark, setting: Setting, dtype: torch.dtype, device: torch.device) -> tuple[dict, dict]:
     """The rivals' functions, and the reasons of those that cannot run."""
     steps, reasons = {}, {}
     for rival in benchmark.rivals:
         try:
-            steps[rival.name] = rival.build(setting.values, dtype, device)
+            steps[rival.name] = tried(rival, setting.values, dtype, device)
         except (Unavailable, dispatch.BackendError) as error:
             reasons[rival.name] = str(error)
     return steps, reasons
+
+
+def tried(rival: Rival, values: dict[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    """The rival's functions; those of a foreign one have run once, for many packages fail only then."""
+    if not rival.foreign:
+        return rival.build(values, dtype, device)
+    try:
+        modes = rival.build(values, dtype, device)
+        for step in without_check(modes).values():
+            step()
+        return modes
+    except Unavailable:
+        raise
+    except Exception as error:
+        raise Unavailable(f"fails with {summary(error)}") from error
 
 
 def disagreement(found: Any, expected: Any) -> float:
@@ -126,7 +174,10 @@ def tensors(value: Any) -> list[Tensor]:
     return [value.detach()] if isinstance(value, Tensor) else [t.detach() for t in value]
 
 
-def agreement(benchmark: Benchmark, steps: dict[str, dict[str, Step]], dtype: torch.dtype) -> None:
+def agreement(benchmark: Benchmark, steps: dict[str, dict[str, Step]], dtype: torch.dtype) -> dict[str, str]:
+    """Disagreement if results differ; foreign rivals whose results do are returned, with the reason."""
+    foreign = {rival.name for rival in benchmark.rivals if rival.foreign}
+    reasons: dict[str, str] = {}
     ours = steps.get(benchmark.ours, {}).get("check")
     expected = ours() if ours else None
     for name, modes in steps.items():
@@ -134,8 +185,12 @@ def agreement(benchmark: Benchmark, steps: dict[str, dict[str, Step]], dtype: to
         if "check" not in modes or other == name or (other == benchmark.ours and expected is None):
             continue
         difference = disagreement(modes["check"](), modes["truth"]() if "truth" in modes else expected)
-        if not difference <= benchmark.tolerance[dtype]:
+        if difference <= benchmark.tolerance[dtype]:
+            continue
+        if name not in foreign:
             raise Disagreement(f"{benchmark.name}: {name} and {other} differ by {difference:.1e}")
+        reasons[name] = f"differs from {other} by {difference:.1e}"
+    return reasons
 
 
 def elapsed(step: Step, device: torch.device) -> float:
@@ -194,7 +249,9 @@ def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace)
     """One record for each rival and mode."""
     dtype, device = getattr(torch, options.dtype), torch.device(options.device)
     steps, reasons = build(benchmark, setting, dtype, device)
-    agreement(benchmark, steps, dtype)
+    wrong = agreement(benchmark, steps, dtype)
+    reasons |= wrong
+    steps = {name: modes for name, modes in steps.items() if name not in wrong}
     common = {"bench": benchmark.name, "setting": setting.id, **setting.values, "dtype": options.dtype}
     records = [{**common, "rival": name, "error": reason} for name, reason in reasons.items()]
     for mode in [mode for mode in steps[benchmark.ours] if mode not in ("check", "truth")]:

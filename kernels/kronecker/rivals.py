@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..bench import Benchmark, Rival, Setting, Step, Unavailable, with_gradients
+from ..bench import Benchmark, Rival, Setting, Step, Unavailable, package, with_gradients
 from ..testing import normal
-from . import kronecker_open, kronecker_post, kronecker_pre, kronecker_step
+from . import gpu_rivals, kronecker_open, kronecker_post, kronecker_pre, kronecker_step
 
 Values = dict[str, Any]
 Builder = Callable[[Values, torch.dtype, torch.device], dict[str, Step]]
@@ -184,11 +184,8 @@ def mhc_layer(x: Tensor, gamma: Tensor, alpha: Tensor, beta: Tensor, b_alpha: Te
 
 def build_peer(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
     """hyper-connections from PyPI: its mHC, streams packed into the batch."""
-    try:
-        from hyper_connections import mHC  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise Unavailable(f"pip install hyper-connections: {error}") from error
-    layer = mHC(v["streams"], dim=v["dim"], branch=torch.nn.Identity(), layer_index=0).to(device, dtype)
+    peer = package("hyper_connections", "hyper-connections")
+    layer = peer.mHC(v["streams"], dim=v["dim"], branch=torch.nn.Identity(), layer_index=0).to(device, dtype)
     names = [name for name, _ in layer.named_parameters()]
     with torch.no_grad():
         for seed, parameter in enumerate(layer.parameters()):
@@ -272,7 +269,8 @@ BENCHMARK = Benchmark(
         Rival("official KromHC, torch.compile", of_a_sublayer(build_compiled)),
         Rival("mHC, eager", of_a_sublayer(build_mhc)),
         Rival("mHC, torch.compile", of_a_sublayer(build_mhc_compiled)),
-        Rival("hyper-connections (PyPI) mHC", of_a_sublayer(build_peer)),
+        Rival("hyper-connections (PyPI) mHC", of_a_sublayer(build_peer), foreign=True),
+        *(Rival(name, of_a_sublayer(builder), foreign=True) for name, builder in gpu_rivals.BUILDERS.items()),
         Rival("copy of the same bytes", of_a_sublayer(build_copy)),
     ],
     flops=flops,

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..bench import Benchmark, Rival, Setting, Step, Unavailable
+from ..bench import Benchmark, Rival, Setting, Step, Unavailable, without_check
 from ..testing import normal
-from . import Routing, expert_capacity, moe_ffn, moe_route
+from . import Routing, expert_capacity, gpu_rivals, moe_ffn, moe_route
+from .gpu_rivals import Experts, gelu
 
 Values = dict[str, Any]
 Layer = Callable[..., Tensor]
@@ -84,10 +85,6 @@ def choice(x: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return found.values.to(x.dtype), found.indices
 
 
-def gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
 def build_ours(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
     backend = dispatch.preferred(device.type)
 
@@ -134,19 +131,27 @@ def build_loop(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str,
     return steps(layer, v, [x, router, *separate], merge)
 
 
-def build_sliced(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+def routed(experts: Experts, v: Values) -> Layer:
+    """A layer of experts that are told gates and choice."""
+    return lambda x, router, *weights: experts(x, *choice(x, router, v["top_k"]), *weights)
+
+
+def sliced(activation: Callable[[Tensor], Tensor]) -> Experts:
     """The same loop on slices W[e] of stacked parameters, for which autograd makes zero-filled gradients."""
 
-    def layer(x: Tensor, router: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        gates, experts = choice(x, router, v["top_k"])
+    def run(x: Tensor, gates: Tensor, experts: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         y = torch.zeros_like(x)
-        for e in range(v["experts"]):
+        for e in range(len(w1)):
             t, k = torch.where(experts == e)
-            rows = F.linear(gelu(F.linear(x[t], w1[e], b1[e])), w2[e], b2[e]) * gates[t, k, None]
+            rows = F.linear(activation(F.linear(x[t], w1[e], b1[e])), w2[e], b2[e]) * gates[t, k, None]
             y = y.index_add(0, t, rows)
         return y
 
-    return steps(layer, v, inputs(v, dtype, device))
+    return run
+
+
+def build_sliced(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    return steps(routed(sliced(gelu), v), v, inputs(v, dtype, device))
 
 
 def grouped_layer(v: Values) -> Layer:
@@ -223,16 +228,55 @@ def build_one_hot(v: Values, dtype: torch.dtype, device: torch.device) -> dict[s
     return without_check(steps(layer, v, inputs(v, dtype, device)))
 
 
-def without_check(found: dict[str, Step]) -> dict[str, Step]:
-    """A rival that computes another function has nothing to compare."""
-    return {mode: step for mode, step in found.items() if mode != "check"}
+def swiglu(x: Tensor) -> Tensor:
+    """Gate and value stand in turn."""
+    return F.silu(x[..., ::2]) * x[..., 1::2]
 
 
-def unavailable(reason: str) -> Callable[[Values, torch.dtype, torch.device], dict[str, Step]]:
-    def build(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-        raise Unavailable(reason)
+def held_to(
+    experts: Experts, found: dict[str, Step], v: Values, arguments: Sequence[Tensor], mode: str
+) -> dict[str, Step]:
+    """With `mode` of the same experts in float64 as truth.
 
-    return build
+    Only the first call is checked: it decides the routing of the next ones, near a tie by its last bit. So the truth
+    chooses in the dtype of the arguments, too.
+    """
+    if v["calls"] > 1:
+        return without_check(found)
+    chosen = choice(arguments[0], arguments[1], v["top_k"])[1]
+    wide = [t.detach().double().requires_grad_() for t in arguments]
+
+    def layer(x: Tensor, router: Tensor, *weights: Tensor) -> Tensor:
+        return experts(x, F.linear(x, router).softmax(-1).gather(1, chosen), chosen, *weights)
+
+    return found | {"truth": lambda: steps(layer, v, wide)[mode]()}
+
+
+def build_scattermoe(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    return steps(routed(gpu_rivals.scattermoe(device), v), v, inputs(v, dtype, device))
+
+
+def build_triton_kernels(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    """Forward alone."""
+    arguments = inputs(v, dtype, device)
+    forward = steps(routed(gpu_rivals.triton_kernels(device), v), v, arguments)["forward"]
+    return held_to(sliced(gelu), {"forward": forward, "check": forward}, v, arguments, "forward")
+
+
+def build_sonicmoe(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    """It has gated activations alone: SwiGLU of two thirds the width, for equal FLOPs."""
+    experts = gpu_rivals.sonicmoe(device, v["top_k"])
+    arguments = gated_inputs(v, dtype, device)
+    return held_to(sliced(swiglu), steps(experts, v, arguments), v, arguments, "check")
+
+
+def gated_inputs(v: Values, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """`inputs` for experts of three matrices with as many weights: w_up (E, 2J, H), w_down (E, H, J), J = 2I/3."""
+    width = v["inner"] * 2 // 3
+    x, router, *_, b2 = inputs(v, dtype, device)
+    _, _, w1, b1, _, _ = inputs({**v, "inner": 2 * width}, dtype, device)
+    w2 = inputs({**v, "inner": width}, dtype, device)[4]
+    return [x, router, w1, b1, w2, b2]
 
 
 PASSES = {"forward": 1, "backward": 2, "forward+backward": 3}
@@ -263,7 +307,9 @@ BENCHMARK = Benchmark(
         Rival("F.grouped_mm + torch.compile", build_grouped_compiled),
         Rival("padded baddbmm", build_padded),
         Rival("one-hot einsum", build_one_hot),
-        Rival("ScatterMoE, SonicMoE", unavailable("needs an NVIDIA GPU and a package that is not installed")),
+        Rival("ScatterMoE", build_scattermoe, foreign=True),
+        Rival("SonicMoE, SwiGLU of equal FLOPs", build_sonicmoe, foreign=True),
+        Rival("triton_kernels", build_triton_kernels, foreign=True),
     ],
     flops=flops,
     moved=moved,

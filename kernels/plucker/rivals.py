@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..bench import Benchmark, Rival, Setting, Step, Unavailable, with_gradients
+from ..bench import Benchmark, Rival, Setting, Step, Unavailable, package, with_gradients, without_check
 from ..testing import normal
 from . import eager, gated_blend, plucker_mix, reference
 from .cases import PAPER_OFFSETS
@@ -91,19 +91,66 @@ def build_compiled(v: Values, dtype: torch.dtype, device: torch.device) -> dict[
         raise Unavailable(str(error).splitlines()[0]) from error
 
 
-def build_attention(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-    """A causal attention sublayer of equal width: qkv, SDPA with heads of 64, output projection."""
-    dim, heads = v["dim"], v["dim"] // 64
-    weights = [normal(3 * dim, dim), normal(3 * dim), normal(dim, dim), normal(dim)]
-    x = normal(v["batch"], v["length"], dim, seed=9)
+Heads = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def attention(heads: Heads) -> Mixer:
+    """A causal attention sublayer with heads of 64: qkv, `heads` on (B, L, heads, 64), output projection."""
 
     def run(x: Tensor, wi: Tensor, bi: Tensor, wo: Tensor, bo: Tensor) -> Tensor:
-        q, k, value = F.linear(x, wi, bi).view(*x.shape[:2], 3, heads, 64).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, value, is_causal=True)
-        return F.linear(mixed.transpose(1, 2).reshape(x.shape), wo, bo)
+        q, k, value = F.linear(x, wi, bi).unflatten(-1, (3, -1, 64)).unbind(2)
+        return F.linear(heads(q, k, value).reshape(x.shape), wo, bo)
 
-    tensors = [(t * dim**-0.5).to(device, dtype).requires_grad_() for t in (x, *weights)]
-    return without_check(with_gradients(run, tensors))
+    return run
+
+
+def sdpa(q: Tensor, k: Tensor, value: Tensor) -> Tensor:
+    q, k, value = (t.transpose(1, 2) for t in (q, k, value))
+    return F.scaled_dot_product_attention(q, k, value, is_causal=True).transpose(1, 2)
+
+
+def attention_inputs(v: Values, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    dim = v["dim"]
+    weights = [normal(3 * dim, dim), normal(3 * dim), normal(dim, dim), normal(dim)]
+    x = normal(v["batch"], v["length"], dim, seed=9)
+    return [(t * dim**-0.5).to(device, dtype).requires_grad_() for t in (x, *weights)]
+
+
+def build_attention(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    return without_check(with_gradients(attention(sdpa), attention_inputs(v, dtype, device)))
+
+
+def build_flash(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    """The same sublayer with the attention of the flash-attn package."""
+    flash = package("flash_attn", "flash-attn", device)
+    if dtype == torch.float32:
+        raise Unavailable("flash-attn has half precision alone")
+    layer = attention(lambda q, k, value: flash.flash_attn_func(q, k, value, causal=True))
+    return with_gradients(layer, attention_inputs(v, dtype, device), attention(sdpa))
+
+
+def build_linear_attention(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    """The gated linear attention layer of flash-linear-attention, of equal width and with its own defaults."""
+    layers = package("fla.layers", "flash-linear-attention", device)
+    return layer_steps(layers.GatedLinearAttention(hidden_size=v["dim"]), v, dtype, device)
+
+
+def build_mamba(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    """The Mamba-2 layer of flash-linear-attention, of equal width and with its own defaults.
+
+    It takes its kernels from two more packages, and is slow PyTorch without them.
+    """
+    layers = package("fla.layers", "flash-linear-attention", device)
+    package("causal_conv1d", "causal-conv1d", device)
+    package("mamba_ssm.ops.triton.ssd_combined", "mamba-ssm", device)
+    return layer_steps(layers.Mamba2(hidden_size=v["dim"]), v, dtype, device)
+
+
+def layer_steps(layer: torch.nn.Module, v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    """The modes of a layer of flash-linear-attention, whose result comes first of several."""
+    layer.to(device, dtype)
+    x = normal(v["batch"], v["length"], v["dim"], seed=9).to(device, dtype).requires_grad_()
+    return without_check(with_gradients(lambda x, *_: layer(x)[0], [x, *layer.parameters()]))
 
 
 def build_convolution(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
@@ -140,11 +187,6 @@ def build_roof(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str,
     return {"forward": forward, "forward+backward": both}
 
 
-def without_check(steps: dict[str, Step]) -> dict[str, Step]:
-    """A rival that computes another function has nothing to compare."""
-    return {mode: step for mode, step in steps.items() if mode != "check"}
-
-
 def flops(v: Values, mode: str) -> float:
     dim, rank = v["dim"], v["rank"]
     matrices = dim * rank + dim * rank * (rank - 1) // 2 + 2 * dim * dim
@@ -167,6 +209,9 @@ BENCHMARK = Benchmark(
         Rival("collapsed eager", build_collapsed),
         Rival("torch.compile, collapsed", build_compiled),
         Rival("causal SDPA sublayer", build_attention),
+        Rival("flash-attn sublayer", build_flash, foreign=True),
+        Rival("gated linear attention (fla)", build_linear_attention, foreign=True),
+        Rival("Mamba-2 (fla)", build_mamba, foreign=True),
         Rival("depthwise convolution", build_convolution),
         Rival("GEMM roof", build_roof),
     ],

@@ -6,8 +6,6 @@ a rival of one kind has nothing to say about the other. Steps run in place, agai
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bench import Benchmark, Rival, Setting, Step, Unavailable
+from ..bench import Benchmark, Rival, Setting, Step, package
 from . import grassmann_step_, reference, subspace_cross_entropy
 from .cases import SCALE, orthonormal
 
@@ -111,12 +109,6 @@ def build_momentum_sgd(v: Values, dtype: torch.dtype, device: torch.device) -> d
     return {"step": optimizer.step}
 
 
-def package(name: str, distribution: str | None = None) -> Any:
-    if importlib.util.find_spec(name) is None:
-        raise Unavailable(f"{distribution or name} is not installed")
-    return importlib.import_module(name)
-
-
 def build_pogo(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
     """The optimiser of pogo-torch, with the same momentum."""
     if v["kind"] != "step":
@@ -125,7 +117,7 @@ def build_pogo(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str,
     weight, _, grad = (t.view(-1, v["k"], v["n"]) for t in stepping(v, device))
     parameter = torch.nn.Parameter(weight)
     parameter.grad = grad
-    base = importlib.import_module("pogo.base").SGD(momentum=MOMENTUM)
+    base = package("pogo.base", "pogo-torch").SGD(momentum=MOMENTUM)
     return {"step": pogo.POGO([parameter], base, lr=LR).step}
 
 
@@ -133,7 +125,7 @@ def build_geoopt(v: Values, dtype: torch.dtype, device: torch.device) -> dict[st
     """geoopt's RiemannianSGD on its Euclidean Stiefel manifold, with the same momentum."""
     if v["kind"] != "step":
         return {}
-    geoopt = package("geoopt")
+    geoopt = package("geoopt", "geoopt")
     weight, _, grad = stepping(v, device)
     columns = [t.view(-1, v["k"], v["n"]).mT.contiguous() for t in (weight, grad)]
     parameter = geoopt.ManifoldParameter(columns[0], manifold=geoopt.EuclideanStiefel())
@@ -173,13 +165,36 @@ def composed_loss(x: Tensor, weight: Tensor, labels: Tensor, k: int) -> Tensor:
     return F.cross_entropy(reference.subspace_logits(x, weight, k, SCALE), labels)
 
 
-def linear_loss(x: Tensor, weight: Tensor, labels: Tensor, k: int) -> Tensor:
-    """A softmax head of one row a class: another function, k times smaller."""
-    return F.cross_entropy(F.linear(x, weight[::k]), labels)
+def vector_rival(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
+    """loss(x, weight, labels) of one row a class: another function, k times smaller."""
+    build = head_rival(lambda x, weight, labels, _: loss(x, weight, labels), comparable=False)
+    return lambda v, dtype, device: build({**v, "k": 1}, dtype, device)
 
 
-def cosine_loss(x: Tensor, weight: Tensor, labels: Tensor, k: int) -> Tensor:
-    return F.cross_entropy(SCALE * F.linear(F.normalize(x), F.normalize(weight[::k])), labels)
+def linear_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight), labels)
+
+
+def cosine_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(SCALE * F.linear(F.normalize(x), F.normalize(weight)), labels)
+
+
+def build_liger(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    """The linear head with liger-kernel's fused cross entropy, which writes no logits; held to the same in float64."""
+    if v["kind"] != "head":
+        return {}
+    liger = package("liger_kernel.transformers", "liger-kernel", device)
+    fused = liger.LigerFusedLinearCrossEntropyLoss()
+    x, weight, labels = head_inputs({**v, "k": 1}, dtype, device)
+    a, b = (t.detach().double().requires_grad_() for t in (x, weight))
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(fused(weight, x, labels), (x, weight))
+
+    def truth() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(linear_loss(a, b, labels), (a, b))
+
+    return {"forward+backward": both, "check": both, "truth": truth}
 
 
 def metric_loss_rival(name: str, centres: str) -> Callable:
@@ -188,8 +203,7 @@ def metric_loss_rival(name: str, centres: str) -> Callable:
     def build(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
         if v["kind"] != "head":
             return {}
-        package("pytorch_metric_learning", "pytorch-metric-learning")
-        losses = importlib.import_module("pytorch_metric_learning.losses")
+        losses = package("pytorch_metric_learning.losses", "pytorch-metric-learning")
         options = {"num_classes": v["classes"], "embedding_size": v["n"], centres: v["k"]}
         loss = getattr(losses, name)(**options).to(device, dtype)
         x, _, labels = head_inputs(v, dtype, device)
@@ -236,16 +250,17 @@ BENCHMARK = Benchmark(
         Rival("composed eager", lambda *a: step_rival(eager_step)(*a) | head_rival(composed_loss)(*a)),
         Rival("torch.compile, composed head", build_compiled),
         Rival("official SVD geodesic", step_rival(official_step)),
-        Rival("geoopt EuclideanStiefel SGD", build_geoopt),
+        Rival("geoopt EuclideanStiefel SGD", build_geoopt, foreign=True),
         Rival("POGO, batched products", step_rival(pogo_step, comparable=False)),
-        Rival("pogo-torch", build_pogo),
+        Rival("pogo-torch", build_pogo, foreign=True),
         Rival("momentum SGD, eager", step_rival(momentum_sgd_step, comparable=False)),
         Rival("momentum SGD, torch fused", build_momentum_sgd),
         Rival("GEMM roof", build_roof),
-        Rival("linear head", head_rival(linear_loss, comparable=False)),
-        Rival("cosine head", head_rival(cosine_loss, comparable=False)),
-        Rival("SubCenterArcFace, k centres", metric_loss_rival("SubCenterArcFaceLoss", "sub_centers")),
-        Rival("SoftTriple, k centres", metric_loss_rival("SoftTripleLoss", "centers_per_class")),
+        Rival("linear head", vector_rival(linear_loss)),
+        Rival("Liger fused linear cross entropy", build_liger, foreign=True),
+        Rival("cosine head", vector_rival(cosine_loss)),
+        Rival("SubCenterArcFace, k centres", metric_loss_rival("SubCenterArcFaceLoss", "sub_centers"), foreign=True),
+        Rival("SoftTriple, k centres", metric_loss_rival("SoftTripleLoss", "centers_per_class"), foreign=True),
     ],
     flops=flops,
     moved=moved,
