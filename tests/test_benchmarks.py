@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from grassland.kernels import bench, dispatch
-from grassland.kernels.bench import Rival, Setting, Unavailable
 from grassland.kernels.bench_report import regressions
+from grassland.kernels.rival import Rival, Setting, Unavailable, with_gradients
 
 ROOT = Path(__file__).parents[1]
 TINY = Setting("tiny", {"batch": 1, "length": 24, "dim": 64, "rank": 8, "offsets": [1, 2]})
@@ -129,7 +129,7 @@ def test_a_rival_is_held_to_its_own_truth(tiny, monkeypatch):
 
     def other(v, dtype, device):
         x = torch.randn(3, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        return bench.with_gradients(torch.sin, [x], torch.cos if v.get("wrong") else torch.sin)
+        return with_gradients(torch.sin, [x], torch.cos if v.get("wrong") else torch.sin)
 
     for wrong in (False, True):
         setting = replace(TINY, values={**TINY.values, "wrong": wrong})

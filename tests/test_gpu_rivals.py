@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from grassland.kernels import bench, dispatch
-from grassland.kernels.bench import Rival, Setting, Unavailable
 from grassland.kernels.kronecker import gpu_rivals as mhc
 from grassland.kernels.kronecker.rivals import mhc_layer
+from grassland.kernels.rival import Benchmark, Rival, Setting, Unavailable, package, tensors, with_gradients
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ON_A_GPU = {
@@ -57,8 +57,8 @@ def test_a_package_says_what_it_lacks(tmp_path, monkeypatch):
         ("json", CPU, "needs an NVIDIA GPU"),
     ]:
         with pytest.raises(Unavailable, match=f"^{re.escape(reason)}"):
-            bench.package(name, "x", device)
-    assert bench.package("json", "x", GPU) is json
+            package(name, "x", device)
+    assert package("json", "x", GPU) is json
 
 
 def test_a_foreign_rival_that_fails_or_disagrees_is_listed(monkeypatch):
@@ -66,7 +66,7 @@ def test_a_foreign_rival_that_fails_or_disagrees_is_listed(monkeypatch):
 
     def ours(v, dtype, device):
         x = torch.arange(1.0, 4.0).requires_grad_()
-        return bench.with_gradients(lambda x: v.get("factor", 1) * x.square(), [x])
+        return with_gradients(lambda x: v.get("factor", 1) * x.square(), [x])
 
     def wrong(v, dtype, device):
         return ours({"factor": 2}, dtype, device)
@@ -77,7 +77,7 @@ def test_a_foreign_rival_that_fails_or_disagrees_is_listed(monkeypatch):
     rivals = [Rival("ours", ours), Rival("wrong", wrong, foreign=True), Rival("failing", failing, foreign=True)]
     fields = {"ours": "ours", "settings": [], "rivals": rivals, "flops": lambda *_: 1.0, "moved": lambda *_: 1.0}
     options = SimpleNamespace(dtype="float32", device="cpu", repeats=1)
-    records = bench.measure(bench.Benchmark(name="x", title="x", **fields), Setting("s", {}), options)
+    records = bench.measure(Benchmark(name="x", title="x", **fields), Setting("s", {}), options)
     assert {r["rival"] for r in records if "ms" in r} == {"ours"}
     reasons = {r["rival"]: r["error"] for r in records if "error" in r}
     assert reasons["wrong"] == "differs from ours by 1.0e+00"
@@ -183,5 +183,5 @@ def test_a_rival_gives_its_package_what_that_documents(monkeypatch, op, name, va
     steps, reasons = bench.build(chosen, Setting("tiny", values), torch.bfloat16, CPU)
     assert reasons == {} and {"forward", "check", "truth"} <= steps[name].keys()
     assert bench.agreement(chosen, steps, torch.bfloat16) == {}
-    steps[name]["check"], right = lambda: [-t for t in bench.tensors(right())], steps[name]["check"]
+    steps[name]["check"], right = lambda: [-t for t in tensors(right())], steps[name]["check"]
     assert bench.agreement(chosen, steps, torch.bfloat16).keys() == {name}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bench import Step, Unavailable, package, with_gradients
+from ..rival import Step, Unavailable, package, with_gradients
 from ..testing import normal
 
 Values = dict[str, Any]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..bench import Benchmark, Rival, Setting, Step, Unavailable, package, with_gradients
+from ..rival import Benchmark, Rival, Setting, Step, Unavailable, package, with_gradients
 from ..testing import normal
 from . import gpu_rivals, kronecker_open, kronecker_post, kronecker_pre, kronecker_step
 

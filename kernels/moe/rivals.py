@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..bench import Benchmark, Rival, Setting, Step, Unavailable, without_check
+from ..rival import Benchmark, Rival, Setting, Step, Unavailable, without_check
 from ..testing import normal
 from . import Routing, expert_capacity, gpu_rivals, moe_ffn, moe_route
 from .gpu_rivals import Experts, gelu

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..bench import Benchmark, Rival, Setting, Step, Unavailable, package, with_gradients, without_check
+from ..rival import Benchmark, Rival, Setting, Step, Unavailable, package, with_gradients, without_check
 from ..testing import normal
 from . import eager, gated_blend, plucker_mix, reference
 from .cases import PAPER_OFFSETS

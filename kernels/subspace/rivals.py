@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bench import Benchmark, Rival, Setting, Step, package
+from ..rival import Benchmark, Rival, Setting, Step, package
 from . import grassmann_step_, reference, subspace_cross_entropy
 from .cases import SCALE, orthonormal
 

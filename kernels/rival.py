@@ -1,0 +1,124 @@
+"""What a benchmark is made of: settings, rivals, and the functions that rivals are built with."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Step = Callable[[], Any]
+
+
+class Unavailable(Exception):
+    """A rival cannot run here; the message is the reason."""
+
+
+class Disagreement(Exception):
+    """Two rivals that should compute the same do not."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One problem size, or what else a table has a row for."""
+
+    id: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One way to do the work.
+
+    build(setting values, dtype, device) gives a function for each mode it has ("forward", "forward+backward", "step",
+    …), none if the setting is not for it, and, as "check", one whose result (a tensor, or a tuple of them) must agree
+    with the other rivals', or with that of the function it gives as "truth": the same mathematics in float64. Builders
+    raise Unavailable.
+
+    foreign: the work is done by somebody else's package; where that fails or disagrees, the rival is listed with the
+    reason, and the others are measured all the same.
+    """
+
+    name: str
+    build: Callable[[dict[str, Any], torch.dtype, torch.device], dict[str, Step]]
+    foreign: bool = False
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is measured for one op.
+
+    ours: the rival that the ratios are of. flops and moved: arithmetic and bytes that mode cannot do without, for the
+    roof. tolerance: largest relative difference of the checked results, by dtype.
+    """
+
+    name: str
+    title: str
+    ours: str
+    settings: Sequence[Setting]
+    rivals: Sequence[Rival]
+    flops: Callable[[dict[str, Any], str], float]
+    moved: Callable[[dict[str, Any], str, int], float]
+    tolerance: dict[torch.dtype, float] = field(default_factory=lambda: {torch.float32: 1e-4, torch.bfloat16: 3e-2})
+
+
+def with_gradients(
+    function: Callable[..., Any], inputs: Sequence[Tensor], truth: Callable[..., Any] | None = None
+) -> dict[str, Step]:
+    """The modes of a differentiable function of one or more outputs: `inputs` that require gradients get them.
+
+    truth: the same mathematics in float64, called with the inputs in float64.
+    """
+    wanted = [t for t in inputs if t.requires_grad]
+    generator = torch.Generator().manual_seed(7)
+    outputs = tensors(function(*inputs))
+    grads = [torch.randn(out.shape, generator=generator).to(out.device, out.dtype) for out in outputs]
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return function(*inputs)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(*inputs), wanted, grads)
+
+    modes: dict[str, Step] = {"forward": forward, "forward+backward": both}
+    modes["check"] = lambda: (*tensors(forward()), *both())
+    if truth is not None:
+        wide = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+        modes["truth"] = lambda: with_gradients(truth, wide)["check"]()
+    return modes
+
+
+def tensors(value: Any) -> list[Tensor]:
+    return [value.detach()] if isinstance(value, Tensor) else [t.detach() for t in value]
+
+
+def without_check(steps: dict[str, Step]) -> dict[str, Step]:
+    """The modes of a rival that computes another function: there is nothing to compare."""
+    return {mode: step for mode, step in steps.items() if mode not in ("check", "truth")}
+
+
+def package(name: str, install: str, device: torch.device | None = None) -> Any:
+    """A module of somebody else's package, or Unavailable with what is missing.
+
+    install: what pip calls it. device: given for what runs on an NVIDIA GPU alone.
+    """
+    if device is not None and device.type != "cuda":
+        raise Unavailable("needs an NVIDIA GPU")
+    try:
+        return importlib.import_module(name)
+    # What such a package raises where it finds no driver or compiler can be anything.
+    except Exception as error:
+        top = name.partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and error.name == top:
+            raise Unavailable(f"{top} is not installed: pip install {install}") from error
+        raise Unavailable(f"{name} does not import ({summary(error)}): pip install {install}") from error
+
+
+def summary(error: Exception) -> str:
+    """One line, without what would end a cell of a table."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}".replace("|", "/")
