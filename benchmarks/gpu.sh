@@ -60,7 +60,7 @@ done
 
 step "scaling and profile"
 python -m grassland.kernels.bench all --device cuda --dtype bfloat16 --scaling --out "$OUT" > "$OUT/scaling.md" 2>&1
-python -m grassland.train profile --device cuda --dtype bf16 --batch-size 32 --out "$OUT/profile"
+python -m grassland.train profile --models all --steps 5 --device cuda --dtype bf16 --batch-size 32 --out "$OUT/profile"
 
 step "WikiText-2"
 data=../shared/data
