@@ -147,7 +147,7 @@ class LMConfig(RunConfig):
     """
 
     model: str = "grassmann_lm_6l"
-    """A preset of `grassland.archs.list_models()` or the assembly "lm"."""
+    """A preset of `grassland.archs.list_models()`, the assembly "lm", or an architecture of transformers': hf/TYPE."""
     data: str = "pydoc"
     """pydoc (embedded), a text or parquet file, a folder with train/valid/test files, or a hub name[:config]."""
     tokenizer: str = "bpe:4096"

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..archs import atomic_write, load_model
+from ..archs import atomic_write
+from .text_model import load_text_model
 
 PICTURE, NUMBERS = "inspect.png", "inspect.json"
 PANELS = {
@@ -68,7 +69,7 @@ def _labelled(folders: Sequence[Path | str]) -> dict[str, Path]:
 
 
 def _measured(folder: Path, tokens: Tensor | None) -> list[Layer]:
-    model = load_model(folder, dtype=torch.float32)
+    model = load_text_model(folder).float()
     return measure(model, _random_tokens(model) if tokens is None else tokens)
 
 

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..archs import CheckpointError, load_model
+from ..archs import CheckpointError
 from ..archs.lm import LanguageModel
 from .data import load_tokenizer
+from .hf_lm import HuggingFaceLM
+from .text_model import load_text_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -61,11 +63,12 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    model = load_model(folder, device=device)
-    if not isinstance(model, LanguageModel):
+    model = load_text_model(folder, device)
+    if not isinstance(model, LanguageModel | HuggingFaceLM):
         raise CheckpointError(f"{folder}: a model of kind {model.config.kind!r}, not a language model")
     tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
     size, rows = tokenizer.get_vocab_size(), model.config.vocab_size
-    if size != rows:
+    # A vocabulary of transformers' may be padded.
+    if size > rows or (size < rows and isinstance(model, LanguageModel)):
         raise CheckpointError(f"{folder}: tokenizer.json has {size} tokens, but the model has vocab_size={rows}")
     return model, tokenizer

@@ -18,6 +18,7 @@ from ..data import BlockOrder, load_tokenizer, save_tokenizer
 from ..data.blocks import IGNORED
 from ..data.labelled import TextBatch, encode_labelled, evaluation_rows, load_labelled
 from ..data.tokenizer import FILE as TOKENIZER_FILE
+from ..text_model import load_text_model
 from .base import Task
 from .mlm import check_length
 
@@ -181,7 +182,7 @@ def classifier_from(folder: Path, classes: int, overrides: dict[str, Any]) -> En
     overrides: as for `create_model`; ValueError if they change the shape of a weight. Raises CheckpointError for a
     folder without a text encoder.
     """
-    trained = load_model(folder)
+    trained = load_text_model(folder)
     if not isinstance(trained, Encoder):
         raise CheckpointError(f"{folder}: a model of kind {trained.config.kind!r}, not a text encoder")
     config: Any = trained.config.override(**{**overrides, "num_classes": classes})

@@ -9,20 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...archs import create_model, load_model, save_model
 from ..config import LMConfig, RunConfig
 from ..data import BlockOrder, Corpus, block_batch, load_corpus, load_tokenizer, num_blocks, save_tokenizer
 from ..data.tokenizer import FILE as TOKENIZER_FILE
 from ..evaluate import evaluate_text
 from ..parallel import is_main, rows
 from ..sample import generate_text
+from ..text_model import build_text_model, load_text_model, save_text_model
 from .base import Task
 
 
 class LanguageModeling(Task):
     """Next-token prediction in blocks of `config.seq_len` tokens.
 
-    Raises ValueError for a text shorter than one block, and what `load_corpus` and `create_model` raise.
+    Raises ValueError for a text shorter than one block, and what `load_corpus` and `build_text_model` raise.
     """
 
     name, unit, metric = "lm", "tokens", "loss"
@@ -31,8 +31,8 @@ class LanguageModeling(Task):
         self.config = config
         self.corpus, self.tokenizer_damaged = read_corpus(config)
         _check_length(self.corpus, config)
-        options = {"max_len": config.seq_len, **config.overrides()}
-        model = create_model(config.model, vocab_size=self.corpus.tokenizer.get_vocab_size(), **options)
+        vocab_size = self.corpus.tokenizer.get_vocab_size()
+        model = build_text_model(config.model, vocab_size, config.seq_len, config.overrides())
         super().__init__(model, device)
         self.order = BlockOrder(num_blocks(len(self.corpus.train.tokens), config.seq_len), config.seed)
 
@@ -69,10 +69,10 @@ class LanguageModeling(Task):
     def save(self, folder: Path, config: RunConfig) -> None:
         if not (folder / TOKENIZER_FILE).exists():
             save_tokenizer(self.corpus.tokenizer, folder)
-        save_model(self.model, folder, extra={"task": self.name, "run": config.to_dict()})
+        save_text_model(self.model, folder, extra={"task": self.name, "run": config.to_dict()})
 
     def best_model(self, folder: Path) -> nn.Module:
-        return load_model(folder, device=self.device)
+        return load_text_model(folder, self.device)
 
     def identity(self) -> dict[str, Any]:
         return {"data": self.corpus.key, "vocab_size": self.corpus.tokenizer.get_vocab_size()}
