@@ -15,9 +15,11 @@ def plot(records: Sequence[Record], path: Path) -> None:
     chosen = [record for record in done(records) if record["chosen"]]
     figure: Any = matplotlib_module("figure").Figure(figsize=(15, 4.4), layout="constrained")
     panels = (("step", "step", 1), ("units", f"{chosen[0]['unit']}s", 1), ("seconds", "wall time, minutes", 1 / 60))
-    task = chosen[0]["task"]
+    task, curves = chosen[0]["task"], by(chosen, "arm")
+    arms = [arm for arm in by(records, "arm") if arm in curves]
     for axes, (key, label, factor) in zip(figure.subplots(1, 3), panels, strict=True):
-        for index, (arm, runs) in enumerate(by(chosen, "arm").items()):
+        for index, arm in enumerate(arms):
+            runs = curves[arm]
             _curve(axes, runs, key, factor, f"C{index % 10}", arm if len(runs) == 1 else f"{arm} ({len(runs)} seeds)")
         axes.set(xlabel=label, ylabel=f"validation {SHOWN[task][4]}")
         if task == "lm":
