@@ -145,14 +145,15 @@ def compare_tables(*presets):
 
 def compare_summary(preset):
     """One row an arm: size, test metric, difference to the first arm."""
-    parts = []
+    parts, finished = [], []
     for records in comparisons(preset).values():
+        finished += report.done(records)
         rows = report.arm_rows(records)
         kept = [place for place, head in enumerate(rows[0]) if head.startswith(SUMMARY)]
         heads, *cells = [[row[place] for place in kept] for row in rows]
         first = report.done(records)[0]
         parts.append(f"**{records[0]['title']}**, {first['steps']} steps\n\n{report.markdown(heads, cells)}")
-    return "\n\n".join([*parts, report.footnote(report.done(records))]) if parts else NONE
+    return "\n\n".join([*parts, report.footnote(finished)]) if parts else NONE
 
 
 def profile_table():
