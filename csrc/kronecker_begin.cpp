@@ -93,18 +93,28 @@ GRASSLAND_INLINE void begin_body(const T* x, const float* weight, const float* b
   }
 }
 
-// <du, x_k> of one token, two streams at a time.
+// <du, x_k> of one token, two streams at a time. Sums of kPiece channels are added up in double precision: a long chain of
+// float32 additions would lose more than PyTorch's products do.
 template <typename T>
 GRASSLAND_INLINE void along_streams(const T* x, const T* du, const Shape& s, float* out) {
+  constexpr int64_t kPiece = 16 * kLanes;
   for (int64_t k = 0; k < s.streams; k += 2) {
-    Vec even = {}, odd = {};
-    for_each_vector(s.dim, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-      const Vec g = load(du + c, live);
-      even += g * load(x + k * s.dim + c, live);
-      odd += g * load(x + (k + 1) * s.dim + c, live);
-    });
-    out[k] = total(even);
-    out[k + 1] = total(odd);
+    double even = 0, odd = 0;
+    for (int64_t first = 0; first < s.dim; first += kPiece) {
+      const T *g = du + first, *a = x + k * s.dim + first, *b = a + s.dim;
+      Vec sums[2][2] = {};
+      int64_t place = 0;
+      for_each_vector(std::min(kPiece, s.dim - first), [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+        const Vec v = load(g + c, live);
+        sums[0][place] += v * load(a + c, live);
+        sums[1][place] += v * load(b + c, live);
+        place = 1 - place;
+      });
+      even += total(sums[0][0] + sums[0][1]);
+      odd += total(sums[1][0] + sums[1][1]);
+    }
+    out[k] = static_cast<float>(even);
+    out[k + 1] = static_cast<float>(odd);
   }
 }
 

@@ -24,6 +24,9 @@ def plot(records: Sequence[Record], path: Path) -> None:
         axes.set(xlabel=label, ylabel=f"validation {SHOWN[task][4]}")
         if task == "lm":
             axes.set_yscale("log")
+        if key == "units":
+            axes.xaxis.set_major_formatter(matplotlib_module("ticker").EngFormatter())
+        axes.locator_params(axis="x", nbins=6)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(chosen[0]["title"])
