@@ -19,12 +19,11 @@ GRASSLAND_INLINE void fetch(const Upcoming<T>& next, int64_t row, int64_t offset
   }
 }
 
-// sums[t][j] += x_t * column j for kHalf tokens and kGroup columns of one tile of stream k.
+// sums[t][j] += x_t * column j for kHalf tokens and kGroup columns of one tile of stream k. A tile has sums of its own: one
+// chain of additions along all streams would lose more than PyTorch's products do.
 template <typename T>
 GRASSLAND_INLINE void project_tile(const T* const* x, const float* weight, int64_t columns, int64_t size, float* sums) {
-  Vec sum[kHalf][kGroup];
-  for (int64_t t = 0; t < kHalf; ++t)
-    for (int64_t j = 0; j < kGroup; ++j) sum[t][j] = load_full(sums + (t * columns + j) * kLanes);
+  Vec sum[kHalf][kGroup] = {};
   for_each_vector(size, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
     Vec v[kHalf];
     for (int64_t t = 0; t < kHalf; ++t) v[t] = load(x[t] + c, live);
@@ -34,7 +33,10 @@ GRASSLAND_INLINE void project_tile(const T* const* x, const float* weight, int64
     }
   });
   for (int64_t t = 0; t < kHalf; ++t)
-    for (int64_t j = 0; j < kGroup; ++j) store_full(sum[t][j], sums + (t * columns + j) * kLanes);
+    for (int64_t j = 0; j < kGroup; ++j) {
+      float* to = sums + (t * columns + j) * kLanes;
+      store_full(load_full(to) + sum[t][j], to);
+    }
 }
 
 // Functions of their own: inlined into the loops over the tiles, their sums do not all stay in registers.
@@ -48,12 +50,14 @@ __attribute__((noinline)) GRASSLAND_MULTIARCH void project(const bf16* const* x,
 
 template <typename T>
 GRASSLAND_INLINE void add_squares(const T* const* x, int64_t size, Vec* squares) {
+  Vec sum[kHalf] = {};
   for_each_vector(size, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
     for (int64_t t = 0; t < kHalf; ++t) {
       const Vec v = load(x[t] + c, live);
-      squares[t] += v * v;
+      sum[t] += v * v;
     }
   });
+  for (int64_t t = 0; t < kHalf; ++t) squares[t] += sum[t];
 }
 
 // Columns of the coefficients: sigmoid, twice sigmoid for the n of h_post.

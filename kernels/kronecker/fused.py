@@ -332,7 +332,8 @@ def backward(
     logits = torch.empty_like(after)
     joined, branch, before = (x if dx is None else dx), (y if post else x), (h if post else after)
     common = {"POST": post, "DTYPE": stored(x), **shape(x), **padded(x)}
-    block = tile(x, 32)
+    # Wider tiles spill on sm_100.
+    block = tile(x, 16)
     pre_backward_kernel[(triton.cdiv(tokens, block["BM"]),)](
         joined, du, dafter, x, branch, before, weight, after, saved, grad, dy, dh, logits, tokens, dim, 1 / eps,
         JOIN=dx is not None, **common, **block, num_warps=8,

@@ -63,8 +63,11 @@ def gelu_gate(x):
 
 
 @triton.jit
-def gelu_slope(x, gate):
-    return gate + x * gate * (1.0 - gate) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+def gelu_slope(x):
+    # the gate's smaller side first: 1 - gate would cancel for large x
+    side = gelu_gate(-tl.abs(x))
+    slope = x * side * (1.0 - side) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    return slope + tl.where(x < 0, side, 1.0 - side)
 
 
 @triton.jit
@@ -143,7 +146,7 @@ def grouped_kernel(
         part = partial + tl.program_id(1).to(tl.int64) * pairs + pair
         store(part, tl.sum(tl.where(mask, acc * value, 0.0), 1), mask=keep)
         store(out2 + here, value * gate, mask=mask)
-        store(out + here, acc * gate * factor * gelu_slope(h, half), mask=mask)
+        store(out + here, acc * gate * factor * gelu_slope(h), mask=mask)
 
 
 @triton.jit
@@ -169,7 +172,7 @@ def output_backward_kernel(
             pre = tl.load(o + rows[:, None] * width + n[None, :], mask=mask, other=0.0).to(tl.float32)
             half = gelu_gate(pre)
             total += tl.sum(v * pre * half, 1)
-            v *= gelu_slope(pre, half)
+            v *= gelu_slope(pre)
         else:
             b = tl.load(bias + expert * width + n, mask=n < width, other=0.0).to(tl.float32)
             total += tl.sum(v * b[None, :], 1)
