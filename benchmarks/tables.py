@@ -122,9 +122,15 @@ def scaling_table(stem):
     lines = [f"| ms | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for rival in dict.fromkeys(r["rival"] for r in records):
         own = {r["setting"]: r for r in records if r["rival"] == rival and r.get("mode") == modes.get(r["setting"])}
-        cells = [f"{own[setting]['ms']:.2f}" if setting in own else "" for setting in modes]
+        cells = [f"{own[s]['ms']:.2f}" if s in own else reason(records, rival, s) for s in modes]
         lines.append(f"| {rival} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", footnote(records)])
+
+
+def reason(records, rival, setting):
+    """Why a rival has no time in a setting."""
+    found = (r["error"] for r in records if "error" in r and (r["rival"], r["setting"]) == (rival, setting))
+    return next((f"not run: {error}" for error in found), "")
 
 
 def comparisons(preset):

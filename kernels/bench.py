@@ -32,6 +32,8 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
 def build(benchmark: Benchmark, setting: Setting, dtype: torch.dtype, device: torch.device) -> tuple[dict, dict]:
     """The rivals' functions, and the reasons of those that cannot run."""
+    # Else compiled rivals leave sizes open at their second setting, which takes minutes, and later fall back to eager.
+    torch.compiler.reset()
     steps, reasons = {}, {}
     for rival in benchmark.rivals:
         try:

@@ -151,8 +151,7 @@ def build_official(v: Values, dtype: torch.dtype, device: torch.device) -> dict[
 def build_compiled(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
     from torch._dynamo.exc import BackendCompilerFailed
 
-    # With sizes left open, a second setting takes minutes to compile.
-    compiled = torch.compile(sublayer(kromhc_matrix), dynamic=False)
+    compiled = torch.compile(sublayer(kromhc_matrix))
     try:
         return with_gradients(compiled, inputs(v, dtype, device, 2 * stages(v)))
     except BackendCompilerFailed as error:
@@ -164,7 +163,7 @@ def build_mhc(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, 
 
 
 def build_mhc_compiled(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-    compiled = torch.compile(sublayer(mhc_matrix), dynamic=False)
+    compiled = torch.compile(sublayer(mhc_matrix))
     return with_gradients(compiled, inputs(v, dtype, device, v["streams"] ** 2), mhc_layer)
 
 
