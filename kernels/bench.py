@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import importlib
 import itertools
 import json
@@ -26,6 +27,8 @@ from . import bench_report, dispatch
 from .machine import about
 from .rival import Benchmark, Disagreement, Rival, Setting, Step, Unavailable, summary, tensors, without_check
 
+# A millisecond of a GPU at 2 GHz, and more than its cache holds.
+WAIT_CYCLES, SCRATCH_BYTES = 2_000_000, 1 << 28
 # Parameters of glibc's mallopt.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
@@ -84,13 +87,40 @@ def agreement(benchmark: Benchmark, steps: dict[str, dict[str, Step]], dtype: to
 
 
 def elapsed(step: Step, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    """Seconds of one call; on a GPU those of its stream, which starts with a cold cache and the host ahead of it.
+
+    The stream first waits for a millisecond, so that launches, unless they take longer, are not what is measured.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(WAIT_CYCLES)
+    scratch(device).zero_()
+    start.record()
     step()
-    if device.type == "cuda":
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+@functools.cache
+def scratch(device: torch.device) -> Tensor:
+    """What is written between calls, larger than a GPU's cache."""
+    return torch.empty(SCRATCH_BYTES, dtype=torch.int8, device=device)
+
+
+def host_seconds(step: Step) -> float:
+    """Median time until a call returns that a GPU has still to carry out."""
+    times = []
+    for _ in range(5):
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return statistics.median(times)
 
 
 def interleaved(steps: dict[str, Step], device: torch.device, repeats: int) -> dict[str, list[float]]:
@@ -154,6 +184,8 @@ def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace)
             record |= {"ratio": median / ours, "gflops": benchmark.flops(setting.values, mode) / median / 1e9}
             record |= {"gbytes": benchmark.moved(setting.values, mode, dtype.itemsize) / median / 1e9}
             record |= {"peak_bytes": peak_bytes(chosen[name], device)}
+            if device.type == "cuda":
+                record["host_ms"] = host_seconds(chosen[name]) * 1e3
             if "forward" in mode and "backward" in mode:
                 record["saved_bytes"] = saved_bytes(chosen[name])
             records.append({**common, **record})
@@ -218,7 +250,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def chosen_settings(benchmark: Benchmark, options: argparse.Namespace) -> list[Setting]:
-    settings = scaled(benchmark) if options.scaling else benchmark.settings
+    settings = scaled(benchmark) if options.scaling else benchmark.settings_on(torch.device(options.device))
     return [s for s in settings if not options.setting or s.id in options.setting]
 
 
@@ -256,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     benchmarks: list[Benchmark] = [importlib.import_module(f"{__package__}.{op}.rivals").BENCHMARK for op in ops]
     settings = {benchmark.name: chosen_settings(benchmark, options) for benchmark in benchmarks}
     if not any(settings.values()):
-        names = ", ".join(s.id for b in benchmarks for s in (scaled(b) if options.scaling else b.settings))
+        names = ", ".join(s.id for b in benchmarks for s in (scaled(b) if options.scaling else b.settings_on(torch.device(options.device))))
         raise SystemExit(f"error: --setting must be one of {names}, got {', '.join(options.setting)}")
     try:
         baseline = bench_report.read_baseline(options.baseline) if options.baseline else []

@@ -62,10 +62,12 @@ def driver() -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the source tree, with "+" if it has changes; None outside a repository."""
+    """The commit of the source tree, with "+" if it has changes; $GRASSLAND_COMMIT or None outside a repository."""
     folder = str(Path(__file__).parent)
     found = answer(["git", "-C", folder, "rev-parse", "--short", "HEAD"])
-    return found and found + ("+" if answer(["git", "-C", folder, "status", "--porcelain", "-uno"]) else "")
+    if not found:
+        return os.environ.get("GRASSLAND_COMMIT")
+    return found + ("+" if answer(["git", "-C", folder, "status", "--porcelain", "-uno"]) else "")
 
 
 def answer(command: list[str]) -> str | None:

@@ -51,7 +51,7 @@ class Rival:
 class Benchmark:
     """What is measured for one op.
 
-    ours: the rival that the ratios are of. flops and moved: arithmetic and bytes that mode cannot do without, for the
+    settings: on a CPU, and on a GPU where `gpu_settings` has none. ours: the rival that the ratios are of. flops and moved: arithmetic and bytes that mode cannot do without, for the
     roof. tolerance: largest relative difference of the checked results, by dtype.
     """
 
@@ -63,6 +63,10 @@ class Benchmark:
     flops: Callable[[dict[str, Any], str], float]
     moved: Callable[[dict[str, Any], str, int], float]
     tolerance: dict[torch.dtype, float] = field(default_factory=lambda: {torch.float32: 1e-4, torch.bfloat16: 3e-2})
+    gpu_settings: Sequence[Setting] = ()
+
+    def settings_on(self, device: torch.device) -> Sequence[Setting]:
+        return self.gpu_settings if device.type == "cuda" and self.gpu_settings else self.settings
 
 
 def with_gradients(

@@ -6,6 +6,8 @@ from pathlib import Path
 # Each xdist worker keeps to one core, and so do the processes it starts: threads that wait for a core are slow.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
+# Without it cuBLAS warns wherever a test asks for deterministic algorithms.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch

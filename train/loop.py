@@ -14,7 +14,7 @@ from ..kernels.machine import commit, machine, versions
 from . import parallel
 from .checkpoint import CheckpointError, load_state, save_run_config, save_state
 from .config import RunConfig
-from .data.errors import WorkerError
+from .data.errors import WorkerError, is_obituary
 from .env import peak_flops, peak_memory
 from .experts import ExpertLoad
 from .log import Meter, MetricsLog, NoLog, ProgressLine, duration
@@ -92,15 +92,20 @@ class Trainer:
                         return self.interrupt(stop)
             return self.finish()
         except (OSError, WorkerError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise TrainingError(f"{self.folder}: {reason} at step {self.step}; {self._advice()}") from error
+            raise self._stopped_by(error) from error
         except RuntimeError as error:
+            if is_obituary(error):
+                raise self._stopped_by(WorkerError.of(error)) from error
             if parallel.size() == 1 or isinstance(error, TrainingError) or not parallel.is_lost_peer(error):
                 raise
             reason = f"another process of the run is gone, its own message says why; at step {self.step}"
             raise TrainingError(f"{self.folder}: {reason}; {self._advice()}") from error
         finally:
             self.log.close()
+
+    def _stopped_by(self, error: OSError | WorkerError) -> TrainingError:
+        reason = getattr(error, "strerror", None) or str(error)
+        return TrainingError(f"{self.folder}: {reason} at step {self.step}; {self._advice()}")
 
     def advance(self) -> None:
         """One optimiser step."""

@@ -299,9 +299,21 @@ def stored(x: Tensor) -> tl.dtype:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]
 
 
-def tile(x: Tensor, most: int = 64) -> dict[str, int]:
-    """16 tokens, and channels so that a tuple of n tiles stays in registers."""
-    return {"BM": 16, "BC": max(16, min(most, 256 // x.shape[1], triton.next_power_of_2(x.shape[2])))}
+# Tokens, channels of all streams together, channels at most, and warps of a tile, by kernel.
+TILES = {
+    "pre": (16, 256, 64, 4),
+    "post": (16, 256, 64, 4),
+    # Wider ones spill on sm_100.
+    "pre_backward": (16, 256, 16, 8),
+    "post_backward": (16, 256, 32, 4),
+    "weight_gradient": (16, 256, 16, 4),
+}
+
+
+def tile(x: Tensor, kernel: str) -> dict[str, int]:
+    tokens, channels, most, warps = TILES[kernel]
+    width = max(16, min(most, channels // x.shape[1], triton.next_power_of_2(x.shape[2])))
+    return {"BM": tokens, "BC": width, "num_warps": warps}
 
 
 def forward(
@@ -312,7 +324,7 @@ def forward(
     out = x if y is None else torch.empty_like(x)
     u, after, saved = x.new_empty(tokens, dim), weight.new_empty(tokens, m), weight.new_empty(tokens, m + 1)
     if tokens:
-        block = tile(x)
+        block = tile(x, "pre")
         pre_kernel[(triton.cdiv(tokens, block["BM"]),)](
             x, x if y is None else y, after if h is None else h, weight, bias, out, u, after, saved, tokens, dim, eps,
             POST=y is not None, DTYPE=stored(x), **shape(x), **padded(x), **block,
@@ -332,12 +344,12 @@ def backward(
     logits = torch.empty_like(after)
     joined, branch, before = (x if dx is None else dx), (y if post else x), (h if post else after)
     common = {"POST": post, "DTYPE": stored(x), **shape(x), **padded(x)}
-    # Wider tiles spill on sm_100.
-    block = tile(x, 16)
+    block = tile(x, "pre_backward")
     pre_backward_kernel[(triton.cdiv(tokens, block["BM"]),)](
         joined, du, dafter, x, branch, before, weight, after, saved, grad, dy, dh, logits, tokens, dim, 1 / eps,
-        JOIN=dx is not None, **common, **block, num_warps=8,
+        JOIN=dx is not None, **common, **block,
     )  # fmt: skip
+    block = tile(x, "weight_gradient")
     columns = triton.cdiv(dim, block["BC"])
     splits = max(1, min(SPLITS // columns, triton.cdiv(tokens, 256)))
     partial = weight.new_empty(splits, m, n * dim)
@@ -361,7 +373,7 @@ def kronecker_step(
 
 def kronecker_post(x: Tensor, y: Tensor, h: Tensor) -> Tensor:
     tokens, _, dim = x.shape
-    out, block = torch.empty_like(x), tile(x)
+    out, block = torch.empty_like(x), tile(x, "post")
     if tokens:
         grid = (triton.cdiv(tokens, block["BM"]), triton.cdiv(dim, block["BC"]))
         post_kernel[grid](x, y, h, out, tokens, dim, DTYPE=stored(x), **shape(x), **block)
@@ -377,7 +389,7 @@ def kronecker_pre_backward(
 
 def kronecker_post_backward(grad: Tensor, x: Tensor, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tokens, _, dim = x.shape
-    dx, dy, dh, block = torch.empty_like(x), torch.empty_like(y), torch.empty_like(h), tile(x, 32)
+    dx, dy, dh, block = torch.empty_like(x), torch.empty_like(y), torch.empty_like(h), tile(x, "post_backward")
     if tokens:
         post_backward_kernel[(triton.cdiv(tokens, block["BM"]),)](
             grad, x, y, h, dx, dy, dh, tokens, dim, **shape(x), **padded(x), **block

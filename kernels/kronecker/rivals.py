@@ -24,6 +24,12 @@ SETTINGS = [
     Setting("2x1024 C384", {"kind": "sublayer", "tokens": 2048, "streams": 4, "dim": 384}),
     Setting("12 layers 2x512 C768", {"kind": "model", "batch": 2, "length": 512, "depth": 12, "dim": 768}),
 ]
+# Enough work for a large GPU.
+GPU_SETTINGS = [
+    Setting("8192 C768", {"kind": "sublayer", "tokens": 8192, "streams": 4, "dim": 768}),
+    Setting("8192 C2560", {"kind": "sublayer", "tokens": 8192, "streams": 4, "dim": 2560}),
+    Setting("12 layers 16x512 C768", {"kind": "model", "batch": 16, "length": 512, "depth": 12, "dim": 768}),
+]
 VOCABULARY = 512
 
 
@@ -262,6 +268,7 @@ BENCHMARK = Benchmark(
     title="Hyper-connection sublayer, identity branch, four streams; a training step",
     ours="grassland",
     settings=SETTINGS,
+    gpu_settings=GPU_SETTINGS,
     rivals=[
         Rival("grassland", build_ours),
         Rival("plain residual", build_plain),

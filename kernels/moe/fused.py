@@ -104,11 +104,12 @@ def grouped_kernel(
     #   DOWN:  o = acc + b, out[pair] = gate drop(act(o))
     #   SLOPE: a g (to out2), dh = g drop gelu'(h) acc, partial = <acc, a> over this block's columns
     #   PLAIN: out[pair] = acc
-    expert, first, stop = find_rows(offsets, tl.program_id(0), E, BM)
+    # Programs that follow each other share their rows: those stay in the cache, and so does one expert's weight.
+    expert, first, stop = find_rows(offsets, tl.program_id(1), E, BM)
     if expert < 0:
         return
     rows = first + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
     keep = rows < stop
     pair = tl.load(order + rows, mask=keep, other=0)
     source = pair // TOP_K if GATHER else rows
@@ -143,7 +144,7 @@ def grouped_kernel(
         half = gelu_gate(h)
         gate = tl.load(gates + pair, mask=keep, other=0.0)[:, None]
         value = h * half * factor
-        part = partial + tl.program_id(1).to(tl.int64) * pairs + pair
+        part = partial + tl.program_id(0).to(tl.int64) * pairs + pair
         store(part, tl.sum(tl.where(mask, acc * value, 0.0), 1), mask=keep)
         store(out2 + here, value * gate, mask=mask)
         store(out + here, acc * gate * factor * gelu_slope(h), mask=mask)
@@ -262,14 +263,15 @@ def operand(dtype: torch.dtype) -> tl.dtype:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
-# Columns of a block of the grouped products: with more, the epilogues' addresses don't fit beside the accumulator.
-COLUMNS = 64
-
-
-def tile(dtype: torch.dtype) -> dict[str, int]:
-    wide = dtype == torch.float32
-    size = {"BM": 64, "BN": 64, "BK": 32} if wide else {"BM": 128, "BN": 128, "BK": 32}
-    return size | {"num_warps": 4 if wide else 8}
+# Tiles of the products, for float32 operands and for half ones.
+GROUPED = {
+    True: {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4},
+    False: {"BM": 128, "BN": 64, "BK": 32, "num_warps": 8},
+}
+WEIGHT_GRADIENT = {
+    True: {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4},
+    False: {"BM": 128, "BN": 128, "BK": 32, "num_warps": 8},
+}
 
 
 def noise(seed: Tensor | None, order: Tensor, rate: float) -> dict:
@@ -285,8 +287,8 @@ def grouped(
 ) -> None:  # fmt: skip
     experts, inner = weight.shape[0], a.shape[1]
     width = weight.numel() // experts // inner
-    size = tile(a.dtype) | {"BN": COLUMNS}
-    grid = (triton.cdiv(order.shape[0], size["BM"]) + experts, triton.cdiv(width, size["BN"]))
+    size = GROUPED[a.dtype == torch.float32]
+    grid = (triton.cdiv(width, size["BN"]), triton.cdiv(order.shape[0], size["BM"]) + experts)
     grouped_kernel[grid](
         a, weight, a if bias is None else bias, a if extra is None else extra, a if gates is None else gates, out,
         out if out2 is None else out2, out if partial is None else partial, order, offsets, **drop,
@@ -328,7 +330,7 @@ def weight_gradient(
     left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, top_k: int, total: Tensor, gather: bool,
     accumulate: bool,
 ) -> None:  # fmt: skip
-    (experts, rows, cols), size = total.shape, tile(left.dtype)
+    (experts, rows, cols), size = total.shape, WEIGHT_GRADIENT[left.dtype == torch.float32]
     grid = (triton.cdiv(rows, size["BM"]), triton.cdiv(cols, size["BN"]), experts)
     weight_gradient_kernel[grid](
         left, right, order, offsets, total, rows, cols, TOP_K=top_k, GATHER=gather, ACCUMULATE=accumulate,
@@ -363,8 +365,8 @@ def moe_ffn_backward(
         grad, o if gelu_out else x, b_down, order, offsets, **drop, g=g, dgate=dgate, width=dim,
         TOP_K=top_k, E=experts, GELU=gelu_out, DROP=dropped, BM=32, BN=64,
     )  # fmt: skip
-    parts = 0 if gelu_out else triton.cdiv(inner, COLUMNS)
-    partial = gates.new_empty(max(triton.cdiv(inner, COLUMNS), 1), pairs)
+    blocks = triton.cdiv(inner, GROUPED[x.dtype == torch.float32]["BN"])
+    parts, partial = 0 if gelu_out else blocks, gates.new_empty(max(blocks, 1), pairs)
     dh, active, dx = x.new_empty(pairs, inner), x.new_empty(pairs, inner), x.new_empty(pairs, dim)
     common = (order, offsets, top_k, drop)
     grouped(

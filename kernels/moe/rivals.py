@@ -32,6 +32,8 @@ def setting(tokens: int, experts: int = 4, calls: int = 1, dim: int = 768, inner
 SETTINGS = [setting(32), setting(788), setting(788, experts=16), setting(788, experts=16, calls=4)]
 # Memory against depth: experts that outweigh the activations of a call, and shapes that take seconds.
 SETTINGS += [setting(200, experts=16, calls=calls, dim=192, inner=768) for calls in (1, 4)]
+# Enough work for a large GPU.
+GPU_SETTINGS = [setting(32), setting(788), setting(25216), setting(788, experts=16, calls=4)]
 
 
 def inputs(v: Values, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -298,6 +300,7 @@ BENCHMARK = Benchmark(
     title="Mixture of experts (router to combination), H 768, I 3072, K 2",
     ours="grassland",
     settings=SETTINGS,
+    gpu_settings=GPU_SETTINGS,
     rivals=[
         Rival("grassland", build_ours),
         Rival("dense FFN, equal FLOPs", build_dense),

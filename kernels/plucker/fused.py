@@ -22,6 +22,16 @@ from .. import dispatch
 SIZES = ["tokens", "length"]
 # Programs wanted in flight for the weight gradient: two for each multiprocessor of the largest chips.
 PROGRAMS = 264
+# Tiles of the matrix products, for float32 operands and for half ones.
+PROJECT = {
+    True: {"BM": 64, "BN": 64, "BQ": 32, "num_warps": 4},
+    False: {"BM": 128, "BN": 128, "BQ": 32, "num_warps": 8},
+}
+INPUT_GRADIENT = {True: {"BM": 64, "BN": 64, "num_warps": 4}, False: {"BM": 64, "BN": 64, "num_warps": 4}}
+WEIGHT_GRADIENT = {
+    True: {"BQ": 64, "BN": 64, "BM": 32, "num_warps": 4},
+    False: {"BQ": 64, "BN": 64, "BM": 32, "num_warps": 4},
+}
 
 
 @triton.jit
@@ -280,13 +290,12 @@ def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequenc
         return out
     z, weight = z.contiguous(), weight.contiguous()
     y = average(z, tuple(offsets), eps)
-    wide = weight.dtype == torch.float32
-    tile = {"BM": 64, "BN": 64, "BQ": 32} if wide else {"BM": 128, "BN": 128, "BQ": 32}
+    tile = PROJECT[weight.dtype == torch.float32]
     grid = (triton.cdiv(batch * length, tile["BM"]), triton.cdiv(dim, tile["BN"]))
     project_kernel[grid](
         z, y, pack(weight, rank), weight if bias is None else bias.contiguous(), out, batch * length, length, dim,
         FIRST=min(offsets), R=rank, PAIRS=pairs, HAS_BIAS=bias is not None, DTYPE=operand(weight.dtype),
-        **tile, num_warps=4 if wide else 8,
+        **tile,
     )  # fmt: skip
     return out
 
@@ -295,10 +304,10 @@ def input_gradient(grad: Tensor, z: Tensor, y: Tensor, weight: Tensor, offsets: 
     batch, length, rank = z.shape
     direct, dy, dz = torch.empty_like(y), torch.empty_like(y), torch.empty_like(z)
     tokens, block = batch * length, rows_block(rank)
-    tile = block | {"BM": 64}
-    wedge_backward_kernel[(triton.cdiv(tokens, 64),)](
+    tile = block | INPUT_GRADIENT[weight.dtype == torch.float32]
+    wedge_backward_kernel[(triton.cdiv(tokens, tile["BM"]),)](
         grad, z, y, pack(weight, rank), direct, dy, tokens, length, weight.shape[0],
-        PAIRS=weight.shape[1], DTYPE=operand(weight.dtype), BN=64, **tile,
+        PAIRS=weight.shape[1], DTYPE=operand(weight.dtype), **tile,
     )  # fmt: skip
     average_backward_kernel[(triton.cdiv(tokens, block["BM"]),)](
         z, dy, direct, dz, tokens, length, eps, OFFSETS=offsets, **block
@@ -308,12 +317,13 @@ def input_gradient(grad: Tensor, z: Tensor, y: Tensor, weight: Tensor, offsets: 
 
 def weight_gradient(grad: Tensor, z: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     (dim, pairs), tokens, rank = weight.shape, z.shape[0] * z.shape[1], z.shape[-1]
-    grid = (triton.cdiv(pairs, 64), triton.cdiv(dim, 64))
+    tile = WEIGHT_GRADIENT[weight.dtype == torch.float32]
+    grid = (triton.cdiv(pairs, tile["BQ"]), triton.cdiv(dim, tile["BN"]))
     splits = max(1, min(PROGRAMS // (grid[0] * grid[1]), triton.cdiv(tokens, 512)))
     partial = y.new_empty(splits, pairs, dim)
     shape = {"SPLITS": splits, "R": rank, "PAIRS": pairs}
     weight_gradient_kernel[(*grid, splits)](
-        grad, z, y, partial, tokens, z.shape[1], dim, DTYPE=operand(weight.dtype), BQ=64, BN=64, BM=32, **shape
+        grad, z, y, partial, tokens, z.shape[1], dim, DTYPE=operand(weight.dtype), **tile, **shape
     )
     dweight = torch.empty_like(weight)
     reduce_kernel[(triton.cdiv(pairs, 32), triton.cdiv(dim, 128))](partial, dweight, dim, BQ=32, BN=128, **shape)

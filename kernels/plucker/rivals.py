@@ -30,6 +30,14 @@ SETTINGS = [
 ]
 
 
+# Enough work for a large GPU.
+GPU_SETTINGS = [
+    setting("B32 L256", 32, 256),
+    setting("B8 L4096", 8, 4096),
+    setting("B8 L4096 d1024 r64", 8, 4096, dim=1024, rank=64),
+]
+
+
 def inputs(v: Values, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """x, then the mixer's weights: reduce, Plücker projection, gate."""
     dim, rank = v["dim"], v["rank"]
@@ -203,6 +211,7 @@ BENCHMARK = Benchmark(
     title="Grassmann mixer (reduce to blend), six offsets",
     ours="grassland",
     settings=SETTINGS,
+    gpu_settings=GPU_SETTINGS,
     rivals=[
         Rival("grassland", build_ours),
         Rival("literal eager", build_literal),

@@ -18,5 +18,5 @@ def compare(options: CompareOptions) -> int:
         print("\n".join(plan.describe() for plan in plans))
         return 0
     context = None if options.report_only else processes()
-    records = [record for plan in plans for record in Runner(plan, out / plan.name, context).records()]
+    records = [r for plan in plans for r in Runner(plan, out / plan.name, context, options.jobs).records()]
     return write_report(records, out)

@@ -1,16 +1,17 @@
 """Running what a comparison still lacks, each run in a process of its own."""
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...archs import read_config
 from ..checkpoint import has_state
@@ -24,15 +25,23 @@ PRELOADED = ["grassland.train.start", "grassland.train.tasks.lm", "grassland.tra
 PRELOADED += ["timm", "torchvision", "sklearn.datasets"]
 
 
+class Run(NamedTuple):
+    """One cell of the grid."""
+
+    arm: str
+    lr: float
+    seed: int
+
+
 class Runner:
     """The runs of a comparison in `folder`/ARM/lrLR-seedSEED, each with its log beside it.
 
     A finished run is taken as it is, an interrupted one is resumed, one that failed is tried again. context: what
-    `processes` gives; None to run nothing.
+    `processes` gives; None to run nothing. jobs: how many run at a time.
     """
 
-    def __init__(self, plan: Comparison, folder: Path, context: Any) -> None:
-        self.plan, self.folder, self.context = plan, folder, context
+    def __init__(self, plan: Comparison, folder: Path, context: Any, jobs: int = 1) -> None:
+        self.plan, self.folder, self.context, self.jobs = plan, folder, context, jobs
         self.finished: list[Record] = []
 
     def records(self) -> list[Record]:
@@ -40,53 +49,77 @@ class Runner:
 
         Raises ValueError if a run in the folder has other settings than planned.
         """
-        plan, first = self.plan, self.plan.seeds[0]
-        for lr in plan.lrs:
-            self._round([(arm, lr, first) for arm in plan.arms])
+        plan, (first, *others) = self.plan, self.plan.seeds
+        if len(plan.lrs) == 1:  # nothing to choose
+            self._round(Run(arm, plan.lrs[0], seed) for seed in plan.seeds for arm in plan.arms)
+            others = []
+        else:
+            self._round(Run(arm, lr, first) for lr in plan.lrs for arm in plan.arms)
         chosen = select(self.finished, plan.lrs, first)
-        for seed in plan.seeds[1:]:
-            self._round([(arm, chosen[arm].lr, seed) for arm in plan.arms if arm in chosen])
+        self._round(Run(arm, chosen[arm].lr, seed) for seed in others for arm in plan.arms if arm in chosen)
         for record in self.finished:
             selection = chosen.get(record["arm"])
             record["chosen"] = selection is not None and selection.lr == record["lr"]
             record["edge"] = record["chosen"] and selection is not None and selection.edge
         return self.finished
 
-    def _round(self, runs: list[tuple[str, float, int]]) -> None:
-        for arm, lr, seed in runs:
-            name = f"{self.plan.name}/{arm} lr {lr:g} seed {seed}"
-            record = self._record(arm, lr, seed)
-            self.finished.append(record)
-            print(f"{name}: {_summary(record)}", flush=True)
+    def _round(self, runs: Iterable[Run]) -> None:
+        """Carry out these runs and add their records in this order; each is printed as soon as it is there."""
+        waiting, records, active = list(runs), dict[Run, Record](), dict[int, tuple[Run, Any]]()
+        order = list(waiting)
+        with _ended(active):
+            while waiting or active:
+                while waiting and len(active) < self.jobs:
+                    run = waiting.pop(0)
+                    process = self._process(run)
+                    if process is None:
+                        self._note(run, records)
+                    else:
+                        process.start()
+                        active[process.sentinel] = run, process
+                # With nothing to wait for it would wait for ever.
+                for sentinel in multiprocessing.connection.wait(list(active)) if active else ():
+                    run, process = active.pop(sentinel)  # type: ignore[call-overload]
+                    process.join()
+                    self._note(run, records, process.exitcode)
+        self.finished += [records[run] for run in order]
 
-    def _record(self, arm: str, lr: float, seed: int) -> Record:
-        plan, config = self.plan, self.plan.config(arm, lr, seed)
-        folder = self.folder / arm / f"lr{lr:g}-seed{seed}"
-        about = {"comparison": plan.name, "title": plan.title, "note": plan.note, "task": plan.task, "arm": arm}
-        about |= {"lr": lr, "seed": seed, "differs": plan.differing()[arm]}
-        reason = self._run(config, folder)
-        if reason is not None:
-            return {**about, "status": "failed", "error": reason}
-        return {**about, "status": "done", **outcome(folder, plan.task)}
+    def _note(self, run: Run, records: dict[Run, Record], exitcode: int | None = None) -> None:
+        records[run] = self._record(run, exitcode)
+        name = f"{self.plan.name}/{run.arm} lr {run.lr:g} seed {run.seed}"
+        print(f"{name}: {_summary(records[run])}", flush=True)
 
-    def _run(self, config: RunConfig, folder: Path) -> str | None:
-        """Make sure that the run is done; the reason if it cannot be."""
-        started, ended = has_state(folder), is_done(folder)
-        if started or ended:
-            _check_same(folder, config)
-        if ended:
-            return None
-        if self.context is None:
-            return "interrupted" if started else "not run"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        log = folder.with_name(f"{folder.name}.log")
-        process = self.context.Process(target=train, args=(replace(config, out=str(folder), resume=AUTO), log))
-        with _ended(process):
-            process.join()
+    def _record(self, run: Run, exitcode: int | None) -> Record:
+        plan, folder = self.plan, self._place(run)
+        about = {"comparison": plan.name, "title": plan.title, "note": plan.note, "task": plan.task, "arm": run.arm}
+        about |= {"lr": run.lr, "seed": run.seed, "differs": plan.differing()[run.arm]}
         if is_done(folder):
+            return {**about, "status": "done", **outcome(folder, plan.task)}
+        if self.context is None:
+            reason = "interrupted" if has_state(folder) else "not run"
+        else:
+            log = _log(folder)
+            lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+            reason = f"{lines[-1] if lines else 'no output'} (exit code {exitcode}, {log})"
+        return {**about, "status": "failed", "error": reason}
+
+    def _place(self, run: Run) -> Path:
+        return self.folder / run.arm / f"lr{run.lr:g}-seed{run.seed}"
+
+    def _process(self, run: Run) -> Any:
+        """A process that carries the run out; None if it is done, or nothing shall run."""
+        config, folder = self.plan.config(*run), self._place(run)
+        ended = is_done(folder)
+        if ended or has_state(folder):
+            _check_same(folder, config)
+        if ended or self.context is None:
             return None
-        lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-        return f"{lines[-1] if lines else 'no output'} (exit code {process.exitcode}, {log})"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return self.context.Process(target=train, args=(replace(config, out=str(folder), resume=AUTO), _log(folder)))
+
+
+def _log(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
 
 
 def train(config: RunConfig, log: Path) -> None:
@@ -123,20 +156,22 @@ def processes() -> Any:
 
 
 @contextmanager
-def _ended(process: Any) -> Iterator[None]:
-    """Start a process and see it end, also when this one is asked to stop: then the run saves itself first."""
+def _ended(active: Mapping[int, tuple[Run, Any]]) -> Iterator[None]:
+    """See the processes end that are in `active`, also when this one is asked to stop: then the runs save themselves
+    first."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        # Ctrl-C reaches the run by itself.
-        process.terminate()
+        # Ctrl-C reaches the runs by itself.
+        for _, process in active.values():
+            process.terminate()
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
-    process.start()
     try:
         yield
     finally:
-        process.join()
+        for _, process in active.values():
+            process.join()
         signal.signal(signal.SIGTERM, before)
 
 

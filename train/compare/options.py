@@ -33,10 +33,16 @@ class CompareOptions:
     """Other seeds; the learning rate is chosen with the first."""
     settings: tuple[str, ...] = ()
     """Settings of `train lm` or `train vision` for every arm: steps=200 data=PATH tokenizer=PATH dtype=bf16 …"""
+    jobs: int = 1
+    """Runs at a time; they share the device, so that throughputs and times are no longer those of a run alone."""
     plan: bool = False
     """Only say what would be run."""
     report_only: bool = False
     """Only write the report of what is done."""
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise ValueError(f"jobs must be positive, got {self.jobs}")
 
     @property
     def folder(self) -> Path:

@@ -19,9 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..config import VisionConfig
 from ..parallel import rank, rows, size
 from .blocks import IGNORED, BlockOrder
-from .errors import WorkerError
+from .errors import WorkerError, is_obituary, obituary
 from .images import ImageError, ImageSet
-from .sources import first_line
 
 Transform = Callable[[Any], Tensor]
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -135,12 +134,11 @@ def load_batches(batches: Dataset, positions: Iterable[int], workers: int) -> It
             if isinstance(batch, ImageError):
                 raise ImageError(f"{batch}; --bad-images skip leaves such images out")
             yield batch
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        # One that dies while it hands over a batch leaves a broken connection.
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        advice = "if memory ran out, fewer --workers or a smaller --batch-size help"
-        raise WorkerError(f"a process that prepares batches has died ({first_line(error)}); {advice}") from error
+    except RuntimeError as error:
+        raise (WorkerError.of(error) if is_obituary(error) else error) from error
+    except (ConnectionError, EOFError) as error:
+        # One that died while it handed over a batch.
+        raise WorkerError.of(obituary() or error) from error
 
 
 def _mirrored_rows(count: int) -> list[int]:
