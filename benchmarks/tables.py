@@ -31,6 +31,8 @@ def footnote(records):
 
 def kernel_table(name):
     """Rivals against settings: the time over ours, in each setting's last mode."""
+    if not (RESULTS / f"{name}.jsonl").exists():
+        return NONE
     records = read(f"{name}.jsonl")
     settings = {r["setting"]: r["mode"] for r in records if "mode" in r}
     heads = [f"{setting}, {mode}" for setting, mode in settings.items()]
@@ -49,7 +51,12 @@ def shown(record, setting, mode):
 def cell(record):
     if "error" in record:
         return f"not run: {record['error']}"
-    return f"{record['ms']:.1f} ms" if record["rival"] == "grassland" else f"{record['ratio']:.2f}"
+    return f"{figure(record['ms'])} ms" if record["rival"] == "grassland" else f"{record['ratio']:.2f}"
+
+
+def figure(number):
+    """One decimal, or three digits of what is small."""
+    return f"{number:.1f}" if number >= 10 else f"{number:.3g}"
 
 
 def support_table():
@@ -207,6 +214,7 @@ SUMMARY = ("arm", "parameters", "test", "p (Holm)")
 BACKENDS = {"eager": "eager", "cpp": "C++ on CPU", "triton": "Triton", "cuda": "CUDA C++"}
 OPS = ("plucker", "kronecker", "subspace", "moe")
 TABLES = {op: functools.partial(kernel_table, f"{op}-cpu-float32") for op in OPS}
+TABLES |= {f"{op}_gpu": functools.partial(kernel_table, f"{op}-cuda-bfloat16") for op in OPS}
 TABLES |= {
     "support": support_table,
     "text": functools.partial(compare_summary, "wikitext2-cpu"),

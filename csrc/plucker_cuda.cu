@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 namespace grassland::cuda {
@@ -24,9 +25,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kWarps = 8, kWarp = 32;
-// Numbers of z that a lane holds: ranks up to 128.
-constexpr int kPerLane = 4;
-constexpr int kMaxRank = kWarp * kPerLane, kMaxOffsets = 64;
+// A lane holds PL = 1, 2 or 4 numbers of z.
+constexpr int kMaxRank = kWarp * 4, kMaxOffsets = 64;
 constexpr int64_t kChunk = 16384;
 
 struct Problem {
@@ -47,18 +47,21 @@ __device__ float warp_sum(float x) {
   return x;
 }
 
+template <int PL>
 __device__ float dot(const float* a, const float* b) {
   float sum = 0;
-  for (int k = 0; k < kPerLane; ++k) sum += a[k] * b[k];
+  for (int k = 0; k < PL; ++k) sum += a[k] * b[k];
   return warp_sum(sum);
 }
 
+template <int PL>
 __device__ void load(const float* row, int rank, int lane, float* out) {
-  for (int k = 0; k < kPerLane; ++k) out[k] = lane + kWarp * k < rank ? row[lane + kWarp * k] : 0.0f;
+  for (int k = 0; k < PL; ++k) out[k] = lane + kWarp * k < rank ? row[lane + kWarp * k] : 0.0f;
 }
 
+template <int PL>
 __device__ void store(const float* values, int rank, int lane, float* row) {
-  for (int k = 0; k < kPerLane; ++k)
+  for (int k = 0; k < PL; ++k)
     if (lane + kWarp * k < rank) row[lane + kWarp * k] = values[k];
 }
 
@@ -67,13 +70,14 @@ struct Pair {
 };
 
 // delta = z_s - c z_t, N = |z_t| |delta|, scale = 1 / (n max(N, eps))
+template <int PL>
 __device__ Pair pair_of(const Problem& p, const float* zt, const float* zs, int count, float* delta) {
   Pair out;
-  out.square = dot(zt, zt);
-  const float inner = dot(zt, zs);
+  out.square = dot<PL>(zt, zt);
+  const float inner = dot<PL>(zt, zs);
   out.ratio = out.square > 0 ? inner / out.square : 0.0f;
-  for (int k = 0; k < kPerLane; ++k) delta[k] = zs[k] - out.ratio * zt[k];
-  out.rest = dot(delta, delta);
+  for (int k = 0; k < PL; ++k) delta[k] = zs[k] - out.ratio * zt[k];
+  out.rest = dot<PL>(delta, delta);
   out.norm = sqrtf(out.square) * sqrtf(out.rest);
   out.scale = 1.0f / (fmaxf(out.norm, p.eps) * static_cast<float>(count));
   return out;
@@ -85,16 +89,17 @@ __device__ int valid(const Problem& p, int64_t t) {
   return count;
 }
 
+template <int PL>
 __device__ void average(const Problem& p, int64_t token, int lane, const float* zt, float* y) {
   const int64_t t = token % p.length;
   const int count = valid(p, t);
-  float zs[kPerLane], delta[kPerLane];
-  for (int k = 0; k < kPerLane; ++k) y[k] = 0;
+  float zs[PL], delta[PL];
+  for (int k = 0; k < PL; ++k) y[k] = 0;
   for (int o = 0; o < p.many; ++o) {
     if (p.offsets[o] > t) continue;
-    load(p.z + (token - p.offsets[o]) * p.rank, p.rank, lane, zs);
-    const Pair pair = pair_of(p, zt, zs, count, delta);
-    for (int k = 0; k < kPerLane; ++k) y[k] += pair.scale * delta[k];
+    load<PL>(p.z + (token - p.offsets[o]) * p.rank, p.rank, lane, zs);
+    const Pair pair = pair_of<PL>(p, zt, zs, count, delta);
+    for (int k = 0; k < PL; ++k) y[k] += pair.scale * delta[k];
   }
 }
 
@@ -104,22 +109,22 @@ __device__ float get(float value) { return value; }
 __device__ float get(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 // Pairs (i, j), i < j, in lexicographic order; a lane writes its own columns j.
-template <typename T>
+template <typename T, int PL>
 __global__ void wedge_kernel(Problem p, int64_t base, int64_t stop, T* out) {
-  __shared__ float zs[kWarps][kMaxRank], ys[kWarps][kMaxRank];
+  __shared__ float zs[kWarps][kWarp * PL], ys[kWarps][kWarp * PL];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t token = base + static_cast<int64_t>(blockIdx.x) * kWarps + warp;
   if (token >= stop) return;
-  float z[kPerLane], y[kPerLane];
-  load(p.z + token * p.rank, p.rank, lane, z);
-  average(p, token, lane, z, y);
-  store(z, p.rank, lane, zs[warp]);
-  store(y, p.rank, lane, ys[warp]);
+  float z[PL], y[PL];
+  load<PL>(p.z + token * p.rank, p.rank, lane, z);
+  average<PL>(p, token, lane, z, y);
+  store<PL>(z, p.rank, lane, zs[warp]);
+  store<PL>(y, p.rank, lane, ys[warp]);
   __syncwarp();
   T* row = out + (token - base) * p.pairs;
   for (int i = 0; i + 1 < p.rank; ++i) {
     const float zi = zs[warp][i], yi = ys[warp][i];
-    for (int k = 0; k < kPerLane; ++k) {
+    for (int k = 0; k < PL; ++k) {
       const int j = lane + kWarp * k;
       if (j > i && j < p.rank) put(zi * y[k] - z[k] * yi, row + (j - i - 1));
     }
@@ -128,24 +133,24 @@ __global__ void wedge_kernel(Problem p, int64_t base, int64_t stop, T* out) {
 }
 
 // dz = D y, dy = -D z, then the token's pairs as targets (formulas in plucker.cpp).
-template <typename T>
+template <typename T, int PL>
 __global__ void wedge_backward_kernel(Problem p, int64_t base, int64_t stop, const T* grad, float* dz_out,
                                       float* dy_out, Link* links) {
-  __shared__ float zs[kWarps][kMaxRank], ys[kWarps][kMaxRank];
+  __shared__ float zs[kWarps][kWarp * PL], ys[kWarps][kWarp * PL];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t token = base + static_cast<int64_t>(blockIdx.x) * kWarps + warp;
   if (token >= stop) return;
-  float z[kPerLane], y[kPerLane], dz[kPerLane] = {}, dy[kPerLane] = {};
-  load(p.z + token * p.rank, p.rank, lane, z);
-  average(p, token, lane, z, y);
-  store(z, p.rank, lane, zs[warp]);
-  store(y, p.rank, lane, ys[warp]);
+  float z[PL], y[PL], dz[PL] = {}, dy[PL] = {};
+  load<PL>(p.z + token * p.rank, p.rank, lane, z);
+  average<PL>(p, token, lane, z, y);
+  store<PL>(z, p.rank, lane, zs[warp]);
+  store<PL>(y, p.rank, lane, ys[warp]);
   __syncwarp();
   const T* row = grad + (token - base) * p.pairs;
   for (int i = 0; i + 1 < p.rank; ++i) {
     const float zi = zs[warp][i], yi = ys[warp][i];
     float along_y = 0, along_z = 0;
-    for (int k = 0; k < kPerLane; ++k) {
+    for (int k = 0; k < PL; ++k) {
       const int j = lane + kWarp * k;
       const float g = j > i && j < p.rank ? get(row[j - i - 1]) : 0.0f;
       along_y += g * y[k];
@@ -155,7 +160,7 @@ __global__ void wedge_backward_kernel(Problem p, int64_t base, int64_t stop, con
     }
     along_y = warp_sum(along_y);
     along_z = warp_sum(along_z);
-    for (int k = 0; k < kPerLane; ++k) {
+    for (int k = 0; k < PL; ++k) {
       if (lane + kWarp * k != i) continue;
       dz[k] += along_y;
       dy[k] -= along_z;
@@ -164,47 +169,42 @@ __global__ void wedge_backward_kernel(Problem p, int64_t base, int64_t stop, con
   }
   const int64_t t = token % p.length;
   const int count = valid(p, t);
-  float source[kPerLane], delta[kPerLane];
+  float source[PL], delta[PL];
   for (int o = 0; o < p.many; ++o) {
     Link link = {0, 0, 0};
     if (p.offsets[o] <= t) {
-      load(p.z + (token - p.offsets[o]) * p.rank, p.rank, lane, source);
-      const Pair pair = pair_of(p, z, source, count, delta);
-      const float along = dot(dy, delta);
+      load<PL>(p.z + (token - p.offsets[o]) * p.rank, p.rank, lane, source);
+      const Pair pair = pair_of<PL>(p, z, source, count, delta);
+      const float along = dot<PL>(dy, delta);
       const float kappa = pair.norm > p.eps ? -pair.scale * along / (pair.norm * pair.norm) : 0.0f;
       const float inner = pair.ratio * pair.square, shrink = pair.scale * pair.ratio;
-      for (int k = 0; k < kPerLane; ++k) dz[k] += kappa * (pair.rest * z[k] - inner * delta[k]) - shrink * dy[k];
+      for (int k = 0; k < PL; ++k) dz[k] += kappa * (pair.rest * z[k] - inner * delta[k]) - shrink * dy[k];
       link = {pair.ratio, pair.scale, kappa * pair.square};
     }
     if (lane == 0) links[token * p.many + o] = link;
   }
-  store(dz, p.rank, lane, dz_out + token * p.rank);
-  store(dy, p.rank, lane, dy_out + token * p.rank);
+  store<PL>(dz, p.rank, lane, dz_out + token * p.rank);
+  store<PL>(dy, p.rank, lane, dy_out + token * p.rank);
 }
 
+template <int PL>
 __global__ void sources_kernel(Problem p, const float* dy, const Link* links, float* dz) {
   const int lane = threadIdx.x % kWarp;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (token >= p.tokens) return;
   const int64_t t = token % p.length;
-  float total[kPerLane], z[kPerLane], zt[kPerLane], h[kPerLane];
-  load(dz + token * p.rank, p.rank, lane, total);
-  load(p.z + token * p.rank, p.rank, lane, z);
+  float total[PL], z[PL], zt[PL], h[PL];
+  load<PL>(dz + token * p.rank, p.rank, lane, total);
+  load<PL>(p.z + token * p.rank, p.rank, lane, z);
   for (int o = 0; o < p.many; ++o) {
     if (t + p.offsets[o] >= p.length) continue;
     const int64_t later = token + p.offsets[o];
-    load(p.z + later * p.rank, p.rank, lane, zt);
-    load(dy + later * p.rank, p.rank, lane, h);
+    load<PL>(p.z + later * p.rank, p.rank, lane, zt);
+    load<PL>(dy + later * p.rank, p.rank, lane, h);
     const Link link = links[later * p.many + o];
-    for (int k = 0; k < kPerLane; ++k) total[k] += link.scale * h[k] + link.slope * (z[k] - link.ratio * zt[k]);
+    for (int k = 0; k < PL; ++k) total[k] += link.scale * h[k] + link.slope * (z[k] - link.ratio * zt[k]);
   }
-  store(total, p.rank, lane, dz + token * p.rank);
-}
-
-template <typename T>
-__global__ void bias_kernel(T* out, const T* bias, int64_t numel, int dim, int64_t length, int64_t first) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at < numel && at / dim % length >= first) put(get(out[at]) + get(bias[at % dim]), out + at);
+  store<PL>(total, p.rank, lane, dz + token * p.rank);
 }
 
 template <typename T>
@@ -233,6 +233,10 @@ void mm(const Tensor& out, const Tensor& a, const Tensor& b) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
 }
 
+void addmm(const Tensor& out, const Tensor& bias, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), bias.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
 Tensor rows(const Tensor& x, int64_t begin, int64_t end) {
   Tensor base = x;
   return torch::stable::narrow(base, 0, begin, end - begin);
@@ -254,10 +258,21 @@ Problem problem(const Tensor& z, const Tensor& weight, const std::vector<int64_t
   return p;
 }
 
+// Calls f with the integral constant PL for p's rank.
+template <typename F>
+void with_lanes(const Problem& p, F f) {
+  if (p.rank <= kWarp) f(std::integral_constant<int, 1>());
+  else if (p.rank <= 2 * kWarp) f(std::integral_constant<int, 2>());
+  else f(std::integral_constant<int, 4>());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 template <typename T>
 void write_wedges(const Problem& p, int64_t base, int64_t stop, const Tensor& out) {
-  wedge_kernel<<<blocks(stop - base, kWarps), kWarps * kWarp, 0, stream(out)>>>(p, base, stop, data<T>(out));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  with_lanes(p, [&](auto lanes) {
+    wedge_kernel<T, decltype(lanes)::value>
+        <<<blocks(stop - base, kWarps), kWarps * kWarp, 0, stream(out)>>>(p, base, stop, data<T>(out));
+  });
 }
 
 template <typename T>
@@ -269,12 +284,15 @@ Tensor forward(const Tensor& z, const Tensor& weight, const std::optional<Tensor
   for (int64_t base = 0; base < p.tokens; base += kChunk) {
     const int64_t stop = std::min(base + kChunk, p.tokens);
     write_wedges<T>(p, base, stop, wedges);
-    mm(rows(out, base, stop), rows(wedges, 0, stop - base), torch::stable::transpose(weight, 0, 1));
+    const Tensor o = rows(out, base, stop), tile = rows(wedges, 0, stop - base), w = torch::stable::transpose(weight, 0, 1);
+    if (bias) addmm(o, *bias, tile, w);
+    else mm(o, tile, w);
   }
-  const int64_t numel = p.tokens * p.dim;
-  if (bias && numel > 0) {
-    const int64_t first = *std::min_element(offsets.begin(), offsets.end());
-    bias_kernel<T><<<blocks(numel, 256), 256, 0, stream(z)>>>(data<T>(out), data<T>(*bias), numel, p.dim, p.length, first);
+  if (bias && p.tokens > 0) {
+    // Tokens without a pair get no bias either.
+    const int64_t first = std::min(p.length, *std::min_element(offsets.begin(), offsets.end()));
+    const size_t token = p.dim * sizeof(T);
+    cudaMemset2DAsync(data<T>(out), p.length * token, 0, first * token, z.size(0), stream(z));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   return torch::stable::view(out, {z.size(0), z.size(1), p.dim});
@@ -310,13 +328,16 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& z, const T
     }
     if (!need_z) continue;
     mm(tile, g, weight);
-    wedge_backward_kernel<T><<<blocks(stop - base, kWarps), kWarps * kWarp, 0, stream(z)>>>(
-        p, base, stop, data<T>(wedges), data<float>(dz), data<float>(dy), link);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    with_lanes(p, [&](auto lanes) {
+      wedge_backward_kernel<T, decltype(lanes)::value><<<blocks(stop - base, kWarps), kWarps * kWarp, 0, stream(z)>>>(
+          p, base, stop, data<T>(wedges), data<float>(dz), data<float>(dy), link);
+    });
   }
   if (need_z && p.tokens > 0) {
-    sources_kernel<<<blocks(p.tokens, kWarps), kWarps * kWarp, 0, stream(z)>>>(p, data<float>(dy), link, data<float>(dz));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    with_lanes(p, [&](auto lanes) {
+      sources_kernel<decltype(lanes)::value>
+          <<<blocks(p.tokens, kWarps), kWarps * kWarp, 0, stream(z)>>>(p, data<float>(dy), link, data<float>(dz));
+    });
   }
   return {dz, dweight};
 }

@@ -87,10 +87,8 @@ def agreement(benchmark: Benchmark, steps: dict[str, dict[str, Step]], dtype: to
 
 
 def elapsed(step: Step, device: torch.device) -> float:
-    """Seconds of one call; on a GPU those of its stream, which starts with a cold cache and the host ahead of it.
-
-    The stream first waits for a millisecond, so that launches, unless they take longer, are not what is measured.
-    """
+    """Seconds of one call; on a GPU those of its stream, which starts with a cold cache, after a millisecond of waiting
+    in which the host gets ahead."""
     if device.type != "cuda":
         start = time.perf_counter()
         step()
@@ -109,6 +107,25 @@ def elapsed(step: Step, device: torch.device) -> float:
 def scratch(device: torch.device) -> Tensor:
     """What is written between calls, larger than a GPU's cache."""
     return torch.empty(SCRATCH_BYTES, dtype=torch.int8, device=device)
+
+
+def recorded(step: Step) -> Step | None:
+    """The call as a CUDA graph, which has no launches to wait for; None if it cannot be recorded."""
+    aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    aside.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                step()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            kept = step()  # noqa: F841 (what a graph writes lives as long as it does)
+        graph.replay()
+        torch.cuda.synchronize()
+    except Exception:  # whatever a rival does that a graph cannot hold; it is timed as it is
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
 
 
 def host_seconds(step: Step) -> float:
@@ -176,7 +193,10 @@ def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace)
     records = [{**common, "rival": name, "error": reason} for name, reason in reasons.items()]
     for mode in [mode for mode in steps[benchmark.ours] if mode not in ("check", "truth")]:
         chosen = {name: modes[mode] for name, modes in steps.items() if mode in modes}
-        times = interleaved(chosen, device, options.repeats)
+        graphs = {}
+        if device.type == "cuda":
+            graphs = {rival.name: recorded(chosen[rival.name]) for rival in benchmark.rivals if rival.name in chosen}
+        times = interleaved({name: graphs.get(name) or step for name, step in chosen.items()}, device, options.repeats)
         ours = statistics.median(times[benchmark.ours])
         for name, seconds in times.items():
             median = statistics.median(seconds)
@@ -185,7 +205,7 @@ def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace)
             record |= {"gbytes": benchmark.moved(setting.values, mode, dtype.itemsize) / median / 1e9}
             record |= {"peak_bytes": peak_bytes(chosen[name], device)}
             if device.type == "cuda":
-                record["host_ms"] = host_seconds(chosen[name]) * 1e3
+                record |= {"host_ms": host_seconds(chosen[name]) * 1e3, "graph": graphs[name] is not None}
             if "forward" in mode and "backward" in mode:
                 record["saved_bytes"] = saved_bytes(chosen[name])
             records.append({**common, **record})
@@ -249,9 +269,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def all_settings(benchmark: Benchmark, options: argparse.Namespace) -> Sequence[Setting]:
+    return scaled(benchmark) if options.scaling else benchmark.settings_on(torch.device(options.device))
+
+
 def chosen_settings(benchmark: Benchmark, options: argparse.Namespace) -> list[Setting]:
-    settings = scaled(benchmark) if options.scaling else benchmark.settings_on(torch.device(options.device))
-    return [s for s in settings if not options.setting or s.id in options.setting]
+    return [s for s in all_settings(benchmark, options) if not options.setting or s.id in options.setting]
 
 
 def run(benchmark: Benchmark, settings: Sequence[Setting], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -288,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     benchmarks: list[Benchmark] = [importlib.import_module(f"{__package__}.{op}.rivals").BENCHMARK for op in ops]
     settings = {benchmark.name: chosen_settings(benchmark, options) for benchmark in benchmarks}
     if not any(settings.values()):
-        names = ", ".join(s.id for b in benchmarks for s in (scaled(b) if options.scaling else b.settings_on(torch.device(options.device))))
+        names = ", ".join(s.id for b in benchmarks for s in all_settings(b, options))
         raise SystemExit(f"error: --setting must be one of {names}, got {', '.join(options.setting)}")
     try:
         baseline = bench_report.read_baseline(options.baseline) if options.baseline else []

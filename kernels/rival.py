@@ -51,8 +51,9 @@ class Rival:
 class Benchmark:
     """What is measured for one op.
 
-    settings: on a CPU, and on a GPU where `gpu_settings` has none. ours: the rival that the ratios are of. flops and moved: arithmetic and bytes that mode cannot do without, for the
-    roof. tolerance: largest relative difference of the checked results, by dtype.
+    settings: on a CPU, and on a GPU where `gpu_settings` has none. ours: the rival that the ratios are of. flops and
+    moved: arithmetic and bytes that mode cannot do without, for the roof. tolerance: largest relative difference of the
+    checked results, by dtype.
     """
 
     name: str

@@ -72,6 +72,8 @@ class RunConfig:
     """What a loss or gradient that is not finite does: end the run, or leave out the step; ten in a row end it."""
     compile: bool = False
     """torch.compile the model."""
+    cuda_graph: bool = False
+    """Record forward and backward once and replay them, so that launches cost nothing: train lm, on one GPU."""
     seed: int = 0
     """Seeds initial weights, data order, dropout and samples."""
     eval_every: int = 200

@@ -20,6 +20,7 @@ from .experts import ExpertLoad
 from .log import Meter, MetricsLog, NoLog, ProgressLine, duration
 from .optim import build_optimizer, parts
 from .plot import try_plot
+from .record import Recorded
 from .schedule import in_steps, multiplier, total_steps
 from .seeds import rng_state, seed_everything, set_rng_state
 from .signals import StopSignals
@@ -36,11 +37,17 @@ class Trainer:
     """A run of `task` in `folder`: a new one, or with `config.resume` the one saved there.
 
     All processes of a run have one. The first one logs and saves; the numbers are those of one process.
-    Raises CheckpointError if the saved states are damaged or belong to other data.
+    Raises CheckpointError if the saved states are damaged or belong to other data, and ValueError for a `cuda_graph`
+    where none can be recorded.
     """
 
     def __init__(self, task: Task, config: RunConfig, folder: Path) -> None:
         self.task, self.config, self.folder = task, config, folder
+        if config.cuda_graph and (task.device.type != "cuda" or parallel.size() > 1 or not task.recordable):
+            raise ValueError(
+                f"cuda_graph is for one process with a GPU and train lm, not for train {task.name} on {task.device} "
+                f"with {parallel.size()}"
+            )
         self.steps = total_steps(config, task.batches_per_epoch)
         self.warmup = in_steps(config, config.warmup_epochs, task.batches_per_epoch, config.warmup)
         self.eval_every = in_steps(config, config.eval_epochs, task.batches_per_epoch, config.eval_every)
@@ -60,6 +67,7 @@ class Trainer:
         )
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.model: Any = torch.compile(self.spread.module) if config.compile else self.spread.module
+        self._gradients = Recorded(self._backward, task.model) if config.cuda_graph else self._backward
         self.experts = ExpertLoad(task.model)
         self.meter, self.line = Meter(), ProgressLine(silent=not parallel.is_main())
         self.watch, self.agreement = Watch(config.on_nan), parallel.Agreement()
@@ -115,9 +123,7 @@ class Trainer:
         total = torch.zeros((), device=self.task.device)
         for index in range(config.grad_accum):
             with self.spread.backward_of(last=index == config.grad_accum - 1):
-                loss = self._loss(next(self.stream)) / config.grad_accum
-                loss.backward()
-            total += loss.detach()
+                total += self._gradients(next(self.stream))
         norm = self.spread.clip(config.clip or math.inf)
         bad = self.watch.skips(total, norm)
         if bad is None:
@@ -127,11 +133,17 @@ class Trainer:
             self.watch.add(total, norm)
         elif buffers is not None:
             buffers.restore()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not config.cuda_graph)
         self.step, self.position = self.step + 1, self.position + config.grad_accum
         self.meter.step()
         if bad is not None:
             self._skipped(*bad)
+
+    def _backward(self, batch: Any) -> torch.Tensor:
+        """A micro-batch's share of the step's loss; its gradients are added to the parameters'."""
+        loss = self._loss(batch) / self.config.grad_accum
+        loss.backward()
+        return loss.detach()
 
     def report(self) -> None:
         """Write what happened since the last report: the mean loss, and the last step's gradient norm."""

@@ -9,11 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels import dispatch
 from ...kernels.autograd import scaled
 
-# Logits alive at a time: 2²⁴ float32 are 64 MiB, enough rows of a 30 k vocabulary for an efficient matrix product.
-CHUNK_ELEMENTS = 1 << 24
+# Logits alive at a time: 2²⁴ float32 are 64 MiB, enough rows of a 30 k vocabulary for an efficient matrix product. A
+# GPU, which has more to fill, gets four times as many.
+CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 1 << 24, 1 << 26
 IGNORE = -100
+# Losses and gradients of a chunk's rows; without Triton, or where these backends are asked for, they are PyTorch's.
+PLAIN = ("reference", "eager")
+ROWS = dispatch.register("linear_cross_entropy", triton=(torch.float32, torch.bfloat16, torch.float16))
 
 
 def linear_cross_entropy(
@@ -55,10 +60,14 @@ def _summed(
     matrix = weight.to(compute)
     # The op's own dtypes hold inside it, not autocast's.
     with torch.autocast(x.device.type, enabled=False):
-        for rows in _chunks(x.shape[0], weight.shape[0]):
+        fused = dispatch.requested(None) not in PLAIN and dispatch.pick(ROWS, matrix) == "triton"
+        for rows in _chunks(x.shape[0], weight.shape[0], matrix):
             features = x[rows].to(compute)
-            logits = (features @ matrix.t()).to(accumulate)
-            losses, grad = _chunk(logits, labels[rows], smoothing, differentiate)
+            logits = features @ matrix.t()
+            if fused:
+                losses, grad = _fused_chunk(logits, labels[rows], smoothing, differentiate)
+            else:
+                losses, grad = _chunk(logits.to(accumulate), labels[rows], smoothing, differentiate)
             total += losses.sum()
             if differentiate:
                 grad = grad.to(compute)
@@ -74,8 +83,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def _chunks(tokens: int, vocab: int) -> list[slice]:
-    count = -(-tokens * vocab // CHUNK_ELEMENTS)
+def _chunks(tokens: int, vocab: int, matrix: Tensor) -> list[slice]:
+    count = -(-tokens * vocab // (CHUNK_ELEMENTS if matrix.device.type == "cpu" else GPU_CHUNK_ELEMENTS))
     step = max(1, -(-tokens // max(count, 1)))
     return [slice(start, start + step) for start in range(0, tokens, step)]
 
@@ -96,6 +105,13 @@ def _chunk(logits: Tensor, labels: Tensor, smoothing: float, differentiate: bool
         logits.scatter_(1, target, logits.gather(1, target) - (1 - smoothing))
         logits.mul_(counted[:, None])
     return losses, logits
+
+
+def _fused_chunk(logits: Tensor, labels: Tensor, smoothing: float, differentiate: bool) -> tuple[Tensor, Tensor]:
+    """As `_chunk`; the gradient is in the dtype of the logits."""
+    from .fused_cross_entropy import row_losses
+
+    return row_losses(logits, labels, smoothing, IGNORE, differentiate), logits
 
 
 @_summed.register_fake

@@ -3,11 +3,15 @@
 The first pass has the reductions of a token (norm, projection; in the backward the gradients of h_pre), the second what
 needs them (u, dX); its reads come out of the L2 cache. The n streams of a tile are a tuple of register tiles, on which
 the mixing is a butterfly. Weight gradients are partial sums over fixed splits of the tokens, added up in order.
+
+The projection is float32 and the streams half precision, so the tensor cores take w = w_0 + w_1 + w_2, three bfloat16
+numbers of 8 bits each, stored as the rows [w_0 | w_1 | w_2] of one thin matrix, and the r g of the weight gradient
+likewise; float32 streams get float32 arithmetic. The channels are a constant of a compilation: addresses are offsets.
 """
 
 # Triton's constexpr parameters take plain values, and its language is not quite Python's.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
-# pyright: reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -16,15 +20,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs wanted in flight for the weight gradient: two for each multiprocessor of the largest chips.
-SPLITS = 264
+from .. import dispatch
+
+# Programs wanted in flight for the weight gradient: four for each multiprocessor of the largest chips.
+SPLITS = 528
 SIZES = ["tokens"]
+# The interpreter's half-precision dot is wrong.
+WIDE = tl.constexpr(dispatch.interpreted())
+LOG2E = tl.constexpr(1.4426950216293335)
+LOG2E_REST = tl.constexpr(1.9259629911266175e-08)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def load_tile(base, rows, cols, stride, dim, keep):
-    mask = keep[:, None] & (cols < dim)[None, :]
-    return tl.load(base + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(base + rows[:, None] * stride + cols[None, :], mask=keep[:, None] & (cols < dim)[None, :], other=0.0)
 
 
 @triton.jit
@@ -43,8 +53,22 @@ def store_streams(x, tiles, rows, cols, dim, keep, N: tl.constexpr):
 
 
 @triton.jit
-def load_column(h, rows, keep, column: tl.constexpr, M: tl.constexpr):
-    return tl.load(h + rows * M + column, mask=keep, other=0.0)
+def load_columns(h, rows, keep, FIRST: tl.constexpr, COUNT: tl.constexpr, M: tl.constexpr):
+    # The sum over one number keeps the compiler from mixing a second time in the layout of a dot's operand.
+    out = ()
+    at = h + rows[:, None] * M + tl.arange(0, 1)[None, :]
+    for c in tl.static_range(COUNT):
+        out = out + (tl.sum(tl.load(at + FIRST + c, mask=keep[:, None], other=0.0), 1)[:, None],)
+    return out
+
+
+@triton.jit
+def take_columns(a, FIRST: tl.constexpr, COUNT: tl.constexpr, MP: tl.constexpr):
+    j = tl.arange(0, MP)
+    out = ()
+    for c in tl.static_range(COUNT):
+        out = out + (tl.sum(tl.where((j == FIRST + c)[None, :], a, 0.0), 1)[:, None],)
+    return out
 
 
 @triton.jit
@@ -52,146 +76,232 @@ def swap(tiles, q, HALF: tl.constexpr, N: tl.constexpr):
     # e = q (x_0 - x_1), x_0' = x_0 - e, x_1' = x_1 + e for the pairs HALF apart
     out = ()
     for s in tl.static_range(N):
-        out = out + (tiles[s] + q[:, None] * (tiles[s ^ HALF] - tiles[s]),)
+        e = q * (tiles[s & ~HALF] - tiles[s | HALF])
+        if s & HALF == 0:
+            out = out + (tiles[s] - e,)
+        else:
+            out = out + (tiles[s] + e,)
     return out
 
 
 @triton.jit
-def mix(tiles, h, rows, keep, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr):
+def stages(tiles, q, N: tl.constexpr, K: tl.constexpr):
+    # The streams in float32 as they enter stage 0, 1, … and as they leave the last
+    wide = ()
+    for s in tl.static_range(N):
+        wide = wide + (tiles[s].to(tl.float32),)
+    out = (wide,)
     for k in tl.static_range(K):
-        tiles = swap(tiles, load_column(h, rows, keep, 2 * N + k, M), N >> (k + 1), N)
-    return tiles
+        wide = swap(wide, q[k], N >> (k + 1), N)
+        out = out + (wide,)
+    return out
 
 
 @triton.jit
-def following(x, y, h, rows, cols, dim, keep, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, DTYPE: tl.constexpr):
+def add_branch(mixed, branch, post, N: tl.constexpr, DTYPE: tl.constexpr):
     # X' = H_res X + h_post (x) y, rounded as it is stored
-    tiles = mix(load_streams(x, rows, cols, dim, keep, N), h, rows, keep, N, K, M)
-    branch = load_tile(y, rows, cols, dim, dim, keep)
     out = ()
     for s in tl.static_range(N):
-        post = load_column(h, rows, keep, N + s, M)
-        out = out + ((tiles[s] + post[:, None] * branch).to(DTYPE).to(tl.float32),)
+        out = out + ((mixed[s] + post[s] * branch.to(tl.float32)).to(DTYPE),)
+    return out
+
+
+@triton.jit
+def following(x, y, post, q, rows, cols, dim, keep, N: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr):
+    tiles = load_streams(x, rows, cols, dim, keep, N)
+    branch = load_tile(y, rows, cols, dim, dim, keep)
+    return add_branch(stages(tiles, q, N, K)[K], branch, post, N, DTYPE)
+
+
+@triton.jit
+def fold(tile):
+    # Sums of 8 neighbours: a thread has them, so that only the end of a pass crosses threads.
+    return tl.sum(tl.reshape(tile, (tile.shape[0], tile.shape[1] // 8, 8)), 2)
+
+
+@triton.jit
+def zeros(BM: tl.constexpr, BC: tl.constexpr, COUNT: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (tl.zeros((BM, BC), tl.float32),)
+    return out
+
+
+@triton.jit
+def pieces(a, COUNT: tl.constexpr):
+    # a = a_0 + a_1 + …, bfloat16
+    out = ()
+    for _ in tl.static_range(COUNT):
+        high = a.to(tl.bfloat16)
+        out = out + (high,)
+        a = a - high.to(tl.float32)
+    return out
+
+
+@triton.jit
+def stream_pieces(tile):
+    # 11 bits of float16 are two bfloat16 numbers.
+    if tile.dtype == tl.float16:
+        out = pieces(tile.to(tl.float32), 2)
+    else:
+        out = (tile,)
     return out
 
 
 @triton.jit
 def product(a, b, acc):
-    # float32 stays float32 on the chip: no TF32
-    return tl.dot(a, b, acc, input_precision="ieee")
+    # sum over the pieces of a and of b; float32 stays float32 on the chip: no TF32
+    for i in tl.static_range(len(a)):
+        for k in tl.static_range(len(b)):
+            if WIDE:
+                acc = tl.dot(a[i].to(tl.float32), b[k].to(tl.float32), acc, input_precision="ieee")
+            else:
+                acc = tl.dot(a[i], b[k], acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def sigmoid(x):
+    # a = exp(-|x|) = 2^t (1 + ln2 (exact - t)), t = -|x| log2(e) rounded; sigmoid = (1 or a) / (1 + a)
+    v = -tl.abs(x)
+    t = v * LOG2E
+    rest = tl.fma(v, LOG2E, -t) + v * LOG2E_REST
+    a = tl.exp2(t)
+    a = tl.where(a > 0.0, tl.fma(a, rest * LN2, a), a)
+    return tl.div_rn(tl.where(x >= 0.0, 1.0, a), 1.0 + a)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def post_kernel(
-    x, y, h, out, tokens, dim,
+    x, y, h, out, tokens, dim: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, DTYPE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     keep = rows < tokens
-    tiles = following(x, y, h, rows, cols, dim, keep, N, K, M, DTYPE)
-    store_streams(out, tiles, rows, cols, dim, keep, N)
+    post, q = load_columns(h, rows, keep, N, N, M), load_columns(h, rows, keep, 2 * N, K, M)
+    store_streams(out, following(x, y, post, q, rows, cols, dim, keep, N, K, DTYPE), rows, cols, dim, keep, N)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def pre_kernel(
-    x, y, h, weight, bias, out, u, after, saved, tokens, dim, eps,
+    x, y, h, weight, bias, out, u, after, saved, tokens, dim: tl.constexpr, eps,
     POST: tl.constexpr, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, DTYPE: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr,
+    ROWS: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     keep = rows < tokens
-    j = tl.arange(0, MP)
-    square = tl.zeros((BM,), tl.float32)
-    z = tl.zeros((BM, MP), tl.float32)
+    i, j = tl.arange(0, RP), tl.arange(0, MP)
+    if POST:
+        post, q = load_columns(h, rows, keep, N, N, M), load_columns(h, rows, keep, 2 * N, K, M)
+    square = tl.zeros((BM, BC // 8), tl.float32)
+    z = tl.zeros((BM, RP), tl.float32)
     for start in range(0, dim, BC):
         cols = start + tl.arange(0, BC)
         if POST:
-            tiles = following(x, y, h, rows, cols, dim, keep, N, K, M, DTYPE)
+            tiles = following(x, y, post, q, rows, cols, dim, keep, N, K, DTYPE)
             store_streams(out, tiles, rows, cols, dim, keep, N)
         else:
             tiles = load_streams(x, rows, cols, dim, keep, N)
+        # Added up tile by tile: the error grows with the tiles, not with the channels.
+        part = tl.zeros((BM, RP), tl.float32)
         for s in tl.static_range(N):
-            square += tl.sum(tiles[s] * tiles[s], 1)
-            mask = (cols < dim)[:, None] & (j < M)[None, :]
-            w = tl.load(weight + j[None, :] * (N * dim) + s * dim + cols[:, None], mask=mask, other=0.0)
-            z = product(tiles[s], w, z)
-    r = 1.0 / tl.maximum(tl.sqrt(square), eps)
+            wide = tiles[s].to(tl.float32)
+            square += fold(wide * wide)
+            mask = (cols < dim)[:, None] & (i < ROWS)[None, :]
+            w = tl.load(weight + i[None, :] * (N * dim) + s * dim + cols[:, None], mask=mask, other=0.0)
+            part += product(stream_pieces(tiles[s]), (w,), tl.zeros((BM, RP), tl.float32))
+        z += part
+    if ROWS > M:
+        # z_0 + z_1 + z_2
+        parts = z
+        z = tl.zeros((BM, MP), tl.float32)
+        for p in tl.static_range(ROWS // M):
+            z += tl.gather(parts, tl.broadcast_to(((j + p * M) % RP)[None, :], (BM, MP)), 1)
+    r = tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(tl.sum(square, 1)), eps))
     z *= r[:, None]
     b = tl.load(bias + j, mask=j < M, other=0.0)
     top = tl.where((j >= N) & (j < 2 * N), 2.0, 1.0)
-    coefficients = top[None, :] * tl.sigmoid(z + b[None, :])
+    coefficients = top[None, :] * sigmoid(z + b[None, :])
     live = keep[:, None] & (j < M)[None, :]
     tl.store(after + rows[:, None] * M + j[None, :], coefficients, mask=live)
     tl.store(saved + rows[:, None] * (M + 1) + j[None, :], z, mask=live)
     tl.store(saved + rows * (M + 1) + M, r, mask=keep)
+    # What other threads of the program stored is read back.
+    tl.debug_barrier()
+    pre = load_columns(after, rows, keep, 0, N, M)
     for start in range(0, dim, BC):
         cols = start + tl.arange(0, BC)
-        if POST:
-            # Mixed again from the cache: reading `out` back would need a barrier.
-            tiles = following(x, y, h, rows, cols, dim, keep, N, K, M, DTYPE)
-        else:
-            tiles = load_streams(x, rows, cols, dim, keep, N)
+        tiles = load_streams(out, rows, cols, dim, keep, N)
         total = tl.zeros((BM, BC), tl.float32)
         for s in tl.static_range(N):
-            pre = tl.sum(tl.where((j == s)[None, :], coefficients, 0.0), 1)
-            total += pre[:, None] * tiles[s]
+            total += pre[s] * tiles[s].to(tl.float32)
         mask = keep[:, None] & (cols < dim)[None, :]
         tl.store(u + rows[:, None] * dim + cols[None, :], total, mask=mask)
 
 
 @triton.jit
 def mixing_backward(
-    grads, x, y, h, dx, dy, sums, rows, cols, dim, keep,
-    N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
-):  # fmt: skip
-    # dx = H_res g, dy = h_post g; into `sums`: dh_post = <g, y> and dq_k = -sum (g_0 - g_1)(x_0 - x_1)
-    j = tl.arange(0, MP)
-    branch = load_tile(y, rows, cols, dim, dim, keep)
+    grads, entering, branch, post, q, dpost, dq, dx, dy, rows, cols, dim, keep, N: tl.constexpr, K: tl.constexpr
+):
+    # dx = H_res g, dy = h_post g; dpost += <g, y> and dq_k -= sum (g_0 - g_1)(x_0 - x_1), folded
+    # The stages commute: x passes the stages before k, g those after it.
+    branch = branch.to(tl.float32)
     total = tl.zeros_like(branch)
+    sums = ()
     for s in tl.static_range(N):
-        total += load_column(h, rows, keep, N + s, M)[:, None] * grads[s]
-        sums += tl.where((j == N + s)[None, :], tl.sum(grads[s] * branch, 1)[:, None], 0.0)
+        total += post[s] * grads[s]
+        sums = sums + (dpost[s] + fold(grads[s] * branch),)
     mask = keep[:, None] & (cols < dim)[None, :]
     tl.store(dy + rows[:, None] * dim + cols[None, :], total, mask=mask)
-    # The stages commute: x passes the stages before k, g those after it.
-    streams = load_streams(x, rows, cols, dim, keep, N)
-    entering = (streams,)
-    for k in tl.static_range(K - 1):
-        streams = swap(streams, load_column(h, rows, keep, 2 * N + k, M), N >> (k + 1), N)
-        entering = entering + (streams,)
+    last = ()
     # Stage K - 1 - i pairs streams 1 << i apart.
     for i in tl.static_range(K):
-        dq = tl.zeros_like(tl.sum(branch, 1))
+        step = tl.zeros_like(branch)
         for s in tl.static_range(N):
             if s & (1 << i) == 0:
-                step = grads[s] - grads[s + (1 << i)]
-                dq -= tl.sum(step * (entering[K - 1 - i][s] - entering[K - 1 - i][s + (1 << i)]), 1)
-        sums += tl.where((j == 2 * N + K - 1 - i)[None, :], dq[:, None], 0.0)
-        grads = swap(grads, load_column(h, rows, keep, 2 * N + K - 1 - i, M), 1 << i, N)
+                before = entering[K - 1 - i][s] - entering[K - 1 - i][s + (1 << i)]
+                step += (grads[s] - grads[s + (1 << i)]) * before
+        last = (dq[K - 1 - i] - fold(step),) + last
+        grads = swap(grads, q[K - 1 - i], 1 << i, N)
     store_streams(dx, grads, rows, cols, dim, keep, N)
-    return sums
+    return sums, last
+
+
+@triton.jit
+def place(into, sums, FIRST: tl.constexpr, COUNT: tl.constexpr, MP: tl.constexpr):
+    j = tl.arange(0, MP)
+    for c in tl.static_range(COUNT):
+        into += tl.where((j == FIRST + c)[None, :], tl.sum(sums[c], 1)[:, None], 0.0)
+    return into
 
 
 @triton.jit(do_not_specialize=SIZES)
 def post_backward_kernel(
-    grad, x, y, h, dx, dy, dh, tokens, dim,
+    grad, x, y, h, dx, dy, dh, tokens, dim: tl.constexpr,
     N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     keep = rows < tokens
     j = tl.arange(0, MP)
-    sums = tl.zeros((BM, MP), tl.float32)
+    post, q = load_columns(h, rows, keep, N, N, M), load_columns(h, rows, keep, 2 * N, K, M)
+    dpost, dq = zeros(BM, BC // 8, N), zeros(BM, BC // 8, K)
     for start in range(0, dim, BC):
         cols = start + tl.arange(0, BC)
-        grads = load_streams(grad, rows, cols, dim, keep, N)
-        sums = mixing_backward(grads, x, y, h, dx, dy, sums, rows, cols, dim, keep, N, K, M, MP)
+        grads = stages(load_streams(grad, rows, cols, dim, keep, N), q, N, 0)[0]
+        tiles = load_streams(x, rows, cols, dim, keep, N)
+        branch = load_tile(y, rows, cols, dim, dim, keep)
+        entering = stages(tiles, q, N, K - 1)
+        dpost, dq = mixing_backward(
+            grads, entering, branch, post, q, dpost, dq, dx, dy, rows, cols, dim, keep, N, K
+        )  # fmt: skip
+    sums = place(place(tl.zeros((BM, MP), tl.float32), dpost, N, N, MP), dq, 2 * N, K, MP)
     tl.store(dh + rows[:, None] * M + j[None, :], sums, mask=keep[:, None] & (j < M)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
 def pre_backward_kernel(
-    dfollowing, du, dafter, x, y, h, weight, after, saved, dx, dy, dh, logits, tokens, dim, limit,
+    dfollowing, du, dafter, x, y, h, weight, after, saved, dx, dy, dh, logits, tokens, dim: tl.constexpr, limit,
     POST: tl.constexpr, JOIN: tl.constexpr, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
     DTYPE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -200,89 +310,124 @@ def pre_backward_kernel(
     keep = rows < tokens
     j = tl.arange(0, MP)
     live = keep[:, None] & (j < M)[None, :]
-    dcoef = tl.load(dafter + rows[:, None] * M + j[None, :], mask=live, other=0.0)
+    if POST:
+        post, q = load_columns(h, rows, keep, N, N, M), load_columns(h, rows, keep, 2 * N, K, M)
+    dpre = zeros(BM, BC // 8, N)
     for start in range(0, dim, BC):
         cols = start + tl.arange(0, BC)
+        d = load_tile(du, rows, cols, dim, dim, keep).to(tl.float32)
         if POST:
-            tiles = following(x, y, h, rows, cols, dim, keep, N, K, M, DTYPE)
+            tiles = following(x, y, post, q, rows, cols, dim, keep, N, K, DTYPE)
         else:
             tiles = load_streams(x, rows, cols, dim, keep, N)
-        d = load_tile(du, rows, cols, dim, dim, keep)
+        added = ()
         for s in tl.static_range(N):
-            dcoef += tl.where((j == s)[None, :], tl.sum(d * tiles[s], 1)[:, None], 0.0)
+            added = added + (dpre[s] + fold(d * tiles[s].to(tl.float32)),)
+        dpre = added
+    dcoef = tl.load(dafter + rows[:, None] * M + j[None, :], mask=live, other=0.0)
+    dcoef = place(dcoef, dpre, 0, N, MP)
     coefficients = tl.load(after + rows[:, None] * M + j[None, :], mask=live, other=0.0)
     z = tl.load(saved + rows[:, None] * (M + 1) + j[None, :], mask=live, other=0.0)
     r = tl.load(saved + rows * (M + 1) + M, mask=keep, other=0.0)
-    top = tl.where((j >= N) & (j < 2 * N), 2.0, 1.0)
-    g = dcoef * coefficients * (1.0 - coefficients / top[None, :])
-    shrink = tl.where(r < limit, -r * r * tl.sum(g * z, 1), 0.0)
+    half = tl.where((j >= N) & (j < 2 * N), 0.5, 1.0)
+    g = dcoef * coefficients * (1.0 - coefficients * half[None, :])
+    shrink = tl.where(r < limit, -r * r * tl.sum(g * z, 1), 0.0)[:, None]
     tl.store(logits + rows[:, None] * M + j[None, :], g, mask=live)
-    scaled = g * r[:, None]
-    sums = tl.zeros((BM, MP), tl.float32)
+    scaled = take_columns(g * r[:, None], 0, M, MP)
+    pre = load_columns(after, rows, keep, 0, N, M)
+    dpost, dq = zeros(BM, BC // 8, N), zeros(BM, BC // 8, K)
     for start in range(0, dim, BC):
         cols = start + tl.arange(0, BC)
+        tiles = load_streams(x, rows, cols, dim, keep, N)
+        d = load_tile(du, rows, cols, dim, dim, keep).to(tl.float32)
         if POST:
-            tiles = following(x, y, h, rows, cols, dim, keep, N, K, M, DTYPE)
-        else:
-            tiles = load_streams(x, rows, cols, dim, keep, N)
-        d = load_tile(du, rows, cols, dim, dim, keep)
+            branch = load_tile(y, rows, cols, dim, dim, keep)
+            entering = stages(tiles, q, N, K)
+            tiles = add_branch(entering[K], branch, post, N, DTYPE)
         grads = ()
         for s in tl.static_range(N):
-            mask = (j < M)[:, None] & (cols < dim)[None, :]
-            w = tl.load(weight + j[:, None] * (N * dim) + s * dim + cols[None, :], mask=mask, other=0.0)
-            pre = load_column(after, rows, keep, s, M)
-            part = product(scaled, w, shrink[:, None] * tiles[s] + pre[:, None] * d)
+            part = shrink * tiles[s].to(tl.float32) + pre[s] * d
             if JOIN:
-                part += load_tile(dfollowing + s * dim, rows, cols, N * dim, dim, keep)
+                part += load_tile(dfollowing + s * dim, rows, cols, N * dim, dim, keep).to(tl.float32)
+            # r g W by outer products: a dot would take all of the mixing through shared memory.
+            for c in tl.static_range(M):
+                w = tl.load(weight + c * (N * dim) + s * dim + cols, mask=cols < dim, other=0.0)
+                part += scaled[c] * w[None, :]
             grads = grads + (part,)
         if POST:
-            sums = mixing_backward(grads, x, y, h, dx, dy, sums, rows, cols, dim, keep, N, K, M, MP)
+            dpost, dq = mixing_backward(
+                grads, entering, branch, post, q, dpost, dq, dx, dy, rows, cols, dim, keep, N, K
+            )  # fmt: skip
         else:
             store_streams(dx, grads, rows, cols, dim, keep, N)
     if POST:
+        sums = place(place(tl.zeros((BM, MP), tl.float32), dpost, N, N, MP), dq, 2 * N, K, MP)
         tl.store(dh + rows[:, None] * M + j[None, :], sums, mask=live)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def weight_gradient_kernel(
-    logits, saved, x, y, h, partial, tokens, dim,
+    logits, saved, x, y, h, partial, biases, tokens, dim: tl.constexpr,
     POST: tl.constexpr, SPLIT: tl.constexpr, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
     DTYPE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    # partial[split] = (r g)^T X' over every SPLIT-th block of tokens
+    # partial[split] = (r g)^T X' over every SPLIT-th block of tokens, biases[split] = sum g
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
     split = tl.program_id(1)
     j = tl.arange(0, MP)
-    sums = ()
-    for _ in tl.static_range(N):
-        sums = sums + (tl.zeros((MP, BC), tl.float32),)
+    sums = zeros(MP, BC, N)
+    total = tl.zeros((MP, BM), tl.float32)
     for start in range(split * BM, tokens, SPLIT * BM):
         rows = start + tl.arange(0, BM).to(tl.int64)
         keep = rows < tokens
         live = keep[None, :] & (j < M)[:, None]
         g = tl.load(logits + rows[None, :] * M + j[:, None], mask=live, other=0.0)
+        total += g
         g *= tl.load(saved + rows * (M + 1) + M, mask=keep, other=0.0)[None, :]
         if POST:
-            tiles = following(x, y, h, rows, cols, dim, keep, N, K, M, DTYPE)
+            post, q = load_columns(h, rows, keep, N, N, M), load_columns(h, rows, keep, 2 * N, K, M)
+            tiles = following(x, y, post, q, rows, cols, dim, keep, N, K, DTYPE)
         else:
             tiles = load_streams(x, rows, cols, dim, keep, N)
+        left = pieces(g, 3) if tiles[0].dtype != tl.float32 else (g,)
         added = ()
         for s in tl.static_range(N):
-            added = added + (product(g, tiles[s], sums[s]),)
+            added = added + (sums[s] + product(left, stream_pieces(tiles[s]), tl.zeros((MP, BC), tl.float32)),)
         sums = added
     mask = (j < M)[:, None] & (cols < dim)[None, :]
     at = (split.to(tl.int64) * M + j[:, None]) * (N * dim) + cols[None, :]
     for s in tl.static_range(N):
         tl.store(partial + at + s * dim, sums[s], mask=mask)
+    tl.store(biases + split * M + j, tl.sum(total, 1), mask=(j < M) & (tl.program_id(0) == 0))
 
 
 @triton.jit
-def reduce_kernel(partial, out, size, SPLIT: tl.constexpr, BC: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
-    total = tl.zeros((BC,), tl.float32)
-    for split in range(SPLIT):
-        total += tl.load(partial + split * size.to(tl.int64) + at, mask=at < size, other=0.0)
-    tl.store(out + at, total, mask=at < size)
+def add_splits(partial, out, at, size, SPLIT: tl.constexpr):
+    s = tl.arange(0, 16)
+    total = tl.zeros((16, at.shape[0]), tl.float32)
+    for start in range(0, SPLIT, 16):
+        mask = (start + s < SPLIT)[:, None] & (at < size)[None, :]
+        total += tl.load(partial + (start + s).to(tl.int64)[:, None] * size + at[None, :], mask=mask, other=0.0)
+    tl.store(out + at, tl.sum(total, 0), mask=at < size)
+
+
+@triton.jit
+def reduce_kernel(partial, biases, dweight, dbias, size, M: tl.constexpr, SPLIT: tl.constexpr, BC: tl.constexpr):
+    # The last program has the bias.
+    block = tl.program_id(0)
+    at = tl.arange(0, BC)
+    if block * BC < size:
+        add_splits(partial, dweight, block * BC + at, size, SPLIT)
+    else:
+        add_splits(biases, dbias, at, M, SPLIT)
+
+
+@triton.jit
+def split_kernel(weight, out, size, BC: tl.constexpr):
+    at = tl.program_id(0) * BC + tl.arange(0, BC)
+    w = pieces(tl.load(weight + at, mask=at < size, other=0.0), 3)
+    for k in tl.static_range(3):
+        tl.store(out + k * size + at, w[k], mask=at < size)
 
 
 def shape(x: Tensor) -> dict[str, int]:
@@ -291,8 +436,27 @@ def shape(x: Tensor) -> dict[str, int]:
     return {"N": n, "K": k, "M": 2 * n + k}
 
 
+def at_least_16(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
 def padded(x: Tensor) -> dict[str, int]:
-    return {"MP": max(16, triton.next_power_of_2(shape(x)["M"]))}
+    return {"MP": at_least_16(shape(x)["M"])}
+
+
+def stacked(x: Tensor) -> dict[str, int]:
+    """Rows of the matrix that `split` returns, and that number padded."""
+    rows = shape(x)["M"] * (1 if x.dtype == torch.float32 else 3)
+    return {"ROWS": rows, "RP": at_least_16(rows)}
+
+
+def split(x: Tensor, weight: Tensor) -> Tensor:
+    """The weight for streams like x: itself for float32, else [w_0 | w_1 | w_2] in bfloat16."""
+    if x.dtype == torch.float32:
+        return weight
+    out, size = weight.new_empty(3 * weight.shape[0], weight.shape[1], dtype=torch.bfloat16), weight.numel()
+    split_kernel[(triton.cdiv(size, 256),)](weight, out, size, BC=256)
+    return out
 
 
 def stored(x: Tensor) -> tl.dtype:
@@ -302,18 +466,19 @@ def stored(x: Tensor) -> tl.dtype:
 # Tokens, channels of all streams together, channels at most, and warps of a tile, by kernel.
 TILES = {
     "pre": (16, 256, 64, 4),
-    "post": (16, 256, 64, 4),
-    # Wider ones spill on sm_100.
-    "pre_backward": (16, 256, 16, 8),
-    "post_backward": (16, 256, 32, 4),
-    "weight_gradient": (16, 256, 16, 4),
+    "post": (16, 512, 128, 8),
+    "pre_backward": (16, 256, 64, 8),
+    "post_backward": (16, 512, 128, 8),
+    "weight_gradient": (16, 256, 64, 4),
 }
+# Fewer buffers where these decide how many programs a multiprocessor holds.
+STAGES = {"pre": 2}
 
 
 def tile(x: Tensor, kernel: str) -> dict[str, int]:
     tokens, channels, most, warps = TILES[kernel]
     width = max(16, min(most, channels // x.shape[1], triton.next_power_of_2(x.shape[2])))
-    return {"BM": tokens, "BC": width, "num_warps": warps}
+    return {"BM": tokens, "BC": width, "num_warps": warps, "num_stages": STAGES.get(kernel, 3)}
 
 
 def forward(
@@ -326,8 +491,8 @@ def forward(
     if tokens:
         block = tile(x, "pre")
         pre_kernel[(triton.cdiv(tokens, block["BM"]),)](
-            x, x if y is None else y, after if h is None else h, weight, bias, out, u, after, saved, tokens, dim, eps,
-            POST=y is not None, DTYPE=stored(x), **shape(x), **padded(x), **block,
+            x, x if y is None else y, after if h is None else h, split(x, weight), bias, out, u, after, saved, tokens,
+            dim, eps, POST=y is not None, DTYPE=stored(x), **shape(x), **padded(x), **stacked(x), **block,
         )  # fmt: skip
     return out, u, after, saved
 
@@ -346,19 +511,19 @@ def backward(
     common = {"POST": post, "DTYPE": stored(x), **shape(x), **padded(x)}
     block = tile(x, "pre_backward")
     pre_backward_kernel[(triton.cdiv(tokens, block["BM"]),)](
-        joined, du, dafter, x, branch, before, weight, after, saved, grad, dy, dh, logits, tokens, dim, 1 / eps,
-        JOIN=dx is not None, **common, **block,
+        joined, du, dafter, x, branch, before, weight, after, saved, grad, dy, dh, logits, tokens, dim,
+        1 / eps, JOIN=dx is not None, **common, **block,
     )  # fmt: skip
     block = tile(x, "weight_gradient")
     columns = triton.cdiv(dim, block["BC"])
     splits = max(1, min(SPLITS // columns, triton.cdiv(tokens, 256)))
-    partial = weight.new_empty(splits, m, n * dim)
+    partial, biases = weight.new_empty(splits, m, n * dim), weight.new_empty(splits, m)
     weight_gradient_kernel[(columns, splits)](
-        logits, saved, x, branch, before, partial, tokens, dim, SPLIT=splits, **common, **block
+        logits, saved, x, branch, before, partial, biases, tokens, dim, SPLIT=splits, **common, **block
     )
-    dweight = torch.empty_like(weight)
-    reduce_kernel[(triton.cdiv(m * n * dim, 1024),)](partial, dweight, m * n * dim, SPLIT=splits, BC=1024)
-    return grad, dy, dh, dweight, logits.sum(0)
+    dweight, dbias, size = torch.empty_like(weight), weight.new_empty(m), m * n * dim
+    reduce_kernel[(triton.cdiv(size, 128) + 1,)](partial, biases, dweight, dbias, size, M=m, SPLIT=splits, BC=128)
+    return grad, dy, dh, dweight, dbias
 
 
 def kronecker_pre(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

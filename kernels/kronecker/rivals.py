@@ -121,7 +121,7 @@ def training(v: Values, dtype: torch.dtype, device: torch.device, **options: Any
 
     torch.manual_seed(0)
     model = create_model(f"kromhc_lm_{v['depth']}l", vocab_size=VOCABULARY, max_len=v["length"], **options).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=device.type == "cuda")
     ids = torch.randint(VOCABULARY, (v["batch"], v["length"] + 1), device=device)
 
     def loss() -> Tensor:

@@ -1,8 +1,11 @@
-"""Grouped experts in Triton: one kernel for every product over sorted rows, told apart by its epilogue.
+"""Grouped experts in Triton: one kernel for every product over sorted rows, and kernels over the rows between products.
 
 Row r of the sorted order belongs to pair order[r] of token order[r] // K and to the expert e with offsets[e] <= r <
 offsets[e+1]. The grid is sized for the worst case on the host; a program finds its expert and its rows in `offsets`,
 and leaves if there are none, so that the host never waits for the device.
+
+Activations are kernels of their own: behind a product they would run while the tensor cores wait, out of registers, and
+take longer than reading the rows again.
 """
 
 # Triton's constexpr parameters take plain values, and its language is not quite Python's.
@@ -17,25 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
+from ..rounding import store
 from .fused_route import route, route_backward
 
 __all__ = ["moe_ffn", "moe_ffn_backward", "route", "route_backward"]
 
 OUTPUT_SALT = tl.constexpr(0x9E3779B9)
-PLAIN, UP, DOWN, SLOPE = (tl.constexpr(k) for k in range(4))
-
-
-# The interpreter converts to bfloat16 by cutting bits off.
-ROUND = tl.constexpr(dispatch.interpreted())
-
-
-@triton.jit
-def store(pointer, value, mask):
-    if ROUND:  # noqa: SIM102 (each condition is decided when the kernel is compiled)
-        if pointer.dtype.element_ty == tl.bfloat16:
-            bits = value.to(tl.int32, bitcast=True)
-            value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-    tl.store(pointer, value, mask=mask)
 
 
 @triton.jit
@@ -53,7 +43,7 @@ def dropout(pairs, cols, seed, threshold, scale, SALT: tl.constexpr):
     salt = tl.full((1,), SALT, tl.int64)
     start = ((tl.load(seed) ^ salt) & 0xFFFFFFFF).to(tl.uint32)
     row = hashed(pairs.to(tl.uint32) ^ hashed(start))
-    bits = hashed(row[:, None] ^ cols.to(tl.uint32)[None, :]).to(tl.int64)
+    bits = hashed(row ^ cols.to(tl.uint32)).to(tl.int64)
     return tl.where(bits >= threshold, scale, 0.0)
 
 
@@ -63,11 +53,15 @@ def gelu_gate(x):
 
 
 @triton.jit
-def gelu_slope(x):
-    # the gate's smaller side first: 1 - gate would cancel for large x
-    side = gelu_gate(-tl.abs(x))
-    slope = x * side * (1.0 - side) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-    return slope + tl.where(x < 0, side, 1.0 - side)
+def gelu_parts(x):
+    # gate(x) and gelu'(x). With e = exp(-|z|), sigmoid(|z|) = 1 / (1 + e) and sigmoid(-|z|) = e / (1 + e): 1 - gate
+    # would cancel.
+    square = x * x
+    e = tl.exp(-tl.abs(1.5957691216057308 * x * (1.0 + 0.044715 * square)))
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    gate = tl.where(x < 0, small, large)
+    return gate, gate + x * (small * large) * (1.5957691216057308 * (1.0 + 0.134145 * square))
 
 
 @triton.jit
@@ -94,16 +88,11 @@ def find_rows(offsets, program, E: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def grouped_kernel(
-    a, weight, bias, extra, gates, out, out2, partial, order, offsets, seed, threshold, scale, inner, width, pairs,
-    TOP_K: tl.constexpr, E: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, MODE: tl.constexpr,
-    GELU: tl.constexpr, DROP: tl.constexpr, SAVE: tl.constexpr, DTYPE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    a, weight, bias, out, order, offsets, inner, width,
+    TOP_K: tl.constexpr, E: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr,
+    DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    # acc = A W^T (A W if TRANSPOSED) for the rows of one expert, then
-    #   UP:    h = acc + b, a = drop(gelu(h))
-    #   DOWN:  o = acc + b, out[pair] = gate drop(act(o))
-    #   SLOPE: a g (to out2), dh = g drop gelu'(h) acc, partial = <acc, a> over this block's columns
-    #   PLAIN: out[pair] = acc
+    # out = A W^T + b (A W if TRANSPOSED) for the rows of one expert; GATHER reads A by token
     # Programs that follow each other share their rows: those stay in the cache, and so does one expert's weight.
     expert, first, stop = find_rows(offsets, tl.program_id(1), E, BM)
     if expert < 0:
@@ -111,43 +100,68 @@ def grouped_kernel(
     rows = first + tl.arange(0, BM)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     keep = rows < stop
-    pair = tl.load(order + rows, mask=keep, other=0)
-    source = pair // TOP_K if GATHER else rows
+    source = rows
+    if GATHER:
+        source = tl.load(order + rows, mask=keep, other=0) // TOP_K
+    left = (a + source * inner)[:, None]
     base = weight + expert.to(tl.int64) * inner * width
     acc = tl.zeros((BM, BN), tl.float32)
     for start in range(0, inner, BK):
         k = start + tl.arange(0, BK)
-        x = tl.load(a + source[:, None] * inner + k[None, :], mask=keep[:, None] & (k < inner)[None, :], other=0.0)
+        x = tl.load(left + k[None, :], mask=keep[:, None] & (k < inner)[None, :], other=0.0)
         at = k[:, None] * width + n[None, :] if TRANSPOSED else n[None, :] * inner + k[:, None]
         w = tl.load(base + at, mask=(k < inner)[:, None] & (n < width)[None, :], other=0.0)
         acc = matmul(x, w, acc, DTYPE)
-    mask = keep[:, None] & (n < width)[None, :]
-    here = rows[:, None] * width + n[None, :]
-    there = pair[:, None] * width + n[None, :]
-    factor = 1.0
-    if DROP:
-        factor = dropout(pair, n, seed, threshold, scale, OUTPUT_SALT if MODE == DOWN else 0)
-    if MODE == PLAIN:
-        store(out + there, acc, mask=mask)
-    if MODE == UP or MODE == DOWN:  # noqa: SIM109 (Triton has no tuple membership)
+    if BIAS:
         acc += tl.load(bias + expert * width + n, mask=n < width, other=0.0).to(tl.float32)[None, :]
-        if SAVE:
-            store(out2 + here, acc, mask=mask)
-    if MODE == UP:
-        store(out + here, acc * gelu_gate(acc) * factor, mask=mask)
-    if MODE == DOWN:
-        gate = tl.load(gates + pair, mask=keep, other=0.0)
-        value = acc * gelu_gate(acc) if GELU else acc
-        store(out + there, value * factor * gate[:, None], mask=mask)
-    if MODE == SLOPE:
-        h = tl.load(extra + here, mask=mask, other=0.0).to(tl.float32)
-        half = gelu_gate(h)
-        gate = tl.load(gates + pair, mask=keep, other=0.0)[:, None]
-        value = h * half * factor
-        part = partial + tl.program_id(0).to(tl.int64) * pairs + pair
-        store(part, tl.sum(tl.where(mask, acc * value, 0.0), 1), mask=keep)
-        store(out2 + here, value * gate, mask=mask)
-        store(out + here, acc * gate * factor * gelu_slope(h), mask=mask)
+    store((out + rows * width)[:, None] + n[None, :], acc, mask=keep[:, None] & (n < width)[None, :])
+
+
+@triton.jit
+def activate_kernel(h, active, order, seed, threshold, scale, width, DROP: tl.constexpr, BN: tl.constexpr):
+    # a = drop(gelu(h)), a row a program; `active` may be h
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.load(order + row)
+    if pair < 0:
+        return
+    for start in range(0, width, BN):
+        n = start + tl.arange(0, BN)
+        v = tl.load(h + row * width + n, mask=n < width, other=0.0).to(tl.float32)
+        v *= gelu_gate(v)
+        if DROP:
+            v *= dropout(pair, n, seed, threshold, scale, 0)
+        store(active + row * width + n, v, mask=n < width)
+
+
+@triton.jit
+def slope_kernel(
+    d, h, active, gates, start_gate, dgates, order, seed, threshold, scale, width,
+    GELU: tl.constexpr, DROP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    # a = drop(gelu(h)): a g (to `active`), dh = g drop gelu'(h) d (in place of d), dgates[pair] += <d, a> unless GELU
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.load(order + row)
+    if pair < 0:
+        return
+    gate = tl.load(gates + pair)
+    before = tl.load(start_gate + pair)
+    total = tl.zeros((BN,), tl.float32)
+    for start in range(0, width, BN):
+        n = start + tl.arange(0, BN)
+        at = row * width + n
+        x = tl.load(h + at, mask=n < width, other=0.0).to(tl.float32)
+        v = tl.load(d + at, mask=n < width, other=0.0).to(tl.float32)
+        half, slope = gelu_parts(x)
+        value = x * half
+        if DROP:
+            factor = dropout(pair, n, seed, threshold, scale, 0)
+            value *= factor
+            slope *= factor
+        if not GELU:
+            total += v * value
+        store(active + at, value * gate, mask=n < width)
+        store(d + at, v * gate * slope, mask=n < width)
+    tl.store(dgates + pair, before + tl.sum(total, 0))
 
 
 @triton.jit
@@ -162,23 +176,23 @@ def output_backward_kernel(
     rows = first + tl.arange(0, BM)
     keep = rows < stop
     pair = tl.load(order + rows, mask=keep, other=0)
-    total = tl.zeros((BM,), tl.float32)
+    total = tl.zeros((BM, BN), tl.float32)
     for start in range(0, width, BN):
         n = start + tl.arange(0, BN)
         mask = keep[:, None] & (n < width)[None, :]
-        v = tl.load(grad + (pair // TOP_K)[:, None] * width + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        v = tl.load((grad + pair // TOP_K * width)[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
         if DROP:
-            v *= dropout(pair, n, seed, threshold, scale, OUTPUT_SALT)
+            v *= dropout(pair[:, None], n[None, :], seed, threshold, scale, OUTPUT_SALT)
         if GELU:
-            pre = tl.load(o + rows[:, None] * width + n[None, :], mask=mask, other=0.0).to(tl.float32)
-            half = gelu_gate(pre)
-            total += tl.sum(v * pre * half, 1)
-            v *= gelu_slope(pre)
+            pre = tl.load((o + rows * width)[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
+            half, slope = gelu_parts(pre)
+            total += v * pre * half
+            v *= slope
         else:
             b = tl.load(bias + expert * width + n, mask=n < width, other=0.0).to(tl.float32)
-            total += tl.sum(v * b[None, :], 1)
-        store(g + rows[:, None] * width + n[None, :], v, mask=mask)
-    store(dgate + pair, total, mask=keep)
+            total += v * b[None, :]
+        store((g + rows * width)[:, None] + n[None, :], v, mask=mask)
+    store(dgate + pair, tl.sum(total, 1), mask=keep)
 
 
 @triton.jit
@@ -194,17 +208,22 @@ def weight_gradient_kernel(
     begin = tl.load(offsets + expert)
     end = tl.load(offsets + expert + 1)
     acc = tl.zeros((BM, BN), tl.float32)
+    pair = tl.zeros((BK,), tl.int64)
+    if GATHER:
+        pair = tl.load(order + begin + tl.arange(0, BK), mask=begin + tl.arange(0, BK) < end, other=0)
     for start in range(begin, end, BK):
         rows = start + tl.arange(0, BK)
         keep = rows < end
         source = rows
         if GATHER:
-            source = tl.load(order + rows, mask=keep, other=0) // TOP_K
-        x = tl.load(left + rows[None, :] * m_size + m[:, None], mask=keep[None, :] & (m < m_size)[:, None], other=0.0)
+            # one step ahead, so that the rows themselves are loaded as early as those of `left`
+            source = pair // TOP_K
+            pair = tl.load(order + rows + BK, mask=rows + BK < end, other=0)
+        x = tl.load((left + rows * m_size)[None, :] + m[:, None], mask=keep[None, :] & (m < m_size)[:, None], other=0.0)
         inside = keep[:, None] & (n < n_size)[None, :]
-        y = tl.load(right + source[:, None] * n_size + n[None, :], mask=inside, other=0.0)
+        y = tl.load((right + source * n_size)[:, None] + n[None, :], mask=inside, other=0.0)
         acc = matmul(x, y, acc, DTYPE)
-    at = total + (expert.to(tl.int64) * m_size + m[:, None]) * n_size + n[None, :]
+    at = (total + (expert.to(tl.int64) * m_size + m) * n_size)[:, None] + n[None, :]
     mask = (m < m_size)[:, None] & (n < n_size)[None, :]
     if ACCUMULATE:
         acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -212,48 +231,56 @@ def weight_gradient_kernel(
 
 
 @triton.jit
-def bias_gradient_kernel(x, gates, order, offsets, out, width, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    expert = tl.program_id(1)
+def bias_gradient_kernel(
+    x, gates, order, offsets, out, width, splits, E: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    # out[split, e] = the sum over the split-th part of the rows of expert e
+    expert, split = tl.program_id(1), tl.program_id(2)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     begin = tl.load(offsets + expert)
     end = tl.load(offsets + expert + 1)
-    total = tl.zeros((BN,), tl.float32)
+    part = tl.cdiv(tl.cdiv(end - begin, splits), BM) * BM
+    begin += split * part
+    end = tl.minimum(end, begin + part)
+    total = tl.zeros((BM, BN), tl.float32)
     for start in range(begin, end, BM):
         rows = start + tl.arange(0, BM)
         keep = rows < end
-        v = tl.load(x + rows[:, None] * width + n[None, :], mask=keep[:, None] & (n < width)[None, :], other=0.0)
+        v = tl.load((x + rows * width)[:, None] + n[None, :], mask=keep[:, None] & (n < width)[None, :], other=0.0)
         v = v.to(tl.float32)
         if GATED:
             pair = tl.load(order + rows, mask=keep, other=0)
             v *= tl.load(gates + pair, mask=keep, other=0.0)[:, None]
-        total += tl.sum(v, 0)
-    store(out + expert * width + n, total, mask=n < width)
+        total += v
+    store(out + (split * E + expert) * width + n, tl.sum(total, 0), mask=n < width)
 
 
 @triton.jit
-def combine_kernel(rows, slots, out, tokens, width, TOP_K: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):
-    # out_t = sum_k rows[t K + k] over the kept pairs
+def combine_kernel(
+    rows, gates, slots, seed, threshold, scale, out, tokens, width,
+    TOP_K: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    # out_t = sum_k g_tk drop(act(rows[slot_tk])) over the kept pairs
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     live = t < tokens
     total = tl.zeros((BT, BN), tl.float32)
     for k in tl.static_range(TOP_K):
         pair = t * TOP_K + k
-        kept = live & (tl.load(slots + pair, mask=live, other=-1) >= 0)
-        v = tl.load(rows + pair[:, None] * width + n[None, :], mask=kept[:, None] & (n < width)[None, :], other=0.0)
-        total += v.to(tl.float32)
-    store(out + t[:, None] * width + n[None, :], total, mask=live[:, None] & (n < width)[None, :])
-
-
-@triton.jit
-def gate_gradient_kernel(start, partial, slots, out, pairs, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    # d gate = start + the partial sums in their order; 0 for a dropped pair
-    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    kept = (pair < pairs) & (tl.load(slots + pair, mask=pair < pairs, other=-1) >= 0)
-    total = tl.load(start + pair, mask=kept, other=0.0)
-    for k in range(PARTS):
-        total += tl.load(partial + k * pairs + pair, mask=kept, other=0.0)
-    store(out + pair, tl.where(kept, total, 0.0), mask=pair < pairs)
+        slot = tl.load(slots + pair, mask=live, other=-1)
+        kept = slot >= 0
+        mask = kept[:, None] & (n < width)[None, :]
+        v = tl.load((rows + slot * width)[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        if GELU:
+            v *= gelu_gate(v)
+        if DROP:
+            v *= dropout(pair[:, None], n[None, :], seed, threshold, scale, OUTPUT_SALT)
+        if GATED:
+            v *= tl.load(gates + pair, mask=kept, other=0.0)[:, None]
+        total += v
+    store((out + t * width)[:, None] + n[None, :], total, mask=live[:, None] & (n < width)[None, :])
 
 
 def operand(dtype: torch.dtype) -> tl.dtype:
@@ -263,15 +290,38 @@ def operand(dtype: torch.dtype) -> tl.dtype:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
-# Tiles of the products, for float32 operands and for half ones.
+def tile(rows: int, cols: int, depth: int, warps: int, **options: int) -> dict[str, int]:
+    return {"BM": rows, "BN": cols, "BK": depth, "num_warps": warps, **options}
+
+
+# Tiles of the products from large to small, for float32 operands and for half ones. Without num_stages, three stages on
+# NVIDIA and two on AMD, whose shared memory is smaller.
 GROUPED = {
-    True: {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4},
-    False: {"BM": 128, "BN": 64, "BK": 32, "num_warps": 8},
+    True: [tile(64, 64, 32, 4), tile(32, 32, 32, 4)],
+    False: [
+        tile(128, 256, 64, 8),
+        tile(128, 128, 64, 8),
+        tile(128, 64, 64, 4),
+        tile(64, 64, 64, 4),
+        tile(32, 64, 128, 4),
+        tile(32, 32, 128, 4, num_stages=4),
+    ],
 }
-WEIGHT_GRADIENT = {
-    True: {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4},
-    False: {"BM": 128, "BN": 128, "BK": 32, "num_warps": 8},
-}
+WEIGHT_GRADIENT = {True: tile(64, 64, 32, 4), False: tile(128, 128, 64, 4)}
+# The kernels with a row a program.
+ROW = {"BN": 1024, "num_warps": 4}
+# Programs that fill a GPU, two a multiprocessor.
+FULL = 256
+
+
+def choose(tiles: list[dict[str, int]], pairs: int, experts: int, width: int) -> dict[str, int]:
+    """The first tile that an expert's rows fill by half and that gives a full GPU's programs, else the last."""
+    rows = triton.cdiv(pairs, experts)
+    for size in tiles:
+        programs = experts * triton.cdiv(rows, size["BM"]) * triton.cdiv(width, size["BN"])
+        if size["BM"] <= 2 * rows and programs >= FULL:
+            return size
+    return tiles[-1]
 
 
 def noise(seed: Tensor | None, order: Tensor, rate: float) -> dict:
@@ -280,28 +330,25 @@ def noise(seed: Tensor | None, order: Tensor, rate: float) -> dict:
 
 
 def grouped(
-    a: Tensor, weight: Tensor, out: Tensor, order: Tensor, offsets: Tensor, top_k: int, drop: dict, *,
-    mode: tl.constexpr, bias: Tensor | None = None, extra: Tensor | None = None, gates: Tensor | None = None,
-    out2: Tensor | None = None, partial: Tensor | None = None, gather: bool = False, transposed: bool = False,
-    gelu: bool = False, dropped: bool = False,
+    a: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, offsets: Tensor, top_k: int, out: Tensor, *,
+    gather: bool = False, transposed: bool = False,
 ) -> None:  # fmt: skip
-    experts, inner = weight.shape[0], a.shape[1]
-    width = weight.numel() // experts // inner
-    size = GROUPED[a.dtype == torch.float32]
-    grid = (triton.cdiv(width, size["BN"]), triton.cdiv(order.shape[0], size["BM"]) + experts)
+    experts, (pairs, width), inner = weight.shape[0], out.shape, a.shape[1]
+    size = choose(GROUPED[a.dtype == torch.float32], pairs, experts, width)
+    grid = (triton.cdiv(width, size["BN"]), triton.cdiv(pairs, size["BM"]) + experts)
     grouped_kernel[grid](
-        a, weight, a if bias is None else bias, a if extra is None else extra, a if gates is None else gates, out,
-        out if out2 is None else out2, out if partial is None else partial, order, offsets, **drop,
-        inner=inner, width=width, pairs=order.shape[0], TOP_K=top_k, E=experts, GATHER=gather, TRANSPOSED=transposed,
-        MODE=mode, GELU=gelu, DROP=dropped, SAVE=out2 is not None, DTYPE=operand(a.dtype), **size,
+        a, weight, a if bias is None else bias, out, order, offsets, inner, width, TOP_K=top_k, E=experts,
+        GATHER=gather, TRANSPOSED=transposed, BIAS=bias is not None, DTYPE=operand(a.dtype), **size,
     )  # fmt: skip
 
 
-def combine(rows: Tensor, slots: Tensor) -> Tensor:
+def combine(rows: Tensor, gates: Tensor | None, slots: Tensor, drop: dict, gelu: bool, dropped: bool) -> Tensor:
     (tokens, top_k), width = slots.shape, rows.shape[1]
     out = rows.new_empty(tokens, width)
-    grid = (triton.cdiv(tokens, 16), triton.cdiv(width, 128))
-    combine_kernel[grid](rows, slots, out, tokens, width, TOP_K=top_k, BT=16, BN=128)
+    combine_kernel[(triton.cdiv(tokens, 16), triton.cdiv(width, 128))](
+        rows, slots if gates is None else gates, slots, **drop, out=out, tokens=tokens, width=width, TOP_K=top_k,
+        GATED=gates is not None, GELU=gelu, DROP=dropped, BT=16, BN=128,
+    )  # fmt: skip
     return out
 
 
@@ -310,20 +357,16 @@ def moe_ffn(
     w_down: Tensor, b_down: Tensor, rate: float, seed: Tensor | None, gelu_out: bool, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     pairs, top_k, (_, inner, dim) = order.shape[0], gates.shape[1], w_up.shape
-    h = x.new_empty(pairs if save else 0, inner)
-    o = x.new_empty(pairs if save and gelu_out else 0, dim)
     if pairs == 0:
-        return torch.zeros_like(x), h, o
-    common = (order, offsets, top_k, noise(seed, order, rate))
-    active, out = x.new_empty(pairs, inner), x.new_empty(pairs, dim)
-    dropped = seed is not None
-    kept = h if save else None
-    grouped(x, w_up, active, *common, mode=UP, bias=b_up, out2=kept, gather=True, dropped=dropped)
-    kept = o if save and gelu_out else None
-    grouped(
-        active, w_down, out, *common, mode=DOWN, bias=b_down, gates=gates, out2=kept, gelu=gelu_out, dropped=dropped
-    )
-    return combine(out, slots), h, o
+        return torch.zeros_like(x), x.new_empty(0, inner), x.new_empty(0, dim)
+    drop, dropped = noise(seed, order, rate), seed is not None
+    h, o = x.new_empty(pairs, inner), x.new_empty(pairs, dim)
+    active = torch.empty_like(h) if save else h
+    grouped(x, w_up, b_up, order, offsets, top_k, h, gather=True)
+    activate_kernel[(pairs,)](h, active, order, **drop, width=inner, DROP=dropped, **ROW)
+    grouped(active, w_down, b_down, order, offsets, top_k, o)
+    y = combine(o, gates, slots, drop, gelu_out, dropped)
+    return y, h if save else x.new_empty(0, inner), o if save and gelu_out else x.new_empty(0, dim)
 
 
 def weight_gradient(
@@ -339,12 +382,14 @@ def weight_gradient(
 
 
 def bias_gradient(x: Tensor, gates: Tensor | None, order: Tensor, offsets: Tensor) -> Tensor:
-    experts, width = offsets.shape[0] - 1, x.shape[1]
-    out = x.new_empty(experts, width, dtype=torch.float32)
-    bias_gradient_kernel[(triton.cdiv(width, 64), experts)](
-        x, order if gates is None else gates, order, offsets, out, width, GATED=gates is not None, BM=32, BN=64
-    )
-    return out
+    experts, (pairs, width) = offsets.shape[0] - 1, x.shape
+    splits = min(triton.next_power_of_2(triton.cdiv(pairs, 256 * experts)), 64)
+    out = x.new_empty(splits, experts, width, dtype=torch.float32)
+    bias_gradient_kernel[(triton.cdiv(width, 64), experts, splits)](
+        x, order if gates is None else gates, order, offsets, out, width, splits, E=experts, GATED=gates is not None,
+        BM=32, BN=64,
+    )  # fmt: skip
+    return out[0] if splits == 1 else out.sum(0)
 
 
 def moe_ffn_backward(
@@ -361,24 +406,21 @@ def moe_ffn_backward(
         return torch.zeros_like(x), torch.zeros_like(gates), db_up, db_down
     drop, dropped = noise(seed, order, rate), seed is not None
     g, dgate = x.new_empty(pairs, dim), gates.new_empty(pairs)
-    output_backward_kernel[(triton.cdiv(pairs, 32) + experts,)](
+    output_backward_kernel[(triton.cdiv(pairs, 8) + experts,)](
         grad, o if gelu_out else x, b_down, order, offsets, **drop, g=g, dgate=dgate, width=dim,
-        TOP_K=top_k, E=experts, GELU=gelu_out, DROP=dropped, BM=32, BN=64,
+        TOP_K=top_k, E=experts, GELU=gelu_out, DROP=dropped, BM=8, BN=256,
     )  # fmt: skip
-    blocks = triton.cdiv(inner, GROUPED[x.dtype == torch.float32]["BN"])
-    parts, partial = 0 if gelu_out else blocks, gates.new_empty(max(blocks, 1), pairs)
     dh, active, dx = x.new_empty(pairs, inner), x.new_empty(pairs, inner), x.new_empty(pairs, dim)
-    common = (order, offsets, top_k, drop)
-    grouped(
-        g, w_down, dh, *common, mode=SLOPE, extra=h, gates=gates, out2=active, partial=partial, transposed=True,
-        dropped=dropped,
-    )  # fmt: skip
+    dgates = torch.zeros_like(gates)
+    grouped(g, w_down, None, order, offsets, top_k, dh, transposed=True)
+    slope_kernel[(pairs,)](
+        dh, h, active, gates, dgate, dgates, order, **drop, width=inner, GELU=gelu_out, DROP=dropped, **ROW
+    )
     if total_down is not None:
         weight_gradient(g, active, order, offsets, top_k, total_down, False, accumulate)
     if total_up is not None:
         weight_gradient(dh, x, order, offsets, top_k, total_up, True, accumulate)
-    grouped(dh, w_up, dx, *common, mode=PLAIN, transposed=True)
-    dgates = torch.empty_like(gates)
-    gate_gradient_kernel[(triton.cdiv(pairs, 256),)](dgate, partial, slots, dgates, pairs, PARTS=parts, BLOCK=256)
+    grouped(dh, w_up, None, order, offsets, top_k, dx, transposed=True)
     db_up = bias_gradient(dh, None, order, offsets)
-    return combine(dx, slots), dgates, db_up, bias_gradient(g, gates, order, offsets)
+    dx = combine(dx, None, slots, drop, False, False)
+    return dx, dgates, db_up, bias_gradient(g, gates, order, offsets)

@@ -29,8 +29,10 @@ def choose_kernel(
     inside = (t < tokens)[:, None] & (e < E)[None, :]
     v = tl.load(logits + t[:, None] * E + e[None, :], mask=inside, other=float("-inf"))
     top = tl.max(v, 1)
-    p = tl.exp(v - tl.where(t < tokens, top, 0.0)[:, None])
-    p = p / tl.where(t < tokens, tl.sum(p, 1), 1.0)[:, None]
+    # float64: of few tokens the balance loss shows every rounding
+    precise = tl.exp(v.to(tl.float64) - tl.where(t < tokens, top, 0.0).to(tl.float64)[:, None])
+    precise = precise / tl.where(t < tokens, tl.sum(precise, 1), 1.0)[:, None]
+    p = precise.to(tl.float32)
     tl.store(probabilities + t[:, None] * E + e[None, :], p, mask=inside)
     live = t < tokens
     if MASKED:
@@ -55,7 +57,7 @@ def choose_kernel(
             tl.store(gates + t * TOP_K + k, gate, mask=t < tokens)
     at = tl.program_id(0).to(tl.int64) * E + e
     tl.store(histogram + at, tl.sum(tl.where(live[:, None], taken, 0), 0), mask=e < E)
-    tl.store(sums + at, tl.sum(tl.where(live[:, None], p, 0.0), 0), mask=e < E)
+    tl.store(sums + at, tl.sum(tl.where(live[:, None], precise, 0.0), 0), mask=e < E)
 
 
 @triton.jit
@@ -66,7 +68,7 @@ def scan_kernel(
     # pairs of each expert before each block, the experts' slots, and E sum_e m_e P_e
     e = tl.arange(0, EP)
     before = tl.zeros((EP,), tl.int64)
-    mass = tl.zeros((EP,), tl.float32)
+    mass = tl.zeros((EP,), tl.float64)
     for b in range(blocks):
         at = b * E + e
         tl.store(start + at, before, mask=e < E)
@@ -78,9 +80,8 @@ def scan_kernel(
         kept = tl.minimum(before, capacity)
     tl.store(offsets + 1 + e, tl.cumsum(kept, 0), mask=e < E)
     tl.store(offsets + e, tl.zeros((EP,), tl.int64), mask=e == 0)
-    routed = tl.maximum(tl.sum(before, 0), 1).to(tl.float32)
-    live = routed / TOP_K
-    tl.store(balance, E * tl.sum(before.to(tl.float32) / routed * (mass / live), 0))
+    routed = tl.maximum(tl.sum(before, 0), 1).to(tl.float64)
+    tl.store(balance, (E * TOP_K * tl.sum(before.to(tl.float64) * mass, 0) / (routed * routed)).to(tl.float32))
 
 
 @triton.jit
@@ -161,11 +162,12 @@ def route(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renorm
     offsets, counts, balance = torch.empty(count + 1, **index), torch.empty(count, **index), logits.new_empty(())
     blocks, shape = triton.cdiv(tokens, BLOCK), sizes(count, top_k, mask)
     histogram, start = torch.empty(blocks, count, **index), torch.empty(blocks, count, **index)
-    sums, flags = logits.new_empty(blocks, count), logits if mask is None else mask
+    sums, flags = logits.new_empty(blocks, count, dtype=torch.float64), logits if mask is None else mask
     if blocks:
         choose_kernel[(blocks,)](
-            logits, flags, probabilities, gates, experts, histogram, sums, tokens, NORMAL=renormalize, BT=BLOCK, **shape
-        )
+            logits, flags, probabilities, gates, experts, histogram, sums, tokens, NORMAL=renormalize, BT=BLOCK,
+            num_warps=min(max(shape["EP"] // 4, 4), 16), **shape,
+        )  # fmt: skip
     shape.pop("MASKED")
     scan_kernel[(1,)](histogram, sums, start, offsets, counts, balance, blocks, capacity, **shape)
     if blocks:

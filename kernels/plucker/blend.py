@@ -11,6 +11,14 @@ from .. import dispatch
 from . import eager
 from .op import HALVES
 
+
+def triton_kernels() -> Any:
+    """Imported on first use: Triton need not be there."""
+    from . import fused
+
+    return fused
+
+
 OP = dispatch.register("gated_blend", cpp=(torch.float32, torch.bfloat16), triton=(torch.float32, *HALVES))
 
 
@@ -23,9 +31,7 @@ def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, backend: str
         return out.contiguous(), alpha.contiguous()
     x, g, weight, bias = (t.contiguous() for t in (x, g, weight, bias))
     if backend == "triton":
-        from . import fused
-
-        return fused.gated_blend(x, g, weight, bias)
+        return triton_kernels().gated_blend(x, g, weight, bias)
     rows = x.flatten(0, -2)
     found = torch.ops.grassland_cpp.gated_blend(rows, rows.to(g.dtype), g.flatten(0, -2), weight, bias)
     return found[0].view_as(x), found[1].view_as(x)
@@ -48,18 +54,17 @@ def gated_blend_backward(
     if backend == "eager":
         dx, dg, dlogit = eager.gated_blend_backward(grads, xs, gs, weight, alphas)
     elif backend == "triton":
-        from . import fused
-
-        dx, dg, dlogit = fused.gated_blend_backward(grads, xs, gs, weight, alphas)
+        dx, dg, dlogit = triton_kernels().gated_blend_backward(grads, xs, gs, weight, alphas)
     else:
         dx, dg, dlogit = torch.ops.grassland_cpp.gated_blend_backward(grads, xs, gs, weight, alphas)
         if dx.dtype != dlogit.dtype:
             dx += dlogit @ weight[:, :dim]
+    total = torch.promote_types(g.dtype, torch.float32)
+    dbias = triton_kernels().column_sum(dlogit) if backend == "triton" else dlogit.sum(0, dtype=total)
     dweight = torch.empty_like(weight)
     torch.mm(dlogit.T, xs.to(g.dtype), out=dweight[:, :dim])
     torch.mm(dlogit.T, gs, out=dweight[:, dim:])
-    total = torch.promote_types(g.dtype, torch.float32)
-    return dx.view_as(x), dg.view_as(g), dweight, dlogit.sum(0, dtype=total).to(g.dtype)
+    return dx.view_as(x), dg.view_as(g), dweight, dbias.to(g.dtype)
 
 
 @gated_blend_backward.register_fake

@@ -100,6 +100,7 @@ SPECS = [
         registered,
         representative=Case("paper", lambda: make(2, 256, 32, 256), {"offsets": list(PAPER_OFFSETS)}),
         backends=("cpp", "triton", "cuda"),
+        gemm=False,
     ),
     Spec(
         "gated_blend",

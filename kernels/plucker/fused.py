@@ -1,7 +1,8 @@
-"""Plücker mixing in Triton: the projection as an implicit GEMM whose left operand, the wedge, is built in registers.
+"""Plücker mixing in Triton: kernels that write and differentiate wedges, PyTorch's products between them.
 
-Pairs are ordered by cyclic shift: entry q = (s-1) r + i is z_i y_j - z_j y_i with j = (i + s) mod r. That is every pair
-once, in contiguous loads; the weight is packed into this order first, with sign -1 where i + s wraps around.
+A chunk's wedges stay in the L2 cache between the kernel that writes them and the product that reads them. Pairs are
+ordered by cyclic shift: entry q = (s-1) r + i is z_i y_j - z_j y_i with j = (i + s) mod r. That is every pair once, in
+contiguous loads; the weight is packed into this order first, with sign -1 where i + s wraps around.
 """
 
 # Triton's constexpr parameters take plain values, and its language is not quite Python's.
@@ -10,28 +11,22 @@ once, in contiguous loads; the weight is packed into this order first, with sign
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import dispatch
+from ..rounding import store
 
 SIZES = ["tokens", "length"]
-# Programs wanted in flight for the weight gradient: two for each multiprocessor of the largest chips.
-PROGRAMS = 264
-# Tiles of the matrix products, for float32 operands and for half ones.
-PROJECT = {
-    True: {"BM": 64, "BN": 64, "BQ": 32, "num_warps": 4},
-    False: {"BM": 128, "BN": 128, "BQ": 32, "num_warps": 8},
-}
-INPUT_GRADIENT = {True: {"BM": 64, "BN": 64, "num_warps": 4}, False: {"BM": 64, "BN": 64, "num_warps": 4}}
-WEIGHT_GRADIENT = {
-    True: {"BQ": 64, "BN": 64, "BM": 32, "num_warps": 4},
-    False: {"BQ": 64, "BN": 64, "BM": 32, "num_warps": 4},
-}
+# Bytes of a chunk's wedges, less than a large GPU's cache, and tokens of a chunk at least, for efficient products.
+CHUNK_BYTES, CHUNK_ROWS = 1 << 25, 4096
+# Tile of the kernel that writes wedges.
+WEDGES = {"BM": 16, "BQ": 128, "num_warps": 4}
+# Programs that add up columns, in each block of them.
+PARTS = 64
 
 
 @triton.jit
@@ -44,11 +39,11 @@ def load_rows(base, rows, cols, keep, R: tl.constexpr):
 def pair(zt, zs, eps):
     # c = <z_t, z_s>/|z_t|^2, delta = z_s - c z_t, N = |z_t| |delta|
     square = tl.sum(zt * zt, 1)
-    ratio = tl.where(square > 0, tl.sum(zt * zs, 1) / tl.where(square > 0, square, 1.0), 0.0)
+    ratio = tl.where(square > 0, tl.div_rn(tl.sum(zt * zs, 1), tl.where(square > 0, square, 1.0)), 0.0)
     delta = zs - ratio[:, None] * zt
     rest = tl.sum(delta * delta, 1)
-    norm = tl.sqrt(square) * tl.sqrt(rest)
-    return square, ratio, delta, rest, norm, 1.0 / tl.maximum(norm, eps)
+    norm = tl.sqrt_rn(square) * tl.sqrt_rn(rest)
+    return square, ratio, delta, rest, norm, tl.div_rn(1.0, tl.maximum(norm, eps))
 
 
 @triton.jit
@@ -99,74 +94,44 @@ def pack_kernel(weight, packed, dim, R: tl.constexpr, PAIRS: tl.constexpr, BQ: t
     tl.store(packed + q.to(tl.int64)[:, None] * dim + n[None, :], w * sign[:, None], mask=mask)
 
 
-@triton.jit
-def wedge_tile(z, y, rows, q, keep, R: tl.constexpr, PAIRS: tl.constexpr):
+@triton.jit(do_not_specialize=SIZES)
+def wedge_kernel(z, y, out, tokens, R: tl.constexpr, PAIRS: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr):
+    # p_q = z_i y_j - z_j y_i
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    q = tl.program_id(1) * BQ + tl.arange(0, BQ)
     i = q % R
     j = (i + q // R + 1) % R
-    mask = keep[:, None] & (q < PAIRS)[None, :]
+    mask = (rows < tokens)[:, None] & (q < PAIRS)[None, :]
     at = rows[:, None] * R
     zi = tl.load(z + at + i[None, :], mask=mask, other=0.0).to(tl.float32)
     zj = tl.load(z + at + j[None, :], mask=mask, other=0.0).to(tl.float32)
     yi = tl.load(y + at + i[None, :], mask=mask, other=0.0)
     yj = tl.load(y + at + j[None, :], mask=mask, other=0.0)
-    return zi * yj - zj * yi
-
-
-@triton.jit
-def matmul(a, b, acc, DTYPE: tl.constexpr):
-    # float32 stays float32 on the chip: no TF32
-    return tl.dot(a.to(DTYPE), b.to(DTYPE), acc, input_precision="ieee")
-
-
-@triton.jit(do_not_specialize=SIZES)
-def project_kernel(
-    z, y, packed, bias, out, tokens, length, dim,
-    FIRST: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr,
-):  # fmt: skip
-    # g = P W + b, P rebuilt tile by tile
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    keep = rows < tokens
-    acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, PAIRS, BQ):
-        q = start + tl.arange(0, BQ)
-        p = wedge_tile(z, y, rows, q, keep, R, PAIRS)
-        mask = (q < PAIRS)[:, None] & (n < dim)[None, :]
-        w = tl.load(packed + q[:, None] * dim + n[None, :], mask=mask, other=0.0)
-        acc = matmul(p, w, acc, DTYPE)
-    if HAS_BIAS:
-        b = tl.load(bias + n, mask=n < dim, other=0.0).to(tl.float32)
-        acc += tl.where((rows % length >= FIRST)[:, None], b[None, :], 0.0)
-    tl.store(out + rows[:, None] * dim + n[None, :], acc, mask=keep[:, None] & (n < dim)[None, :])
+    store(out + rows[:, None] * PAIRS + q[None, :], zi * yj - zj * yi, mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def wedge_backward_kernel(
-    grad, z, y, packed, dz, dy, tokens, length, dim,
-    R: tl.constexpr, RP: tl.constexpr, PAIRS: tl.constexpr, DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    # dz = D y, dy = -D z, where shift s of dP = G W^T is the s-th diagonal of the antisymmetric D
+    grad, z, y, dz, dy, tokens, R: tl.constexpr, RP: tl.constexpr, PAIRS: tl.constexpr, BM: tl.constexpr
+):
+    # dz = D y, dy = -D z, where shift s of dP is the s-th diagonal of the antisymmetric D
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     i = tl.arange(0, RP)
     keep = rows < tokens
     total_z = tl.zeros((BM, RP), tl.float32)
     total_y = tl.zeros((BM, RP), tl.float32)
     for s in range(1, R // 2 + 1):
-        q = (s - 1) * R + i
-        live = (i < R) & (q < PAIRS)
-        dp = tl.zeros((BM, RP), tl.float32)
-        for start in range(0, dim, BN):
-            n = start + tl.arange(0, BN)
-            g = tl.load(grad + rows[:, None] * dim + n[None, :], mask=keep[:, None] & (n < dim)[None, :], other=0.0)
-            w = tl.load(packed + q[None, :] * dim + n[:, None], mask=live[None, :] & (n < dim)[:, None], other=0.0)
-            dp = matmul(g, w, dp, DTYPE)
         ahead = tl.where(i < R, (i + s) % R, RP)
-        behind = (i + R - s) % R
-        rolled = tl.gather(dp, tl.broadcast_to(behind[None, :], (BM, RP)), 1)
-        back = tl.where(i < R, behind, RP)
-        total_z += dp * load_rows(y, rows, ahead, keep, R) - rolled * load_rows(y, rows, back, keep, R)
-        total_y -= dp * load_rows(z, rows, ahead, keep, R) - rolled * load_rows(z, rows, back, keep, R)
+        behind = tl.where(i < R, (i + R - s) % R, RP)
+        from_here = tl.where((s - 1) * R + i < PAIRS, ahead, RP)
+        from_there = tl.where((s - 1) * R + behind < PAIRS, behind, RP)
+        here = keep[:, None] & (from_here < R)[None, :]
+        there = keep[:, None] & (from_there < R)[None, :]
+        at = grad + rows[:, None] * PAIRS + (s - 1) * R
+        dp = tl.load(at + i[None, :], mask=here, other=0.0).to(tl.float32)
+        rolled = tl.load(at + behind[None, :], mask=there, other=0.0).to(tl.float32)
+        total_z += dp * load_rows(y, rows, from_here, keep, R) - rolled * load_rows(y, rows, from_there, keep, R)
+        total_y -= dp * load_rows(z, rows, from_here, keep, R) - rolled * load_rows(z, rows, from_there, keep, R)
     mask = keep[:, None] & (i < R)[None, :]
     tl.store(dz + rows[:, None] * R + i[None, :], total_z, mask=mask)
     tl.store(dy + rows[:, None] * R + i[None, :], total_y, mask=mask)
@@ -210,55 +175,30 @@ def average_backward_kernel(
     tl.store(dz + rows[:, None] * R + cols[None, :], total, mask=keep[:, None] & (cols < R)[None, :])
 
 
-@triton.jit(do_not_specialize=SIZES)
-def weight_gradient_kernel(
-    grad, z, y, partial, tokens, length, dim,
-    SPLITS: tl.constexpr, R: tl.constexpr, PAIRS: tl.constexpr, DTYPE: tl.constexpr,
-    BQ: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    # partial[split] = P^T G over every SPLITS-th block of tokens
-    q = tl.program_id(0) * BQ + tl.arange(0, BQ)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    split = tl.program_id(2)
-    acc = tl.zeros((BQ, BN), tl.float32)
-    for start in range(split * BM, tokens, SPLITS * BM):
-        rows = start + tl.arange(0, BM).to(tl.int64)
-        keep = rows < tokens
-        p = wedge_tile(z, y, rows, q, keep, R, PAIRS)
-        g = tl.load(grad + rows[:, None] * dim + n[None, :], mask=keep[:, None] & (n < dim)[None, :], other=0.0)
-        acc = matmul(tl.trans(p), g, acc, DTYPE)
-    at = (split.to(tl.int64) * PAIRS + q[:, None]) * dim + n[None, :]
-    tl.store(partial + at, acc, mask=(q < PAIRS)[:, None] & (n < dim)[None, :])
-
-
 @triton.jit
-def reduce_kernel(
-    partial,
-    dweight,
-    dim,
-    SPLITS: tl.constexpr,
-    R: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BQ: tl.constexpr,
-    BN: tl.constexpr,
-):
-    # dW in the public order: the splits added in a fixed order, the columns put back
+def unpack_kernel(packed, dweight, dim, R: tl.constexpr, PAIRS: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr):
+    # dW in the public order
     q = tl.program_id(0) * BQ + tl.arange(0, BQ)
     n = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
     mask = (q < PAIRS)[:, None] & (n < dim)[None, :]
-    total = tl.zeros((BQ, BN), tl.float32)
-    for split in range(SPLITS):
-        at = (split * PAIRS + q.to(tl.int64)[:, None]) * dim + n[None, :]
-        total += tl.load(partial + at, mask=mask, other=0.0)
+    w = tl.load(packed + q.to(tl.int64)[:, None] * dim + n[None, :], mask=mask, other=0.0).to(tl.float32)
     column, sign = lexicographic(q, R)
-    tl.store(dweight + n[None, :] * PAIRS + column[:, None], total * sign[:, None], mask=mask)
+    store(dweight + n[None, :] * PAIRS + column[:, None], w * sign[:, None], mask=mask)
 
 
-def operand(dtype: torch.dtype) -> tl.dtype:
-    """The dtype of matrix operands: the weight's, but float32 in the interpreter, whose half-precision dot is wrong."""
-    if dispatch.interpreted():
-        return tl.float32
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+@triton.jit(do_not_specialize=SIZES)
+def column_sum_kernel(
+    x, partial, tokens, length, dim, FIRST: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    # partial[part] = sum of x_t over the tokens t >= FIRST of every PARTS-th block
+    part = tl.program_id(0)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    total = tl.zeros((BN,), tl.float32)
+    for start in range(part * BM, tokens, PARTS * BM):
+        rows = start + tl.arange(0, BM).to(tl.int64)
+        mask = ((rows < tokens) & (rows % length >= FIRST))[:, None] & (n < dim)[None, :]
+        total += tl.sum(tl.load(x + rows[:, None] * dim + n[None, :], mask=mask, other=0.0).to(tl.float32), 0)
+    tl.store(partial + part * dim + n, total, mask=n < dim)
 
 
 def rows_block(rank: int) -> dict[str, int]:
@@ -268,11 +208,20 @@ def rows_block(rank: int) -> dict[str, int]:
 
 
 def pack(weight: Tensor, rank: int) -> Tensor:
+    """(pairs, d) in the cyclic order."""
     dim, pairs = weight.shape
     packed = weight.new_empty(pairs, dim)
     grid = (triton.cdiv(pairs, 32), triton.cdiv(dim, 128))
     pack_kernel[grid](weight, packed, dim, R=rank, PAIRS=pairs, BQ=32, BN=128)
     return packed
+
+
+def unpack(packed: Tensor, weight: Tensor, rank: int) -> Tensor:
+    """The gradient of `weight` from that of the packed one."""
+    (dim, pairs), found = weight.shape, torch.empty_like(weight)
+    grid = (triton.cdiv(pairs, 32), triton.cdiv(dim, 128))
+    unpack_kernel[grid](packed, found, dim, R=rank, PAIRS=pairs, BQ=32, BN=128)
+    return found
 
 
 def average(z: Tensor, offsets: tuple[int, ...], eps: float) -> Tensor:
@@ -282,52 +231,48 @@ def average(z: Tensor, offsets: tuple[int, ...], eps: float) -> Tensor:
     return y
 
 
-def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], eps: float) -> Tensor:
-    batch, length, rank = z.shape
-    dim, pairs = weight.shape
-    out = weight.new_empty(batch, length, dim)
-    if out.numel() == 0:
-        return out
-    z, weight = z.contiguous(), weight.contiguous()
-    y = average(z, tuple(offsets), eps)
-    tile = PROJECT[weight.dtype == torch.float32]
-    grid = (triton.cdiv(batch * length, tile["BM"]), triton.cdiv(dim, tile["BN"]))
-    project_kernel[grid](
-        z, y, pack(weight, rank), weight if bias is None else bias.contiguous(), out, batch * length, length, dim,
-        FIRST=min(offsets), R=rank, PAIRS=pairs, HAS_BIAS=bias is not None, DTYPE=operand(weight.dtype),
-        **tile,
-    )  # fmt: skip
+def chunks(tokens: int, weight: Tensor) -> Iterator[slice]:
+    step = max(CHUNK_ROWS, CHUNK_BYTES // (weight.shape[1] * weight.element_size()))
+    return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
+
+
+def wedges(z: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """(rows, pairs) in the weight's dtype for rows z and y."""
+    tokens, rank = z.shape
+    pairs = weight.shape[1]
+    out = weight.new_empty(tokens, pairs)
+    grid = (triton.cdiv(tokens, WEDGES["BM"]), triton.cdiv(pairs, WEDGES["BQ"]))
+    wedge_kernel[grid](z, y, out, tokens, R=rank, PAIRS=pairs, **WEDGES)
     return out
 
 
-def input_gradient(grad: Tensor, z: Tensor, y: Tensor, weight: Tensor, offsets: tuple[int, ...], eps: float) -> Tensor:
+def column_sum(x: Tensor, length: int = 1, first: int = 0) -> Tensor:
+    """Sum of the rows of x (tokens, d) that stand at `first` or later in their text, in float32."""
+    tokens, dim = x.shape
+    partial = x.new_empty(PARTS, dim, dtype=torch.float32)
+    column_sum_kernel[(PARTS, triton.cdiv(dim, 128))](
+        x, partial, tokens, length, dim, FIRST=first, PARTS=PARTS, BM=32, BN=128
+    )
+    return partial.sum(0)
+
+
+def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], eps: float) -> Tensor:
     batch, length, rank = z.shape
-    direct, dy, dz = torch.empty_like(y), torch.empty_like(y), torch.empty_like(z)
-    tokens, block = batch * length, rows_block(rank)
-    tile = block | INPUT_GRADIENT[weight.dtype == torch.float32]
-    wedge_backward_kernel[(triton.cdiv(tokens, tile["BM"]),)](
-        grad, z, y, pack(weight, rank), direct, dy, tokens, length, weight.shape[0],
-        PAIRS=weight.shape[1], DTYPE=operand(weight.dtype), **tile,
-    )  # fmt: skip
-    average_backward_kernel[(triton.cdiv(tokens, block["BM"]),)](
-        z, dy, direct, dz, tokens, length, eps, OFFSETS=offsets, **block
-    )
-    return dz
-
-
-def weight_gradient(grad: Tensor, z: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    (dim, pairs), tokens, rank = weight.shape, z.shape[0] * z.shape[1], z.shape[-1]
-    tile = WEIGHT_GRADIENT[weight.dtype == torch.float32]
-    grid = (triton.cdiv(pairs, tile["BQ"]), triton.cdiv(dim, tile["BN"]))
-    splits = max(1, min(PROGRAMS // (grid[0] * grid[1]), triton.cdiv(tokens, 512)))
-    partial = y.new_empty(splits, pairs, dim)
-    shape = {"SPLITS": splits, "R": rank, "PAIRS": pairs}
-    weight_gradient_kernel[(*grid, splits)](
-        grad, z, y, partial, tokens, z.shape[1], dim, DTYPE=operand(weight.dtype), **tile, **shape
-    )
-    dweight = torch.empty_like(weight)
-    reduce_kernel[(triton.cdiv(pairs, 32), triton.cdiv(dim, 128))](partial, dweight, dim, BQ=32, BN=128, **shape)
-    return dweight
+    out = weight.new_empty(batch, length, weight.shape[0])
+    if out.numel() == 0:
+        return out
+    z, weight = z.contiguous(), weight.contiguous()
+    y, packed = average(z, tuple(offsets), eps).flatten(0, 1), pack(weight, rank)
+    rows, flat = z.flatten(0, 1), out.flatten(0, 1)
+    for chunk in chunks(batch * length, weight):
+        p = wedges(rows[chunk], y[chunk], weight)
+        if bias is None:
+            torch.mm(p, packed, out=flat[chunk])
+        else:
+            torch.addmm(bias, p, packed, out=flat[chunk])
+    if bias is not None:
+        out[:, : min(offsets)] = 0
+    return out
 
 
 def plucker_mix_backward(
@@ -336,14 +281,37 @@ def plucker_mix_backward(
     if grad.numel() == 0:
         return torch.zeros_like(z), torch.zeros_like(weight), weight.new_zeros(weight.shape[0])
     grad, z, weight = grad.contiguous(), z.contiguous(), weight.contiguous()
-    dz = dweight = dbias = None
-    if mask[0] or mask[1]:
-        y = average(z, tuple(offsets), eps)
-        dz = input_gradient(grad, z, y, weight, tuple(offsets), eps) if mask[0] else None
-        dweight = weight_gradient(grad, z, y, weight) if mask[1] else None
-    if mask[2]:
-        dbias = grad[:, min(offsets) :].sum((0, 1), dtype=torch.float32).to(weight.dtype)
+    flat = grad.flatten(0, 1)
+    dz, dweight = products_backward(flat, z, weight, tuple(offsets), eps, mask) if mask[0] or mask[1] else (None, None)
+    dbias = column_sum(flat, z.shape[1], min(offsets)).to(weight.dtype) if mask[2] else None
     return dz, dweight, dbias
+
+
+def products_backward(
+    grad: Tensor, z: Tensor, weight: Tensor, offsets: tuple[int, ...], eps: float, mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    tokens, pairs, (_, length, rank) = len(grad), weight.shape[1], z.shape
+    block = rows_block(rank)
+    y, packed, rows = average(z, offsets, eps).flatten(0, 1), pack(weight, rank), z.flatten(0, 1)
+    direct, dy, total = torch.empty_like(y), torch.empty_like(y), None
+    for chunk in chunks(tokens, weight):
+        g = grad[chunk]
+        if mask[1]:
+            part = wedges(rows[chunk], y[chunk], weight).T @ g
+            # More than one part is added up in float32.
+            total = part if total is None else total.float().add_(part)
+        if mask[0]:
+            dp = g @ packed.T
+            wedge_backward_kernel[(triton.cdiv(len(g), block["BM"]),)](
+                dp, rows[chunk], y[chunk], direct[chunk], dy[chunk], len(g), PAIRS=pairs, **block
+            )
+    dz = None
+    if mask[0]:
+        dz = torch.empty_like(z)
+        average_backward_kernel[(triton.cdiv(tokens, block["BM"]),)](
+            z, dy, direct, dz, tokens, length, eps, OFFSETS=offsets, **block
+        )
+    return dz, None if total is None else unpack(total, weight, rank)
 
 
 @triton.jit
@@ -376,8 +344,7 @@ def blend_backward_kernel(grad, x, g, alpha, dx, dg, dlogit, total, BLOCK: tl.co
 
 def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     dim, rows = weight.shape[0], g.view(-1, weight.shape[0])
-    logit = x.view(-1, dim).to(g.dtype) @ weight[:, :dim].T
-    logit = torch.addmm(logit, rows, weight[:, dim:].T)
+    logit = (x.view(-1, dim).to(g.dtype) @ weight[:, :dim].T).addmm_(rows, weight[:, dim:].T)
     out, alpha = torch.empty_like(x), torch.empty_like(g)
     if x.numel():
         blend_kernel[(triton.cdiv(x.numel(), 1024),)](x, g, logit, bias, out, alpha, x.numel(), dim, BLOCK=1024)
@@ -392,4 +359,5 @@ def gated_blend_backward(
         grid = (triton.cdiv(x.numel(), 1024),)
         blend_backward_kernel[grid](grad, x, g, alpha, dx, dg, dlogit, x.numel(), BLOCK=1024)
     from_x, from_g = weight.chunk(2, dim=1)
-    return dx + dlogit @ from_x, torch.addmm(dg, dlogit, from_g), dlogit
+    dx = dx.addmm_(dlogit, from_x) if dx.dtype == dlogit.dtype else dx + dlogit @ from_x
+    return dx, dg.addmm_(dlogit, from_g), dlogit

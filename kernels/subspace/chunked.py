@@ -2,7 +2,7 @@
 
 The products are PyTorch's; what happens to a chunk's projections z between them comes as `rows`, an object with
 `logits(z, k, scale)`, `logits_backward(z, grad, k, scale)` and `loss(z, target, k, settings)`; the last two may
-overwrite z with dz = scale dl z/|z|. `eager` and `fused` are such modules.
+overwrite z with dz = scale dl z/|z|. `eager` and `fused` are such modules; one may have its own `Unit`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,14 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, of half operands in float32 where cuBLAS can write it."""
+    cublas = a.is_cuda and torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
+    if cublas and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
+
+
 class Unit:
     """x^ = x / max(|x|, eps), and the way back through it."""
 
@@ -63,35 +71,48 @@ class Unit:
         return ((grad - self.wide * along) / self.norm.clamp_min(EPS)).to(self.hat.dtype)
 
 
+def unit(kernels: Rows, x: Tensor) -> Unit:
+    """`Unit`, or what the module with the row functions has in its place."""
+    return getattr(kernels, "Unit", Unit)(x)
+
+
 class Gradients:
     """Collects dx and dweight from the chunks' dz; `mask` says which of them are wanted."""
 
     def __init__(self, unit: Unit, weight: Tensor, mask: Sequence[bool]) -> None:
-        wide = accumulation(weight.dtype)
-        self.unit, self.weight = unit, weight
-        self.x = torch.empty_like(unit.wide) if mask[0] else None
-        self.total = weight.new_zeros(weight.shape, dtype=wide) if mask[1] else None
+        self.unit, self.weight, self.mask = unit, weight, mask
+        self.x = torch.empty_like(unit.hat, memory_format=torch.contiguous_format) if mask[0] else None
+        self.total: Tensor | None = None
 
     def add(self, rows: slice, dz: Tensor) -> None:
         if self.x is not None:
-            self.x[rows] = (dz @ self.weight).to(self.x.dtype)
-        if self.total is not None:
+            torch.mm(dz, self.weight, out=self.x[rows])
+        if self.mask[1]:
             hat = self.unit.hat[rows]
-            if dz.dtype == self.total.dtype:
+            if self.total is None:
+                # a single chunk's sum needs no more digits than its result
+                single = hat.shape[0] == self.unit.hat.shape[0]
+                self.total = dz.T @ hat if single else product(dz.T, hat).to(accumulation(dz.dtype))
+            elif dz.dtype == self.total.dtype:
                 self.total.addmm_(dz.T, hat)
             else:
-                self.total += dz.T @ hat
+                self.total += product(dz.T, hat)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        dx = self.weight.new_empty(0) if self.x is None else self.unit.backward(self.x)
-        dweight = self.weight.new_empty(0) if self.total is None else self.total.to(self.weight.dtype)
-        return dx, dweight
+        nothing = self.weight.new_empty(0)
+        dx = nothing if self.x is None else self.unit.backward(self.x)
+        if not self.mask[1]:
+            return dx, nothing.clone()
+        return dx, torch.zeros_like(self.weight) if self.total is None else self.total.to(self.weight.dtype)
 
 
 def logits(kernels: Rows, x: Tensor, weight: Tensor, k: int, scale: float) -> Tensor:
-    hat = Unit(x).hat
+    hat = unit(kernels, x).hat
+    slices = list(chunks(x.shape[0], weight.shape[0]))
+    if len(slices) == 1:
+        return kernels.logits(hat @ weight.T, k, scale)
     out = x.new_empty(x.shape[0], weight.shape[0] // k, dtype=accumulation(x.dtype))
-    for rows in chunks(x.shape[0], weight.shape[0]):
+    for rows in slices:
         out[rows] = kernels.logits(hat[rows] @ weight.T, k, scale)
     return out
 
@@ -99,10 +120,10 @@ def logits(kernels: Rows, x: Tensor, weight: Tensor, k: int, scale: float) -> Te
 def logits_backward(
     kernels: Rows, grad: Tensor, x: Tensor, weight: Tensor, k: int, scale: float, mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    unit = Unit(x)
-    gradients = Gradients(unit, weight, mask)
+    hats = unit(kernels, x)
+    gradients = Gradients(hats, weight, mask)
     for rows in chunks(x.shape[0], weight.shape[0]):
-        gradients.add(rows, kernels.logits_backward(unit.hat[rows] @ weight.T, grad[rows], k, scale))
+        gradients.add(rows, kernels.logits_backward(hats.hat[rows] @ weight.T, grad[rows], k, scale))
     return gradients.result()
 
 
@@ -110,10 +131,10 @@ def cross_entropy(
     kernels: Rows, x: Tensor, weight: Tensor, target: Tensor, k: int, settings: Loss, mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss, dx and dweight (empty where `mask` says that it is not wanted)."""
-    unit = Unit(x)
-    gradients = Gradients(unit, weight, mask)
-    losses = x.new_zeros(x.shape[0], dtype=accumulation(x.dtype))
+    hats = unit(kernels, x)
+    gradients = Gradients(hats, weight, mask)
+    losses = x.new_empty(x.shape[0], dtype=accumulation(x.dtype))
     for rows in chunks(x.shape[0], weight.shape[0]):
-        losses[rows], dz = kernels.loss(unit.hat[rows] @ weight.T, target[rows], k, settings)
+        losses[rows], dz = kernels.loss(hats.hat[rows] @ weight.T, target[rows], k, settings)
         gradients.add(rows, dz)
     return losses.sum(), *gradients.result()

@@ -1,8 +1,8 @@
 """The subspace ops in Triton: the head's row functions (see chunked.py), and the geodesic step, one program a class.
 
 The step sees a class as the stack T = [S^T; B] of R = 2 KP rows, KP the subspace dimension padded to a power of two.
-Its Gram matrix M = T T^T is one product, and all that the step writes is Q T for one R x R matrix Q that M determines.
-A matrix "top left" has its k x k content there and zeros elsewhere; X moves bottom rows to the top.
+Its Gram matrix M = T T^T is one product, and all that the step writes is T + q T for one R x R matrix q that M
+determines. Both products run on the matrix units, float32 as a sum of three bfloat16; a group of columns is one warp's.
 """
 
 # Triton's constexpr parameters take plain values, and its language is not quite Python's.
@@ -15,17 +15,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import eager
+from .. import dispatch
+from . import chunked, eager
 from .chunked import Loss, accumulation
+from .reference import EPS
 
-SIZES = ["rows", "classes"]
+SIZES = ["rows", "classes", "width"]
 TRACE = tl.constexpr(1.0)
 HALVINGS = tl.constexpr(40)
 # The horizontal part takes the place of the momentum from this |A|^2 / |G|^2 on, or this lr^2 |A|^2.
 RADIAL = tl.constexpr(16.0)
 TURN = tl.constexpr(0.25)
+# Triton's interpreter multiplies no bfloat16, and converts to it by cutting bits off.
+PLAIN = tl.constexpr(dispatch.interpreted())
+# Columns at a time and warps of the step, a group of columns a warp: for k <= 8 by n, and for k up to 16.
+TILES = {
+    "narrow": {"columns": 64, "num_warps": 4},
+    "wide": {"columns": 128, "num_warps": 8},
+    "large": {"columns": 128, "num_warps": 8},
+}
+WIDE = 1024
 # The k x k algebra of larger subspaces does not fit the registers of one program: batched products do it.
 LARGEST = 16
+
+
+@triton.jit
+def rounded(t):
+    # to the nearest bfloat16; a NaN may be lost
+    bits = t.to(tl.uint32, bitcast=True) + 0x8000
+    return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store(pointer, value, mask):
+    if PLAIN:  # noqa: SIM102 (each condition is decided when the kernel is compiled)
+        if pointer.dtype.element_ty == tl.bfloat16:
+            value = rounded(value)
+    tl.store(pointer, value, mask=mask)
 
 
 @triton.jit
@@ -40,7 +66,45 @@ def load_groups(z, row, first, classes, K: tl.constexpr, KP: tl.constexpr, BC: t
 
 @triton.jit
 def lengths(z):
-    return tl.sqrt(tl.sum(z * z, 1))
+    return tl.sqrt_rn(tl.sum(z * z, 1))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def unit_kernel(x, hat, norms, width, EPS: tl.constexpr, BN: tl.constexpr):
+    # x^ = x / max(|x|, eps)
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BN)
+    squares = tl.zeros((BN,), tl.float32)
+    for first in range(0, width, BN):
+        part = tl.load(x + row * width + first + cols, mask=first + cols < width, other=0.0).to(tl.float32)
+        squares += part * part
+    norm = tl.sqrt_rn(tl.sum(squares, 0))
+    tl.store(norms + row, norm)
+    length = tl.where(norm < EPS, EPS, norm)
+    for first in range(0, width, BN):
+        keep = first + cols < width
+        part = tl.load(x + row * width + first + cols, mask=keep, other=0.0).to(tl.float32)
+        store(hat + row * width + first + cols, tl.div_rn(part, length), keep)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def unit_backward_kernel(x, grad, norms, dx, width, EPS: tl.constexpr, BN: tl.constexpr):
+    # dx = (d - x^ <x^, d>) / |x|; a norm that is clamped is a constant
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BN)
+    norm = tl.load(norms + row)
+    length = tl.where(norm < EPS, EPS, norm)
+    products = tl.zeros((BN,), tl.float32)
+    for first in range(0, width, BN):
+        keep = first + cols < width
+        part = tl.load(x + row * width + first + cols, mask=keep, other=0.0).to(tl.float32)
+        products += tl.div_rn(part, length) * tl.load(grad + row * width + first + cols, mask=keep, other=0.0)
+    along = tl.where(norm > EPS, tl.sum(products, 0), 0.0)
+    for first in range(0, width, BN):
+        keep = first + cols < width
+        part = tl.load(x + row * width + first + cols, mask=keep, other=0.0).to(tl.float32)
+        d = tl.load(grad + row * width + first + cols, mask=keep, other=0.0).to(tl.float32)
+        store(dx + row * width + first + cols, tl.div_rn(d - tl.div_rn(part, length) * along, length), keep)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -59,8 +123,8 @@ def logits_backward_kernel(z, grad, classes, scale, K: tl.constexpr, KP: tl.cons
         tile, at, keep, c = load_groups(z, row, first, classes, K, KP, BC)
         norm = lengths(tile)
         dl = tl.load(grad + row * classes + c, mask=c < classes, other=0.0).to(tl.float32)
-        factor = tl.where(norm > 0, scale * dl / tl.where(norm > 0, norm, 1.0), 0.0)
-        tl.store(at, tile * factor[:, None], mask=keep)
+        factor = tl.where(norm > 0, tl.div_rn(scale * dl, tl.where(norm > 0, norm, 1.0)), 0.0)
+        store(at, tile * factor[:, None], keep)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -70,7 +134,7 @@ def loss_kernel(
 ):  # fmt: skip
     # loss = mass log sum exp(l) - <q, l> with q = (1 - smoothing) target + smoothing / K, then dl = mass softmax(l) - q
     row = tl.program_id(0).to(tl.int64)
-    uniform = smoothing / classes
+    uniform = tl.div_rn(smoothing, classes.to(tl.float32))
     label = ignore_index
     if not SOFT:
         label = tl.load(target + row)
@@ -101,7 +165,8 @@ def loss_kernel(
         counted = tl.where(label == ignore_index, 0.0, 1.0)
         # a label that is no class: neither found nor ignored
         mass = tl.where((label >= 0) & (label < classes), 1.0, float("nan"))
-    loss = mass * tl.log(total) - (1 - smoothing) * hit - uniform * along
+    # in float64, whose logarithm is exact where float32's is not
+    loss = (mass * tl.log(total.to(tl.float64)) - ((1 - smoothing) * hit + uniform * along)).to(tl.float32)
     tl.store(losses + row, tl.where(counted > 0, loss, 0.0))
     for first in range(0, classes, BC):
         tile, at, keep, c = load_groups(z, row, first, classes, K, KP, BC)
@@ -110,9 +175,9 @@ def loss_kernel(
             q = tl.load(target + row * classes + c, mask=c < classes, other=0.0).to(tl.float32)
         else:
             q = tl.where(c == label, 1.0, 0.0)
-        dl = mass * tl.exp(scale * norm - peak) / total - (1 - smoothing) * q - uniform
-        factor = tl.where(norm > 0, scale * dl / tl.where(norm > 0, norm, 1.0), 0.0)
-        tl.store(at, tile * tl.where(counted > 0, factor, 0.0)[:, None], mask=keep)
+        dl = tl.div_rn(mass * tl.exp(scale * norm - peak), total) - ((1 - smoothing) * q + uniform)
+        factor = tl.where(norm > 0, tl.div_rn(scale * dl, tl.where(norm > 0, norm, 1.0)), 0.0)
+        store(at, tile * tl.where(counted > 0, factor, 0.0)[:, None], keep)
 
 
 @triton.jit
@@ -122,48 +187,122 @@ def product(a, b):
 
 
 @triton.jit
+def narrow(t):
+    # a float32 that is a bfloat16 becomes one: no conversion, whose units are few
+    if PLAIN:
+        return t
+    return (t.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def split(t):
+    # t = t0 + t1 + t2, each with the 8 bits of a bfloat16
+    t0 = rounded(t)
+    rest = t - t0
+    t1 = rounded(rest)
+    return t0, t1, rest - t1
+
+
+@triton.jit
+def combine(q, t):
+    # q T of every group to 2^-24: what is left out is q1 t2 + q2 t1 + q2 t2
+    q0, q1, q2 = split(tl.broadcast_to(q[None, :, :], (t.shape[0], q.shape[0], q.shape[1])))
+    q0, q1, q2 = narrow(q0), narrow(q1), narrow(q2)
+    t0, t1, t2 = split(t)
+    t0, t1, t2 = narrow(t0), narrow(t1), narrow(t2)
+    out = tl.dot(q1, t1)
+    out = tl.dot(q0, t2, out)
+    out = tl.dot(q2, t0, out)
+    out = tl.dot(q0, t1, out)
+    out = tl.dot(q1, t0, out)
+    return tl.dot(q0, t0, out)
+
+
+@triton.jit
 def load_stack(
-    weight, buffer, grad, base, cols, momentum, K: tl.constexpr, N: tl.constexpr, KP: tl.constexpr, R: tl.constexpr
-):
-    # T = [S^T; mu B + D], the addresses of its rows in weight or buffer, and which are which
-    i = tl.arange(0, R)
+    weight, buffer, grad, first, momentum,
+    ADD: tl.constexpr, K: tl.constexpr, N: tl.constexpr, KP: tl.constexpr, W: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    # T = [S^T; mu B + D], or [S^T; B], as groups of columns (W, 2 KP, BC), where its halves lie and which exist
+    i = tl.arange(0, 2 * KP)[None, :, None]
     r = tl.where(i < KP, i, i - KP)
-    at = base + r.to(tl.int64)[:, None] * N + cols[None, :]
-    keep = (r < K)[:, None] & (cols < N)[None, :]
-    top = keep & (i < KP)[:, None]
-    bottom = keep & (i >= KP)[:, None]
-    s = tl.load(weight + at, mask=top, other=0.0).to(tl.float32)
-    b = tl.load(buffer + at, mask=bottom, other=0.0).to(tl.float32)
-    d = tl.load(grad + at, mask=bottom, other=0.0).to(tl.float32)
-    return s + (momentum * b + d), at, top, bottom
+    cols = first + tl.arange(0, W)[:, None, None] * BC + tl.arange(0, BC)[None, None, :]
+    at = r * N + cols
+    top = (i < KP) & (r < K) & (cols < N)
+    bottom = (i >= KP) & (r < K) & (cols < N)
+    t = tl.load(buffer + at, mask=bottom, other=0.0).to(tl.float32)
+    if ADD:
+        t = momentum * t + tl.load(grad + at, mask=bottom, other=0.0).to(tl.float32)
+    t += tl.load(weight + at, mask=top, other=0.0).to(tl.float32)
+    return t, at, top, bottom
+
+
+@triton.jit
+def gram(
+    weight, buffer, grad, correction, momentum,
+    LOWER: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, KP: tl.constexpr, W: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    # M = T T^T = P + Y + Y^T with P = T0 T0^T and Y = T0 T1^T + T0 T2^T + T1 T1^T / 2; KEEP: B <- mu B + D
+    large = tl.zeros((W, 2 * KP, 2 * KP), tl.float32)
+    small = tl.zeros((W, 2 * KP, 2 * KP), tl.float32)
+    for first in range(0, N, W * BC):
+        t, at, _, bottom = load_stack(weight, buffer, grad, first, momentum, ADD, K, N, KP, W, BC)
+        if KEEP:
+            store(buffer + at, t, bottom)
+        if LOWER:
+            t += combine(correction, t)
+        t0, t1, t2 = split(t)
+        half = narrow(0.5 * t1)
+        t0, t1, t2 = narrow(t0), tl.permute(narrow(t1), (0, 2, 1)), tl.permute(narrow(t2), (0, 2, 1))
+        # the matrix unit truncates what it adds up: the sum over tiles is made outside of it, hence the last argument
+        large += tl.dot(t0, tl.permute(t0, (0, 2, 1)), max_num_imprecise_acc=BC)
+        small = tl.dot(half, t1, small)
+        small = tl.dot(t0, t2, small)
+        small = tl.dot(t0, t1, small)
+    y = tl.sum(small, 0)
+    return tl.sum(large, 0) + (y + tl.trans(y))
+
+
+@triton.jit
+def finish(
+    weight, buffer, grad, q, correction, momentum, moves,
+    LOWER: tl.constexpr, CARRY: tl.constexpr, ADD: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, KP: tl.constexpr, W: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    # T <- T + q T, from the columns that were read last, and are still in the cache, to those read first
+    for back in range(0, N, W * BC):
+        first = (N - 1) // (W * BC) * (W * BC) - back
+        t, at, top, bottom = load_stack(weight, buffer, grad, first, momentum, ADD, K, N, KP, W, BC)
+        out = t
+        if LOWER:
+            out += combine(correction, out)
+        out += combine(q, out)
+        if moves:
+            store(weight + at, out, top)
+        if CARRY > 0:
+            store(buffer + at, out, bottom)
+        elif ADD:
+            store(buffer + at, t, bottom)
 
 
 @triton.jit
 def trigonometry(h, eye, R: tl.constexpr):
-    # u = cos(sqrt h) - 1 and sinc(sqrt h), top left; halved to the series' range, then doubled
-    i = tl.arange(0, R)
-    diagonal = i[:, None] == i[None, :]
-    trace = tl.sum(tl.sum(tl.where(diagonal, h, 0.0), 1), 0)
+    # u = cos(sqrt h) - 1 and sinc(sqrt h) where eye is 1; halved to the series' range, then doubled
+    trace = tl.sum(tl.sum(h * eye, 1), 0)
     halvings = tl.full((), 0, tl.int32)
     shrink = tl.full((), 1.0, tl.float32)
     while (trace * shrink > TRACE) & (halvings < HALVINGS):
         shrink *= 0.25
         halvings += 1
     h *= shrink
-    # -1/12! … -1/2! and 1/13! … 1/3!: six powers leave less than 1e-10
-    u = h * (1.0 / 479001600)
-    s = h * (1.0 / 6227020800)
-    u = product(h, u - eye * (1.0 / 3628800))
-    s = product(h, s - eye * (1.0 / 39916800))
-    u = product(h, u + eye * (1.0 / 40320))
-    s = product(h, s + eye * (1.0 / 362880))
-    u = product(h, u - eye * (1.0 / 720))
-    s = product(h, s - eye * (1.0 / 5040))
-    u = product(h, u + eye * (1.0 / 24))
-    s = product(h, s + eye * (1.0 / 120))
-    u = product(h, u - eye * 0.5)
-    s = product(h, s - eye * (1.0 / 6))
-    s += eye
+    # six powers leave less than 1e-10: -h/2! + h^2/4! - h^3/6! + h^3 (h/8! - h^2/10! + h^3/12!), sinc one factorial up
+    h2 = product(h, h)
+    h3 = product(h, h2)
+    u = product(h3, h * (1.0 / 40320) - h2 * (1.0 / 3628800) + h3 * (1.0 / 479001600))
+    s = product(h3, h * (1.0 / 362880) - h2 * (1.0 / 39916800) + h3 * (1.0 / 6227020800))
+    u = ((u - h3 * (1.0 / 720)) + h2 * (1.0 / 24)) - h * 0.5
+    s = (((s - h3 * (1.0 / 5040)) + h2 * (1.0 / 120)) - h * (1.0 / 6)) + eye
     for _ in range(halvings):
         s += product(s, u)
         u = 2.0 * product(u, u) + 4.0 * u
@@ -171,72 +310,82 @@ def trigonometry(h, eye, R: tl.constexpr):
 
 
 @triton.jit
-def coefficients(m, a, project, KP: tl.constexpr, R: tl.constexpr, CARRY: tl.constexpr):
-    # Q from M = T T^T; `project` is 1 where the bottom of T is B, 0 where it is already G
+def coefficients(m, across, a, KP: tl.constexpr, R: tl.constexpr, CARRY: tl.constexpr):
+    # q of T <- T + q T from M = T T^T, and A^T of G = B - A^T S, bottom left
     i = tl.arange(0, R)
-    shift = tl.where(i[None, :] == i[:, None] + KP, 1.0, 0.0)
-    eye = tl.where((i[:, None] == i[None, :]) & (i < KP)[:, None], 1.0, 0.0)
-    cross = product(product(eye, m), tl.trans(shift))
-    across = project * tl.trans(cross)
-    square = product(shift, product(m, tl.trans(shift))) - product(across, project * cross)
-    u, sinc = trigonometry(a * a * square, eye, R)
-    # S+ = (1 + u - a sinc A^T) S + a sinc B, then one Newton-Schulz step in Gram space
-    top = eye + u - a * product(sinc, across) + a * product(sinc, shift)
-    excess = product(product(top, m), tl.trans(top)) - eye
-    top -= 0.5 * product(excess, top)
-    bottom = tl.where((i[:, None] == i[None, :]) & (i >= KP)[:, None], 1.0, 0.0)
-    if CARRY == 1:
-        # G = B - A^T S
-        bottom -= product(tl.trans(shift), across)
+    top, left = (i < KP)[:, None], (i < KP)[None, :]
+    diagonal = i[:, None] == i[None, :]
+    upper = tl.where(diagonal & top, 1.0, 0.0)
+    lower = tl.where(diagonal & (i >= KP)[:, None], 1.0, 0.0)
+    up = tl.where(i[None, :] == i[:, None] + KP, 1.0, 0.0)
+    down = tl.trans(up)
+    square = tl.where(top | left, 0.0, m) - product(across, tl.trans(across))
+    swept = product(square, down) if CARRY == 2 else square
+    u, sinc = trigonometry(a * a * square, lower, R)
+    carried = tl.zeros((R, R), tl.float32)
+    if CARRY > 0:
+        carried -= across
     if CARRY == 2:
         # G+ = (1 + u) (B - A^T S) - a sinc (G^T G) S
-        turn = eye + u
-        moved = product(turn, shift) - product(turn, across) - a * product(sinc, square)
-        bottom = product(tl.trans(shift), moved)
-    return top + bottom
+        carried += product(u, lower - across)
+        carried -= a * product(sinc, swept)
+    # S+ - S = u S + a sinc (B - A^T S)
+    q = product(up, product(u, down) + a * product(sinc, lower - across))
+    # one Newton-Schulz step in Gram space: S+ -= (S+ S+^T - 1) S+ / 2
+    moved = product(q, m)
+    excess = tl.where(top & left, (m - upper) + (moved + tl.trans(moved)), 0.0) + product(moved, tl.trans(q))
+    q -= 0.5 * (excess + product(excess, q))
+    return q + carried
 
 
 @triton.jit
 def step_kernel(
     weight, buffer, grad, lr, momentum,
-    K: tl.constexpr, N: tl.constexpr, KP: tl.constexpr, R: tl.constexpr, CARRY: tl.constexpr, BN: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, KP: tl.constexpr, CARRY: tl.constexpr, KEEP: tl.constexpr,
+    W: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    R: tl.constexpr = 2 * KP
     base = tl.program_id(0).to(tl.int64) * K * N
+    weight += base
+    buffer += base
+    grad += base
     i = tl.arange(0, R)
-    m = tl.zeros((R, R), tl.float32)
-    for first in range(0, N, BN):
-        t, _, _, _ = load_stack(weight, buffer, grad, base, first + tl.arange(0, BN), momentum, K, N, KP, R)
-        m += product(t, tl.trans(t))
-    diagonal = i[:, None] == i[None, :]
-    shift = tl.where(i[None, :] == i[:, None] + KP, 1.0, 0.0)
-    across = product(shift, tl.where((i < KP)[None, :], m, 0.0))
-    everything = tl.sum(tl.sum(tl.where(diagonal & (i >= KP)[:, None], m, 0.0), 1), 0)
+    none = tl.zeros((R, R), tl.float32)
+    m = gram(weight, buffer, grad, none, momentum, False, True, KEEP, K, N, KP, W, BC)
+    if KEEP:
+        # other threads may read what this one has stored
+        tl.debug_barrier()
+    across = tl.where((i >= KP)[:, None] & (i < KP)[None, :], m, 0.0)
+    everything = tl.sum(tl.sum(tl.where((i[:, None] == i[None, :]) & (i >= KP)[:, None], m, 0.0), 1), 0)
     radial = tl.sum(tl.sum(across * across, 1), 0)
-    lower = tl.where(diagonal, 1.0, 0.0)
-    whole = 1.0
-    if tl.maximum(radial - RADIAL * (everything - radial), lr * lr * radial - TURN) > 0:
-        # the Gram matrix of [S; G], G = B - A^T S
-        whole = 0.0
-        lower -= product(tl.trans(shift), across)
-        m = tl.zeros((R, R), tl.float32)
-        for first in range(0, N, BN):
-            t, _, _, _ = load_stack(weight, buffer, grad, base, first + tl.arange(0, BN), momentum, K, N, KP, R)
-            t = tl.where((i < KP)[:, None], t, product(lower, t))
-            m += product(t, tl.trans(t))
-    q = coefficients(m, -lr, whole, KP, R, CARRY)
     moves = lr * lr * everything != 0
-    for first in range(0, N, BN):
-        t, at, top, bottom = load_stack(weight, buffer, grad, base, first + tl.arange(0, BN), momentum, K, N, KP, R)
-        stacked = t
-        if whole == 0:
-            stacked = tl.where((i < KP)[:, None], t, product(lower, t))
-        moved = product(q, stacked)
-        if moves:
-            tl.store(weight + at, moved, mask=top)
-        if CARRY == 0:
-            tl.store(buffer + at, t, mask=bottom)
-        else:
-            tl.store(buffer + at, moved, mask=bottom)
+    # then T becomes [S; G], G = B - A^T S, before all else
+    turned = tl.maximum(radial - RADIAL * (everything - radial), lr * lr * radial - TURN) > 0
+    if turned:
+        m = gram(weight, buffer, grad, -across, momentum, True, not KEEP, False, K, N, KP, W, BC)
+    q = coefficients(m, tl.where(turned, 0.0, across), -lr, KP, R, CARRY)
+    if turned:
+        finish(weight, buffer, grad, q, -across, momentum, moves, True, CARRY, not KEEP, K, N, KP, W, BC)
+    else:
+        finish(weight, buffer, grad, q, none, momentum, moves, False, CARRY, not KEEP, K, N, KP, W, BC)
+
+
+class Unit(chunked.Unit):
+    """Each way in one kernel."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.wide = x.contiguous()
+        self.hat = torch.empty_like(self.wide)
+        self.norm = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+        self.tile = {"EPS": EPS, "BN": min(2048, triton.next_power_of_2(x.shape[1]))}
+        if x.shape[0]:
+            unit_kernel[(x.shape[0],)](self.wide, self.hat, self.norm, x.shape[1], **self.tile)
+
+    def backward(self, grad: Tensor) -> Tensor:
+        dx = torch.empty_like(self.wide)
+        if dx.shape[0]:
+            unit_backward_kernel[(dx.shape[0],)](self.wide, grad, self.norm, dx, dx.shape[1], **self.tile)
+        return dx
 
 
 def grouping(z: Tensor, k: int) -> dict[str, int]:
@@ -266,7 +415,9 @@ def loss(z: Tensor, target: Tensor, k: int, settings: Loss) -> tuple[Tensor, Ten
     if rows:
         numbers = (classes, settings.scale, settings.smoothing, settings.ignore_index)
         soft = target.is_floating_point()
-        loss_kernel[(rows,)](z, target.contiguous(), losses, *numbers, SOFT=soft, **grouping(z, k))
+        # scale |z| - peak without fma: 0 at the peak
+        options = {"SOFT": soft, "enable_fp_fusion": False, **grouping(z, k)}
+        loss_kernel[(rows,)](z, target.contiguous(), losses, *numbers, **options)
     return losses, z
 
 
@@ -280,14 +431,14 @@ def grassmann_step_(
         buffer.copy_(stored)
         return
     w, b, d = weight.contiguous(), buffer.contiguous(), grad.contiguous()
-    padded = max(8, triton.next_power_of_2(k))
-    n = w.shape[1]
-    # as many columns at a time as leave sm_90 without spills
-    columns = max(16, min(triton.next_power_of_2(n), 64 if padded == 8 else 32))
+    padded, n = max(8, triton.next_power_of_2(k)), w.shape[1]
+    tile = TILES["large" if padded == 16 else "wide" if n >= WIDE else "narrow"]
+    warps = tile["num_warps"]
     step_kernel[(w.shape[0] // k,)](
         w, b, d, lr, momentum,
-        K=k, N=n, KP=padded, R=2 * padded, CARRY=("official", "project", "transport").index(mode), BN=columns,
-        num_warps=4 if padded == 8 else 8,
+        K=k, N=n, KP=padded, CARRY=("official", "project", "transport").index(mode),
+        KEEP=mode == "official" and b.dtype == torch.float32,
+        W=warps, BC=max(16, min(tile["columns"], triton.next_power_of_2(n)) // warps), num_warps=warps,
     )  # fmt: skip
     for tensor, result in ((weight, w), (buffer, b)):
         if result.data_ptr() != tensor.data_ptr():

@@ -1,5 +1,10 @@
 """The chunked cross entropy against `F.cross_entropy` of materialised logits."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +16,7 @@ from grassland.archs.heads import cross_entropy
 @pytest.fixture(params=[1 << 24, 40], ids=["one-chunk", "many-chunks"], autouse=True)
 def chunk_elements(request, monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(cross_entropy, "GPU_CHUNK_ELEMENTS", request.param)
 
 
 def inputs(tokens=11, dim=6, vocab=17, dtype=torch.float64):
@@ -111,3 +117,43 @@ def test_shapes_that_do_not_fit_are_named():
         linear_cross_entropy(x, weight, labels[:-1])
     with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\], got 2"):
         linear_cross_entropy(x, weight, labels, label_smoothing=2)
+
+
+def in_a_process(device, **variables):
+    script = Path(__file__).with_name("interpret_loss.py")
+    done = subprocess.run([sys.executable, script, device], env=os.environ | variables, capture_output=True, text=True)
+    assert done.stdout == "ok\n", done.stdout + done.stderr
+
+
+def test_rows_in_the_interpreter():
+    pytest.importorskip("triton")
+    in_a_process("cpu", TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+def test_rows_on_a_gpu():
+    in_a_process("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_on_a_gpu(dtype):
+    x, weight = (torch.randn(n, 64, device="cuda", dtype=dtype, requires_grad=True) for n in (300, 4000))
+    labels = torch.randint(4000, (300,), device="cuda")
+    found = torch.autograd.grad(linear_cross_entropy(x, weight, labels), (x, weight))
+    a, b = (t.detach().double().requires_grad_() for t in (x, weight))
+    truth = torch.autograd.grad(F.cross_entropy(a @ b.T, labels), (a, b))
+    for mine, exact in zip(found, truth, strict=True):
+        assert (mine.double() - exact).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * exact.norm()
+
+
+@pytest.mark.parametrize("chip", [80, 90, 100])
+def test_rows_compile_for_nvidia(chip):
+    pytest.importorskip("triton")
+    from grassland.archs.heads.fused_cross_entropy import row_losses
+    from grassland.kernels.testing import record_launches, resource_usage
+
+    logits, labels = torch.zeros(8, 30522, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.int64)
+    for launch in record_launches(lambda: row_losses(logits, labels, 0.1, -100, True)):
+        usage = resource_usage(launch.compile("cuda", chip, 32).asm["cubin"])
+        assert usage["LOCAL"] == usage["STACK"] == 0, usage

@@ -22,13 +22,15 @@ class Task(ABC):
     `samples` are asked of the first process only. All else is as with one process.
 
     name: the command. unit: what a batch is counted in ("tokens", "images"). metric: the entry of `evaluate`'s result
-    that picks the best checkpoint, the smaller the better. model: on `device`.
+    that picks the best checkpoint, the smaller the better. model: on `device`. recordable: whether batches are tensors
+    of one shape, and `loss` does nothing but compute with them.
     """
 
     name: str
     unit: str
     metric: str
     config: Any
+    recordable = False
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.model = model.to(device)

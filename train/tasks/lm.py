@@ -26,6 +26,7 @@ class LanguageModeling(Task):
     """
 
     name, unit, metric = "lm", "tokens", "loss"
+    recordable = True
 
     def __init__(self, config: LMConfig, device: torch.device) -> None:
         self.config = config

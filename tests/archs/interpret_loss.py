@@ -1,0 +1,43 @@
+"""Run by test_arch_loss.py in a process of its own, in Triton's interpreter: the rows kernel against float64."""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from grassland.archs.heads.cross_entropy import IGNORE, _chunk
+from grassland.archs.heads.fused_cross_entropy import row_losses
+
+
+def check(logits, labels, smoothing):
+    """At most twice the error of the same in PyTorch, and half an ulp; rows that do not count are exactly zero."""
+    wide = logits.double().requires_grad_()
+    truth = F.cross_entropy(wide, labels, ignore_index=IGNORE, label_smoothing=smoothing, reduction="none")
+    slope = torch.autograd.grad(truth.sum(), wide)[0]
+    losses, grad = _chunk(logits.float().clone(), labels, smoothing, True)
+    mine = logits.clone()
+    found = row_losses(mine, labels, smoothing, IGNORE, True)
+    assert torch.equal(row_losses(logits, labels, smoothing, IGNORE, False), found)
+    for name, exact, eager, ours in (("loss", truth, losses, found), ("gradient", slope, grad.to(mine.dtype), mine)):
+        allowed = 2 * (eager.double() - exact).norm() + torch.finfo(ours.dtype).eps / 2 * exact.norm()
+        error = (ours.double() - exact).norm()
+        assert error <= allowed, f"{name} {tuple(logits.shape)} {logits.dtype}: {error:.2e} > {allowed:.2e}"
+    assert not mine[labels == IGNORE].any() and not found[labels == IGNORE].any()
+
+
+def cases(device):
+    generator = torch.Generator().manual_seed(0)
+    for rows, vocab in ((3, 5), (2, 5000), (4, 30522)):
+        for dtype in (torch.float32, torch.bfloat16):
+            for smoothing in (0.0, 0.1):
+                logits = (5 * torch.randn(rows, vocab, generator=generator)).to(dtype).to(device)
+                labels = torch.randint(vocab, (rows,), generator=generator)
+                labels[0] = IGNORE
+                yield logits, labels.to(device), smoothing
+
+
+if __name__ == "__main__":
+    for case in cases(sys.argv[1]):
+        check(*case)
+    assert row_losses(torch.zeros(1, 4), torch.tensor([4]), 0.0, IGNORE, False).isnan().all()
+    print("ok")
