@@ -29,6 +29,8 @@ from .rival import Benchmark, Disagreement, Rival, Setting, Step, Unavailable, s
 
 # A millisecond of a GPU at 2 GHz, and more than its cache holds.
 WAIT_CYCLES, SCRATCH_BYTES = 2_000_000, 1 << 28
+# Seconds after which a rival stops repeating.
+PATIENCE = 20.0
 # Parameters of glibc's mallopt.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
@@ -40,7 +42,8 @@ def build(benchmark: Benchmark, setting: Setting, dtype: torch.dtype, device: to
     steps, reasons = {}, {}
     for rival in benchmark.rivals:
         try:
-            steps[rival.name] = tried(rival, setting.values, dtype, device)
+            with device:  # inputs are drawn there
+                steps[rival.name] = tried(rival, setting.values, dtype, device)
         except (Unavailable, dispatch.BackendError) as error:
             reasons[rival.name] = str(error)
     return steps, reasons
@@ -141,11 +144,13 @@ def host_seconds(step: Step) -> float:
 
 
 def interleaved(steps: dict[str, Step], device: torch.device, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every repetition, the rivals taking turns; two warm-up rounds are thrown away."""
+    """Seconds of every repetition, the rivals taking turns; two warm-up rounds are thrown away. A rival that has taken
+    very long repeats no more."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats + 2):
         for name, step in steps.items():
-            times[name].append(elapsed(step, device))
+            if len(times[name]) < 5 or sum(times[name]) < PATIENCE:
+                times[name].append(elapsed(step, device))
     return {name: seconds[2:] for name, seconds in times.items()}
 
 
@@ -205,7 +210,9 @@ def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace)
             record |= {"gbytes": benchmark.moved(setting.values, mode, dtype.itemsize) / median / 1e9}
             record |= {"peak_bytes": peak_bytes(chosen[name], device)}
             if device.type == "cuda":
-                record |= {"host_ms": host_seconds(chosen[name]) * 1e3, "graph": graphs[name] is not None}
+                record["graph"] = graphs[name] is not None
+                # Without a graph the host's time is in `ms`.
+                record |= {"host_ms": host_seconds(chosen[name]) * 1e3} if record["graph"] else {}
             if "forward" in mode and "backward" in mode:
                 record["saved_bytes"] = saved_bytes(chosen[name])
             records.append({**common, **record})
@@ -277,18 +284,27 @@ def chosen_settings(benchmark: Benchmark, options: argparse.Namespace) -> list[S
     return [s for s in all_settings(benchmark, options) if not options.setting or s.id in options.setting]
 
 
-def run(benchmark: Benchmark, settings: Sequence[Setting], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure, print and, with --out, write one op's records and pictures."""
+def run(
+    benchmark: Benchmark, settings: Sequence[Setting], options: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Measure, print and, with --out, write one op's records and pictures; the settings in which rivals disagree come
+    second, with the reason."""
     facts = about() | peaks(getattr(torch, options.dtype), torch.device(options.device))
     records: list[dict[str, Any]] = []
+    failed: list[str] = []
     for setting in settings:
-        records += measure(benchmark, setting, options)
-        print(f"{benchmark.name}, {setting.id}: done", file=sys.stderr)
+        try:
+            records += measure(benchmark, setting, options)
+            print(f"{benchmark.name}, {setting.id}: done", file=sys.stderr)
+        except Disagreement as error:
+            failed.append(f"error: {setting.id}: {error}: nothing was timed")
+    if not records:
+        return [], failed
     print(f"{benchmark.title}\n\n{bench_report.table(records, benchmark.ours)}\n\n{json.dumps(facts)}\n")
     records = [{**record, **facts} for record in records]
     if options.out:
         write(records, benchmark, options)
-    return records
+    return records, failed
 
 
 def write(records: Sequence[dict[str, Any]], benchmark: Benchmark, options: argparse.Namespace) -> None:
@@ -319,10 +335,9 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         raise SystemExit(f"error: {error}") from error
     records, failed = [], []
     for benchmark in benchmarks:
-        try:
-            records += run(benchmark, settings[benchmark.name], options) if settings[benchmark.name] else []
-        except Disagreement as error:
-            failed.append(f"error: {error}: nothing was timed")
+        found, wrong = run(benchmark, settings[benchmark.name], options) if settings[benchmark.name] else ([], [])
+        records += found
+        failed += wrong
     if failed:
         raise SystemExit("\n".join(failed))
     if options.baseline:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("reference", "eager", "cpp", "triton", "cuda")
+# The compiled ones of a device, the fastest first.
+FASTEST = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
 ENVIRONMENT = "GRASSLAND_BACKEND"
 # Of the ops. A copy of the kernels under another package name has its own, so that both live in one process.
 NAMESPACE = "grassland" if __package__ == "grassland.kernels" else re.sub(r"\W", "_", __package__ or "grassland")
@@ -91,8 +93,11 @@ def missing(op: Op, backend: str, device: str, dtype: torch.dtype) -> str | None
     return extension_error()
 
 
-def preferred(device: str) -> str:
-    return "triton" if device == "cuda" else "cpp"
+def fastest(op: Op, device: str, dtype: torch.dtype) -> str:
+    """The backend that runs `op` there if none is asked for; where none can, the one that would with its needs met."""
+    choices = [name for name in FASTEST.get(device, ()) if name in op.backends]
+    ready = (name for name in choices if missing(op, name, device, dtype) is None)
+    return next(ready, choices[0] if choices else "eager")
 
 
 def requested(backend: str | None) -> str:
@@ -111,7 +116,7 @@ def pick(op: Op, tensor: Tensor, backend: str = "") -> str:
     """
     device = tensor.device.type
     if not backend:
-        choice = preferred(device)
+        choice = fastest(op, device, tensor.dtype)
         return choice if missing(op, choice, device, tensor.dtype) is None else "eager"
     reason = missing(op, backend, device, tensor.dtype)
     if reason is not None:
@@ -127,7 +132,7 @@ def describe() -> dict[str, dict[str, str]]:
     for op in OPS.values():
         report[op.name] = {}
         for device in ("cpu", "cuda"):
-            choice = preferred(device)
+            choice = fastest(op, device, torch.float32)
             reason = missing(op, choice, device, torch.float32)
             report[op.name][device] = choice if reason is None else f"eager ({reason})"
     return report

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .testing import normal
+
 Step = Callable[[], Any]
 
 
@@ -78,9 +80,8 @@ def with_gradients(
     truth: the same mathematics in float64, called with the inputs in float64.
     """
     wanted = [t for t in inputs if t.requires_grad]
-    generator = torch.Generator().manual_seed(7)
     outputs = tensors(function(*inputs))
-    grads = [torch.randn(out.shape, generator=generator).to(out.device, out.dtype) for out in outputs]
+    grads = [normal(*out.shape, seed=7 + k).to(out.device, out.dtype) for k, out in enumerate(outputs)]
 
     def forward() -> Any:
         with torch.no_grad():

@@ -68,7 +68,8 @@ def specs() -> list[Spec]:
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    """Float64 on the default device, which is the CPU unless a benchmark says otherwise."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64) * scale
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from signal import Signals
@@ -67,7 +67,9 @@ class Trainer:
         )
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.model: Any = torch.compile(self.spread.module) if config.compile else self.spread.module
-        self._gradients = Recorded(self._backward, task.model) if config.cuda_graph else self._backward
+        self._gradients: Callable[[Any], torch.Tensor] = self._backward
+        if config.cuda_graph:
+            self._gradients = Recorded(self._backward, task.model, accumulate=config.grad_accum > 1)
         self.experts = ExpertLoad(task.model)
         self.meter, self.line = Meter(), ProgressLine(silent=not parallel.is_main())
         self.watch, self.agreement = Watch(config.on_nan), parallel.Agreement()
@@ -133,7 +135,10 @@ class Trainer:
             self.watch.add(total, norm)
         elif buffers is not None:
             buffers.restore()
-        self.optimizer.zero_grad(set_to_none=not config.cuda_graph)
+        if not config.cuda_graph:
+            self.optimizer.zero_grad(set_to_none=True)
+        elif config.grad_accum > 1:
+            self.optimizer.zero_grad(set_to_none=False)
         self.step, self.position = self.step + 1, self.position + config.grad_accum
         self.meter.step()
         if bad is not None:

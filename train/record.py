@@ -15,12 +15,13 @@ class Recorded:
     """`function`, recorded at its first call and replayed from then on, with the same effect on numbers alone.
 
     function: takes a batch of tensors on a GPU, adds gradients to the parameters of `model` and returns the loss, a
-    scalar. It must not wait for the device, and what it does in Python is done once. Gradients stay where they are:
-    they are to be zeroed, not dropped.
+    scalar. It must not wait for the device, and what it does in Python is done once. Gradients stay where they are and
+    must not be dropped. accumulate: whether calls add to them, so that they are to be zeroed; else each call
+    overwrites them.
     """
 
-    def __init__(self, function: Callable[[Sequence[Tensor]], Tensor], model: nn.Module) -> None:
-        self.function, self.model = function, model
+    def __init__(self, function: Callable[[Sequence[Tensor]], Tensor], model: nn.Module, accumulate: bool) -> None:
+        self.function, self.model, self.accumulate = function, model, accumulate
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Sequence[Tensor]) -> Tensor:
@@ -46,16 +47,20 @@ class Recorded:
             for _ in range(WARM_UP):
                 self.function(self.batch)
         torch.cuda.current_stream(device).wait_stream(aside)
-        self._zero()
+        self._prepare()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.loss = self.function(self.batch)
-        self._zero()
+        if self.accumulate:
+            self._prepare()
         buffers.restore()
         torch.cuda.set_rng_state(numbers, device)
         self.graph = graph
 
-    def _zero(self) -> None:
+    def _prepare(self) -> None:
+        """Zeros for calls to add to, or nothing, so that the recording makes the gradients."""
         for parameter in self.model.parameters():
-            if parameter.grad is not None:
+            if not self.accumulate:
+                parameter.grad = None
+            elif parameter.grad is not None:
                 parameter.grad.zero_()

@@ -24,9 +24,9 @@ SIZES = ["tokens", "length"]
 # Bytes of a chunk's wedges, less than a large GPU's cache, and tokens of a chunk at least, for efficient products.
 CHUNK_BYTES, CHUNK_ROWS = 1 << 25, 4096
 # Tile of the kernel that writes wedges.
-WEDGES = {"BM": 16, "BQ": 128, "num_warps": 4}
+WEDGES = {"BM": 4, "BQ": 512, "num_warps": 4}
 # Programs that add up columns, in each block of them.
-PARTS = 64
+PARTS = 256
 
 
 @triton.jit
@@ -94,6 +94,10 @@ def pack_kernel(weight, packed, dim, R: tl.constexpr, PAIRS: tl.constexpr, BQ: t
     tl.store(packed + q.to(tl.int64)[:, None] * dim + n[None, :], w * sign[:, None], mask=mask)
 
 
+# Tiles of these two have the pairs first: Triton lays the lanes of a gather along the first dimension, and a token's
+# numbers lie together.
+
+
 @triton.jit(do_not_specialize=SIZES)
 def wedge_kernel(z, y, out, tokens, R: tl.constexpr, PAIRS: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr):
     # p_q = z_i y_j - z_j y_i
@@ -101,13 +105,18 @@ def wedge_kernel(z, y, out, tokens, R: tl.constexpr, PAIRS: tl.constexpr, BM: tl
     q = tl.program_id(1) * BQ + tl.arange(0, BQ)
     i = q % R
     j = (i + q // R + 1) % R
-    mask = (rows < tokens)[:, None] & (q < PAIRS)[None, :]
-    at = rows[:, None] * R
-    zi = tl.load(z + at + i[None, :], mask=mask, other=0.0).to(tl.float32)
-    zj = tl.load(z + at + j[None, :], mask=mask, other=0.0).to(tl.float32)
-    yi = tl.load(y + at + i[None, :], mask=mask, other=0.0)
-    yj = tl.load(y + at + j[None, :], mask=mask, other=0.0)
-    store(out + rows[:, None] * PAIRS + q[None, :], zi * yj - zj * yi, mask=mask)
+    mask = (q < PAIRS)[:, None] & (rows < tokens)[None, :]
+    at = (rows * R)[None, :]
+    zi = tl.load(z + at + i[:, None], mask=mask, other=0.0).to(tl.float32)
+    zj = tl.load(z + at + j[:, None], mask=mask, other=0.0).to(tl.float32)
+    yi = tl.load(y + at + i[:, None], mask=mask, other=0.0)
+    yj = tl.load(y + at + j[:, None], mask=mask, other=0.0)
+    store(out + (rows * PAIRS)[None, :] + q[:, None], zi * yj - zj * yi, mask=mask)
+
+
+@triton.jit
+def gather(base, rows, index, mask, STRIDE: tl.constexpr):
+    return tl.load(base + (rows * STRIDE)[None, :] + index[:, None], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -116,25 +125,24 @@ def wedge_backward_kernel(
 ):
     # dz = D y, dy = -D z, where shift s of dP is the s-th diagonal of the antisymmetric D
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    i = tl.arange(0, RP)
-    keep = rows < tokens
-    total_z = tl.zeros((BM, RP), tl.float32)
-    total_y = tl.zeros((BM, RP), tl.float32)
+    # 0 … RP - 1, which Triton must not know to be neighbours: it would give a lane several, and a warp several tokens
+    i = tl.arange(0, RP) ^ (tokens < 0).to(tl.int32)
+    keep = (rows < tokens)[None, :]
+    total_z = tl.zeros((RP, BM), tl.float32)
+    total_y = tl.zeros((RP, BM), tl.float32)
     for s in range(1, R // 2 + 1):
-        ahead = tl.where(i < R, (i + s) % R, RP)
-        behind = tl.where(i < R, (i + R - s) % R, RP)
-        from_here = tl.where((s - 1) * R + i < PAIRS, ahead, RP)
-        from_there = tl.where((s - 1) * R + behind < PAIRS, behind, RP)
-        here = keep[:, None] & (from_here < R)[None, :]
-        there = keep[:, None] & (from_there < R)[None, :]
-        at = grad + rows[:, None] * PAIRS + (s - 1) * R
-        dp = tl.load(at + i[None, :], mask=here, other=0.0).to(tl.float32)
-        rolled = tl.load(at + behind[None, :], mask=there, other=0.0).to(tl.float32)
-        total_z += dp * load_rows(y, rows, from_here, keep, R) - rolled * load_rows(y, rows, from_there, keep, R)
-        total_y -= dp * load_rows(z, rows, from_here, keep, R) - rolled * load_rows(z, rows, from_there, keep, R)
-    mask = keep[:, None] & (i < R)[None, :]
-    tl.store(dz + rows[:, None] * R + i[None, :], total_z, mask=mask)
-    tl.store(dy + rows[:, None] * R + i[None, :], total_y, mask=mask)
+        ahead = (i + s) % R
+        behind = (i + R - s) % R
+        first = (s - 1) * R
+        here = ((i < R) & (first + i < PAIRS))[:, None] & keep
+        there = ((i < R) & (first + behind < PAIRS))[:, None] & keep
+        dp = gather(grad + first, rows, i, here, PAIRS)
+        rolled = gather(grad + first, rows, behind, there, PAIRS)
+        total_z += dp * gather(y, rows, ahead, here, R) - rolled * gather(y, rows, behind, there, R)
+        total_y -= dp * gather(z, rows, ahead, here, R) - rolled * gather(z, rows, behind, there, R)
+    mask = (i < R)[:, None] & keep
+    tl.store(dz + (rows * R)[None, :] + i[:, None], total_z, mask=mask)
+    tl.store(dy + (rows * R)[None, :] + i[:, None], total_y, mask=mask)
 
 
 @triton.jit
@@ -294,6 +302,7 @@ def products_backward(
     block = rows_block(rank)
     y, packed, rows = average(z, offsets, eps).flatten(0, 1), pack(weight, rank), z.flatten(0, 1)
     direct, dy, total = torch.empty_like(y), torch.empty_like(y), None
+    narrow = block | {"BM": max(8, block["BM"] // 2)}
     for chunk in chunks(tokens, weight):
         g = grad[chunk]
         if mask[1]:
@@ -302,8 +311,8 @@ def products_backward(
             total = part if total is None else total.float().add_(part)
         if mask[0]:
             dp = g @ packed.T
-            wedge_backward_kernel[(triton.cdiv(len(g), block["BM"]),)](
-                dp, rows[chunk], y[chunk], direct[chunk], dy[chunk], len(g), PAIRS=pairs, **block
+            wedge_backward_kernel[(triton.cdiv(len(g), narrow["BM"]),)](
+                dp, rows[chunk], y[chunk], direct[chunk], dy[chunk], len(g), PAIRS=pairs, **narrow
             )
     dz = None
     if mask[0]:

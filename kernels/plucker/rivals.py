@@ -13,7 +13,9 @@ from .. import dispatch
 from ..rival import Benchmark, Rival, Setting, Step, Unavailable, package, with_gradients, without_check
 from ..testing import normal
 from . import eager, gated_blend, plucker_mix, reference
+from .blend import OP as BLEND
 from .cases import PAPER_OFFSETS
+from .op import OP
 
 Values = dict[str, Any]
 Mixer = Callable[..., Tensor]
@@ -64,17 +66,18 @@ def fused_mix(backend: str) -> Mixer:
     return run
 
 
-def best(device: torch.device) -> str:
-    return dispatch.preferred(device.type)
+def fused_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return gated_blend(x, g, weight, bias, backend=dispatch.fastest(BLEND, x.device.type, g.dtype))
 
 
 def build_ours(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-    backend = best(device)
+    mix = fused_mix(dispatch.fastest(OP, device.type, dtype))
+    return with_gradients(mixer(mix, fused_blend, v), inputs(v, dtype, device))
 
-    def blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return gated_blend(x, g, weight, bias, backend=backend)
 
-    return with_gradients(mixer(fused_mix(backend), blend, v), inputs(v, dtype, device))
+def build_cuda(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    """Ours with the mix in CUDA C++."""
+    return with_gradients(mixer(fused_mix("cuda"), fused_blend, v), inputs(v, dtype, device))
 
 
 def eager_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -214,6 +217,7 @@ BENCHMARK = Benchmark(
     gpu_settings=GPU_SETTINGS,
     rivals=[
         Rival("grassland", build_ours),
+        Rival("grassland, CUDA C++", build_cuda),
         Rival("literal eager", build_literal),
         Rival("collapsed eager", build_collapsed),
         Rival("torch.compile, collapsed", build_compiled),

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
+from ..rounding import store
 from . import chunked, eager
 from .chunked import Loss, accumulation
 from .reference import EPS
@@ -44,14 +45,6 @@ def rounded(t):
     # to the nearest bfloat16; a NaN may be lost
     bits = t.to(tl.uint32, bitcast=True) + 0x8000
     return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def store(pointer, value, mask):
-    if PLAIN:  # noqa: SIM102 (each condition is decided when the kernel is compiled)
-        if pointer.dtype.element_ty == tl.bfloat16:
-            value = rounded(value)
-    tl.store(pointer, value, mask=mask)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..rival import Benchmark, Rival, Setting, Step, package
+from ..testing import normal
 from . import grassmann_step_, reference, subspace_cross_entropy
 from .cases import SCALE, orthonormal
 
@@ -29,8 +30,7 @@ SETTINGS = [
 
 
 def draw(rows: int, width: int, seed: int, device: torch.device) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, width, generator=generator).to(device)
+    return normal(rows, width, seed=seed).to(device, torch.float32)
 
 
 def stepping(v: Values, device: torch.device) -> list[Tensor]:
@@ -137,7 +137,7 @@ def build_geoopt(v: Values, dtype: torch.dtype, device: torch.device) -> dict[st
 def head_inputs(v: Values, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     x = draw(v["batch"], v["n"], 3, device).to(dtype).requires_grad_()
     weight = orthonormal(v["classes"], v["k"], v["n"]).to(device, dtype).requires_grad_()
-    labels = torch.randint(v["classes"], (v["batch"],), generator=torch.Generator().manual_seed(4)).to(device)
+    labels = torch.randint(v["classes"], (v["batch"],), generator=torch.Generator(device).manual_seed(4), device=device)
     return x, weight, labels
 
 
