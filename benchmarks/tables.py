@@ -103,16 +103,27 @@ def kernel_tables(device):
 def kernel_details(stem):
     """Every rival in every setting and mode."""
     records = read(f"{stem}.jsonl")
-    heads = "| setting | mode | rival | ms | time / grassland | GFLOP/s | saved MB | peak MB |"
-    lines = [heads, "|---|---|---|---|---|---|---|---|"]
+    gpu = any("graph" in r for r in records)
+    heads = ["setting", "mode", "rival", "ms", "time / grassland", "GFLOP/s", "saved MB", "peak MB"]
+    heads += ["launched in ms"] if gpu else []
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for r in records:
         if "error" in r:
-            lines.append(f"| {r['setting']} | | {r['rival']} | not run: {r['error']} | | | | |")
+            cells = [r["setting"], "", r["rival"], f"not run: {r['error']}"]
+            lines.append(f"| {' | '.join(cells + [''] * (len(heads) - len(cells)))} |")
             continue
         saved, peak = (f"{r[key] / 1e6:.1f}" if key in r else "" for key in ("saved_bytes", "peak_bytes"))
-        figures = f"{r['ms']:.2f} | {r['ratio']:.2f} | {r['gflops']:.1f} | {saved} | {peak}"
-        lines.append(f"| {r['setting']} | {r['mode']} | {r['rival']} | {figures} |")
+        cells = [r["setting"], r["mode"], r["rival"], milliseconds(r), f"{r['ratio']:.2f}", f"{r['gflops']:.1f}"]
+        cells += [saved, peak] + ([f"{r['host_ms']:.2f}" if "host_ms" in r else ""] if gpu else [])
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", footnote(records)])
+
+
+def milliseconds(record):
+    """Two decimals; three of what a GPU does, with a star where that could not be recorded as a graph."""
+    if "graph" not in record:
+        return f"{record['ms']:.2f}"
+    return f"{record['ms']:.3f}" + ("" if record["graph"] else "*")
 
 
 def scaling_tables():
@@ -214,7 +225,9 @@ SUMMARY = ("arm", "parameters", "test", "p (Holm)")
 BACKENDS = {"eager": "eager", "cpp": "C++ on CPU", "triton": "Triton", "cuda": "CUDA C++"}
 OPS = ("plucker", "kronecker", "subspace", "moe")
 TABLES = {op: functools.partial(kernel_table, f"{op}-cpu-float32") for op in OPS}
-TABLES |= {f"{op}_gpu": functools.partial(kernel_table, f"{op}-cuda-bfloat16") for op in OPS}
+# Weights and steps on a manifold are float32 in training.
+GPU_DTYPES = {op: "float32" if op == "subspace" else "bfloat16" for op in OPS}
+TABLES |= {f"{op}_gpu": functools.partial(kernel_table, f"{op}-cuda-{dtype}") for op, dtype in GPU_DTYPES.items()}
 TABLES |= {
     "support": support_table,
     "text": functools.partial(compare_summary, "wikitext2-cpu"),

@@ -30,7 +30,7 @@ from .rival import Benchmark, Disagreement, Rival, Setting, Step, Unavailable, s
 # A millisecond of a GPU at 2 GHz, and more than its cache holds.
 WAIT_CYCLES, SCRATCH_BYTES = 2_000_000, 1 << 28
 # Seconds after which a rival stops repeating.
-PATIENCE = 20.0
+PATIENCE = 8.0
 # Parameters of glibc's mallopt.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
@@ -149,7 +149,7 @@ def interleaved(steps: dict[str, Step], device: torch.device, repeats: int) -> d
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats + 2):
         for name, step in steps.items():
-            if len(times[name]) < 5 or sum(times[name]) < PATIENCE:
+            if len(times[name]) < 4 or sum(times[name]) < PATIENCE:
                 times[name].append(elapsed(step, device))
     return {name: seconds[2:] for name, seconds in times.items()}
 
@@ -200,7 +200,8 @@ def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace)
         chosen = {name: modes[mode] for name, modes in steps.items() if mode in modes}
         graphs = {}
         if device.type == "cuda":
-            graphs = {rival.name: recorded(chosen[rival.name]) for rival in benchmark.rivals if rival.name in chosen}
+            able = [rival.name for rival in benchmark.rivals if rival.name in chosen and rival.recordable]
+            graphs = {name: recorded(chosen[name]) for name in able}
         times = interleaved({name: graphs.get(name) or step for name, step in chosen.items()}, device, options.repeats)
         ours = statistics.median(times[benchmark.ours])
         for name, seconds in times.items():
@@ -210,7 +211,7 @@ def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace)
             record |= {"gbytes": benchmark.moved(setting.values, mode, dtype.itemsize) / median / 1e9}
             record |= {"peak_bytes": peak_bytes(chosen[name], device)}
             if device.type == "cuda":
-                record["graph"] = graphs[name] is not None
+                record["graph"] = graphs.get(name) is not None
                 # Without a graph the host's time is in `ms`.
                 record |= {"host_ms": host_seconds(chosen[name]) * 1e3} if record["graph"] else {}
             if "forward" in mode and "backward" in mode:

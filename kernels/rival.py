@@ -41,12 +41,14 @@ class Rival:
     raise Unavailable.
 
     foreign: the work is done by somebody else's package; where that fails or disagrees, the rival is listed with the
-    reason, and the others are measured all the same.
+    reason, and the others are measured all the same. recordable: False for what waits for the device or decides on the
+    host, and cannot be a CUDA graph.
     """
 
     name: str
     build: Callable[[dict[str, Any], torch.dtype, torch.device], dict[str, Step]]
     foreign: bool = False
+    recordable: bool = True
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ The first pass has the reductions of a token (norm, projection; in the backward 
 needs them (u, dX); its reads come out of the L2 cache. The n streams of a tile are a tuple of register tiles, on which
 the mixing is a butterfly. Weight gradients are partial sums over fixed splits of the tokens, added up in order.
 
-The projection is float32 and the streams half precision, so the tensor cores take w = w_0 + w_1 + w_2, three bfloat16
-numbers of 8 bits each, stored as the rows [w_0 | w_1 | w_2] of one thin matrix, and the r g of the weight gradient
-likewise; float32 streams get float32 arithmetic. The channels are a constant of a compilation: addresses are offsets.
+The projection is float32, so the tensor cores take w = w_0 + w_1 + w_2, three bfloat16 numbers of 8 bits each, stored
+as the rows [w_0 | w_1 | w_2] of one thin matrix, and streams x = x_0 + x_1 + x_2 if they are float32. In the weight
+gradient r g is three numbers too, but float32 streams get float32 arithmetic there. The channels are a constant of a
+compilation: addresses are offsets.
 """
 
 # Triton's constexpr parameters take plain values, and its language is not quite Python's.
@@ -129,29 +130,32 @@ def zeros(BM: tl.constexpr, BC: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def pieces(a, COUNT: tl.constexpr):
-    # a = a_0 + a_1 + …, bfloat16
+    # a = a_0 + a_1 + …, bfloat16: the first 8 bits, which one instruction cuts off, the next 8, …
     out = ()
-    for _ in tl.static_range(COUNT):
-        high = a.to(tl.bfloat16)
-        out = out + (high,)
-        a = a - high.to(tl.float32)
-    return out
+    for _ in tl.static_range(COUNT - 1):
+        high = (a.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+        out = out + (high.to(tl.bfloat16),)
+        a = a - high
+    return out + (a.to(tl.bfloat16),)
 
 
 @triton.jit
 def stream_pieces(tile):
-    # 11 bits of float16 are two bfloat16 numbers.
-    if tile.dtype == tl.float16:
-        out = pieces(tile.to(tl.float32), 2)
-    else:
+    # 11 bits of float16 are two bfloat16 numbers, 24 bits of float32 three.
+    # The sum over one number keeps the compiler from cutting a second time in the layout of a dot's operand.
+    if tile.dtype == tl.bfloat16:
         out = (tile,)
+    else:
+        wide = tl.sum(tl.reshape(tile.to(tl.float32), (tile.shape[0], tile.shape[1], 1)), 2)
+        out = pieces(wide, 2 if tile.dtype == tl.float16 else 3)
     return out
 
 
 @triton.jit
 def product(a, b, acc):
-    # sum over the pieces of a and of b; float32 stays float32 on the chip: no TF32
-    for i in tl.static_range(len(a)):
+    # sum over the pieces of a and of b, the small ones of a first: the matrix unit truncates its sums.
+    # float32 stays float32 on the chip: no TF32.
+    for i in tl.static_range(len(a) - 1, -1, -1):
         for k in tl.static_range(len(b)):
             if WIDE:
                 acc = tl.dot(a[i].to(tl.float32), b[k].to(tl.float32), acc, input_precision="ieee")
@@ -392,7 +396,8 @@ def weight_gradient_kernel(
         left = pieces(g, 3) if tiles[0].dtype != tl.float32 else (g,)
         added = ()
         for s in tl.static_range(N):
-            added = added + (sums[s] + product(left, stream_pieces(tiles[s]), tl.zeros((MP, BC), tl.float32)),)
+            right = stream_pieces(tiles[s]) if tiles[0].dtype != tl.float32 else (tiles[s],)
+            added = added + (sums[s] + product(left, right, tl.zeros((MP, BC), tl.float32)),)
         sums = added
     mask = (j < M)[:, None] & (cols < dim)[None, :]
     at = (split.to(tl.int64) * M + j[:, None]) * (N * dim) + cols[None, :]
@@ -446,14 +451,12 @@ def padded(x: Tensor) -> dict[str, int]:
 
 def stacked(x: Tensor) -> dict[str, int]:
     """Rows of the matrix that `split` returns, and that number padded."""
-    rows = shape(x)["M"] * (1 if x.dtype == torch.float32 else 3)
+    rows = 3 * shape(x)["M"]
     return {"ROWS": rows, "RP": at_least_16(rows)}
 
 
-def split(x: Tensor, weight: Tensor) -> Tensor:
-    """The weight for streams like x: itself for float32, else [w_0 | w_1 | w_2] in bfloat16."""
-    if x.dtype == torch.float32:
-        return weight
+def split(weight: Tensor) -> Tensor:
+    """[w_0 | w_1 | w_2] in bfloat16."""
     out, size = weight.new_empty(3 * weight.shape[0], weight.shape[1], dtype=torch.bfloat16), weight.numel()
     split_kernel[(triton.cdiv(size, 256),)](weight, out, size, BC=256)
     return out
@@ -491,7 +494,7 @@ def forward(
     if tokens:
         block = tile(x, "pre")
         pre_kernel[(triton.cdiv(tokens, block["BM"]),)](
-            x, x if y is None else y, after if h is None else h, split(x, weight), bias, out, u, after, saved, tokens,
+            x, x if y is None else y, after if h is None else h, split(weight), bias, out, u, after, saved, tokens,
             dim, eps, POST=y is not None, DTYPE=stored(x), **shape(x), **padded(x), **stacked(x), **block,
         )  # fmt: skip
     return out, u, after, saved
