@@ -18,12 +18,17 @@ archive=$OUT/results.tgz
 results=${RESULTS:-/tmp/grassland-results}
 data=${DATA:-../shared/data}
 mkdir -p "$results"
-trap 'tar -czf "$archive" -C "$results" --exclude "*.safetensors" --exclude "tokenizer.json" .' EXIT
+# Packed after every stage: what outlives its time is killed in the middle of whatever it does.
+pack() { tar -czf "$results.tgz" -C "$results" --exclude "*.safetensors" --exclude tokenizer.json . && cp "$results.tgz" "$archive"; }
+trap pack EXIT
 export PYTHONUNBUFFERED=1 TRITON_CACHE_AUTOTUNING=1
 stages=${*:-install tests sanitizer compare warm bench scaling profile}
 ops="plucker kronecker subspace moe"
 
-step() { printf '\n== %s (%ss)\n' "$1" "$SECONDS"; }
+step() {
+  pack
+  printf '\n== %s (%ss)\n' "$1" "$SECONDS"
+}
 wanted() { [[ " $stages " == *" $1 "* ]]; }
 
 carried() { # pip's arguments, the last of them the package
@@ -71,6 +76,7 @@ bench() { # repeats, folder
     for dtype in ${DTYPES:-bfloat16 float32}; do
       python3 -m grassland.kernels.bench "$op" --device cuda --dtype "$dtype" --repeats "$1" --out "$2" > "$2/$op-$dtype.md" 2> "$2/$op-$dtype.txt"
       echo "$op $dtype: exit code $? (${SECONDS}s)"
+      pack
     done
   done
 }

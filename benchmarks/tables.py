@@ -96,8 +96,12 @@ def kernel_tables(device):
     """All kernel benchmarks of one kind of device, a section a file; a sentence if there are none."""
     paths = [path for op in OPS for path in sorted(RESULTS.glob(f"{op}-*.jsonl")) if path.stem.split("-")[1] == device]
     plain = [path.stem for path in paths if not path.stem.endswith("-scaling")]
-    parts = [f"#### {stem}\n\n{kernel_details(stem)}\n\n![{stem}](results/{stem}.png)" for stem in plain]
+    parts = [f"#### {stem}\n\n{kernel_details(stem)}{picture(stem)}" for stem in plain]
     return "\n\n".join(parts) or NONE
+
+
+def picture(stem):
+    return f"\n\n![{stem}](results/{stem}.png)" if (RESULTS / f"{stem}.png").exists() else ""
 
 
 def kernel_details(stem):
@@ -117,6 +121,41 @@ def kernel_details(stem):
         cells += [saved, peak] + ([f"{r['host_ms']:.2f}" if "host_ms" in r else ""] if gpu else [])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", footnote(records)])
+
+
+def device_table():
+    """A GPU's own time for a call of ours, the share of its rate or bandwidth, and what launching takes from Python."""
+    records = [r for op in OPS for r in read_if_there(f"{op}-cuda-{GPU_DTYPES[op]}.jsonl")]
+    ours = [r for r in records if r["rival"].startswith("grassland") and "ms" in r]
+    if not ours:
+        return NONE
+    lines = ["| op | setting | mode | | ms | TFLOP/s | GB/s | launched in ms |", "|---" * 8 + "|"]
+    for r in ours:
+        which = r["rival"].removeprefix("grassland").removeprefix(", ")
+        rates = f"{r['gflops'] / 1e3:.0f} | {r['gbytes']:,.0f}"
+        lines.append(
+            f"| {r['bench']} | {r['setting']} | {r['mode']} | {which} | {figure(r['ms'])} | {rates} | "
+            f"{figure(r['host_ms'])} |"
+        )
+    return "\n".join([*lines, "", footnote(ours)])
+
+
+def training_table():
+    """Steps of language models on a GPU, launched one kernel at a time and recorded as a CUDA graph."""
+    records = read_if_there("training-cuda.jsonl")
+    if not records:
+        return NONE
+    lines = ["| model | tokens/s | with `--cuda-graph` | graph, ms | kernels |", "|---" * 5 + "|"]
+    for r in records:
+        rates = f"{r['eager_tokens_per_s']:,.0f} | {r['graph_tokens_per_s']:,.0f}"
+        lines.append(f"| {r['model']} | {rates} | {r['graph_ms']:.2f} | {r['launches']} |")
+    first = records[0]
+    sizes = f"Batches of {first['batch_size']} × {first['seq_len']} tokens; the first column is of commit"
+    return "\n".join([*lines, "", f"{sizes} {first['eager_commit']}. {footnote(records)}"])
+
+
+def read_if_there(name):
+    return read(name) if (RESULTS / name).exists() else []
 
 
 def milliseconds(record):
@@ -198,6 +237,12 @@ def profile_cell(seconds, part):
     return " + ".join(f"{1e3 * value:.1f}" for value in found)
 
 
+def without_rivals():
+    """The benchmarks on a GPU that have figures of ours alone."""
+    found = {path.name: {r["rival"] for r in read(path.name)} for path in sorted(RESULTS.glob("*-cuda-*.jsonl"))}
+    return [name for name, rivals in found.items() if all(rival.startswith("grassland") for rival in rivals)]
+
+
 def missing():
     """What the project set out to measure and has not, found by looking for its files."""
     wanted = {
@@ -214,12 +259,16 @@ def missing():
         absent = [name for name in files if not (RESULTS / name).exists()]
         if absent:
             lines.append(f"- {what}{'' if len(absent) == len(files) else ': ' + ', '.join(absent)}")
+    if alone := without_rivals():
+        lines.insert(0, f"- rivals of the kernels on a GPU: {', '.join(alone)}")
     text = "Not run, or run and not kept here:\n\n" + "\n".join(lines) if lines else "Everything has been run."
     gpu = any(RESULTS.glob("*-cuda*.jsonl"))
     return text if gpu else f"Nothing on this page was measured on a GPU: none has been at hand.\n\n{text}"
 
 
 SMALL = ("wikitext2-cpu", "cifar10-cpu", "smoke")
+# A preset cut short by the time of a lent GPU.
+LENT = "wikitext2-h200"
 FULL = [name for name in PRESETS if name not in SMALL]
 SUMMARY = ("arm", "parameters", "test", "p (Holm)")
 BACKENDS = {"eager": "eager", "cpp": "C++ on CPU", "triton": "Triton", "cuda": "CUDA C++"}
@@ -227,17 +276,18 @@ OPS = ("plucker", "kronecker", "subspace", "moe")
 TABLES = {op: functools.partial(kernel_table, f"{op}-cpu-float32") for op in OPS}
 # Weights and steps on a manifold are float32 in training.
 GPU_DTYPES = {op: "float32" if op == "subspace" else "bfloat16" for op in OPS}
-TABLES |= {f"{op}_gpu": functools.partial(kernel_table, f"{op}-cuda-{dtype}") for op, dtype in GPU_DTYPES.items()}
 TABLES |= {
     "support": support_table,
     "text": functools.partial(compare_summary, "wikitext2-cpu"),
     "images": functools.partial(compare_summary, "cifar10-cpu"),
     "kernels_cpu": functools.partial(kernel_tables, "cpu"),
     "kernels_gpu": functools.partial(kernel_tables, "cuda"),
+    "device": device_table,
+    "training": training_table,
     "scaling": scaling_tables,
     "profile": profile_table,
     "compare_full": functools.partial(compare_tables, *FULL),
-    **{f"compare_{name.replace('-', '_')}": functools.partial(compare_tables, name) for name in SMALL},
+    **{f"compare_{name.replace('-', '_')}": functools.partial(compare_tables, name) for name in (*SMALL, LENT)},
     "missing": missing,
 }
 PAGES = ("README.md", "benchmarks/README.md")

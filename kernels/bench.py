@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -29,8 +30,8 @@ from .rival import Benchmark, Disagreement, Rival, Setting, Step, Unavailable, s
 
 # A millisecond of a GPU at 2 GHz, and more than its cache holds.
 WAIT_CYCLES, SCRATCH_BYTES = 2_000_000, 1 << 28
-# Seconds after which a rival stops repeating.
-PATIENCE = 8.0
+# Seconds after which a rival stops repeating, and of a set-up that is worth a line.
+PATIENCE, SLOW = 8.0, 5.0
 # Parameters of glibc's mallopt.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
@@ -41,11 +42,14 @@ def build(benchmark: Benchmark, setting: Setting, dtype: torch.dtype, device: to
     torch.compiler.reset()
     steps, reasons = {}, {}
     for rival in benchmark.rivals:
+        start = time.perf_counter()
         try:
             with device:  # inputs are drawn there
                 steps[rival.name] = tried(rival, setting.values, dtype, device)
         except (Unavailable, dispatch.BackendError) as error:
             reasons[rival.name] = str(error)
+        if (seconds := time.perf_counter() - start) > SLOW:
+            print(f"{rival.name} took {seconds:.0f} s to set up", file=sys.stderr)
     return steps, reasons
 
 
@@ -125,8 +129,10 @@ def recorded(step: Step) -> Step | None:
             kept = step()  # noqa: F841 (what a graph writes lives as long as it does)
         graph.replay()
         torch.cuda.synchronize()
-    except Exception:  # whatever a rival does that a graph cannot hold; it is timed as it is
-        torch.cuda.synchronize()
+    except Exception as error:  # whatever a rival does that a graph cannot hold; it is timed as it is
+        print(f"not recorded: {summary(error)}", file=sys.stderr)
+        # A recording that fails leaves its stream in use.
+        torch.cuda.set_stream(torch.cuda.default_stream())
         return None
     return graph.replay
 
@@ -267,6 +273,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--setting", action="append", help="only this setting (repeatable)")
+    parser.add_argument("--rival", action="append", help="only this rival beside grassland (repeatable)")
     parser.add_argument(
         "--scaling", action="store_true", help="vary sequence length, streams, experts or classes instead"
     )
@@ -285,6 +292,15 @@ def chosen_settings(benchmark: Benchmark, options: argparse.Namespace) -> list[S
     return [s for s in all_settings(benchmark, options) if not options.setting or s.id in options.setting]
 
 
+def narrowed(benchmark: Benchmark, names: Sequence[str] | None) -> Benchmark:
+    """With these rivals alone, and ours; SystemExit for a name that it has not."""
+    known = [rival.name for rival in benchmark.rivals]
+    if unknown := [name for name in names or () if name not in known]:
+        raise SystemExit(f"error: --rival must be one of {', '.join(known)}, got {', '.join(unknown)}")
+    kept = [rival for rival in benchmark.rivals if not names or rival.name in (*names, benchmark.ours)]
+    return dataclasses.replace(benchmark, rivals=kept)
+
+
 def run(
     benchmark: Benchmark, settings: Sequence[Setting], options: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[str]]:
@@ -295,16 +311,14 @@ def run(
     failed: list[str] = []
     for setting in settings:
         try:
-            records += measure(benchmark, setting, options)
+            records += [{**record, **facts} for record in measure(benchmark, setting, options)]
             print(f"{benchmark.name}, {setting.id}: done", file=sys.stderr)
         except Disagreement as error:
             failed.append(f"error: {setting.id}: {error}: nothing was timed")
-    if not records:
-        return [], failed
-    print(f"{benchmark.title}\n\n{bench_report.table(records, benchmark.ours)}\n\n{json.dumps(facts)}\n")
-    records = [{**record, **facts} for record in records]
-    if options.out:
-        write(records, benchmark, options)
+        if options.out and records:  # what comes later may fail, or never end
+            write(records, benchmark, options)
+    if records:
+        print(f"{benchmark.title}\n\n{bench_report.table(records, benchmark.ours)}\n\n{json.dumps(facts)}\n")
     return records, failed
 
 
@@ -327,6 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     ops = dispatch.PACKAGES if options.op == "all" else [options.op]
     benchmarks: list[Benchmark] = [importlib.import_module(f"{__package__}.{op}.rivals").BENCHMARK for op in ops]
     settings = {benchmark.name: chosen_settings(benchmark, options) for benchmark in benchmarks}
+    benchmarks = [narrowed(benchmark, options.rival) for benchmark in benchmarks]
     if not any(settings.values()):
         names = ", ".join(s.id for b in benchmarks for s in all_settings(b, options))
         raise SystemExit(f"error: --setting must be one of {names}, got {', '.join(options.setting)}")

@@ -62,12 +62,13 @@ def driver() -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the source tree, with "+" if it has changes; $GRASSLAND_COMMIT or None outside a repository."""
+    """$GRASSLAND_COMMIT, which a copy of the source tree needs, or the commit of the tree, with "+" if it has changes;
+    None outside a repository."""
+    if named := os.environ.get("GRASSLAND_COMMIT"):
+        return named
     folder = str(Path(__file__).parent)
     found = answer(["git", "-C", folder, "rev-parse", "--short", "HEAD"])
-    if not found:
-        return os.environ.get("GRASSLAND_COMMIT")
-    return found + ("+" if answer(["git", "-C", folder, "status", "--porcelain", "-uno"]) else "")
+    return found and found + ("+" if answer(["git", "-C", folder, "status", "--porcelain", "-uno"]) else "")
 
 
 def answer(command: list[str]) -> str | None:

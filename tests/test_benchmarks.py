@@ -63,6 +63,13 @@ def test_rivals_that_disagree_are_not_timed(tiny, monkeypatch):
         bench.main(["plucker", "--repeats", "1"])
 
 
+def test_chosen_rivals(tiny):
+    records = bench.main(["plucker", "--repeats", "1", "--rival", "literal eager"])
+    assert {r["rival"] for r in records} == {"grassland", "literal eager"}
+    with pytest.raises(SystemExit, match=r"--rival must be one of grassland, .*, got nobody"):
+        bench.main(["plucker", "--rival", "nobody"])
+
+
 def test_unknown_setting_names_itself(tiny):
     with pytest.raises(SystemExit, match="--setting must be one of tiny, got huge"):
         bench.main(["plucker", "--setting", "huge"])
