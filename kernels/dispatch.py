@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 BACKENDS = ("reference", "eager", "cpp", "triton", "cuda")
 # The compiled ones of a device, the fastest first.
-FASTEST = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}
+FASTEST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 ENVIRONMENT = "GRASSLAND_BACKEND"
 # Of the ops. A copy of the kernels under another package name has its own, so that both live in one process.
 NAMESPACE = "grassland" if __package__ == "grassland.kernels" else re.sub(r"\W", "_", __package__ or "grassland")
@@ -93,11 +94,14 @@ def missing(op: Op, backend: str, device: str, dtype: torch.dtype) -> str | None
     return extension_error()
 
 
-def fastest(op: Op, device: str, dtype: torch.dtype) -> str:
-    """The backend that runs `op` there if none is asked for; where none can, the one that would with its needs met."""
-    choices = [name for name in FASTEST.get(device, ()) if name in op.backends]
+def fastest(op: Op, device: str, dtype: torch.dtype, unfit: Collection[str] = ()) -> str:
+    """The backend that runs `op` there if none is asked for; where none can, the one that would with its needs met.
+
+    unfit: backends that cannot take the sizes at hand.
+    """
+    choices = [name for name in FASTEST.get(device, ()) if name in op.backends and name not in unfit]
     ready = (name for name in choices if missing(op, name, device, dtype) is None)
-    return next(ready, choices[0] if choices else "eager")
+    return next(ready, choices[-1] if choices else "eager")
 
 
 def requested(backend: str | None) -> str:
@@ -109,14 +113,14 @@ def requested(backend: str | None) -> str:
     return name
 
 
-def pick(op: Op, tensor: Tensor, backend: str = "") -> str:
-    """The backend that runs `op` on `tensor`: the requested one, else the device's best.
+def pick(op: Op, tensor: Tensor, backend: str = "", unfit: Collection[str] = ()) -> str:
+    """The backend that runs `op` on `tensor`: the requested one, else the device's best that is not `unfit`.
 
     A request that cannot be met raises BackendError; without one, eager is the fallback. Called inside the opaque op.
     """
     device = tensor.device.type
     if not backend:
-        choice = fastest(op, device, tensor.dtype)
+        choice = fastest(op, device, tensor.dtype, unfit)
         return choice if missing(op, choice, device, tensor.dtype) is None else "eager"
     reason = missing(op, backend, device, tensor.dtype)
     if reason is not None:

@@ -38,7 +38,7 @@ def tiny(monkeypatch):
 def test_records_table_and_picture(tiny, tmp_path, capsys):
     records = bench.main(["plucker", "--repeats", "2", "--out", str(tmp_path)])
     timed = [r for r in records if "error" not in r]
-    names = {r.name for r in tiny.rivals} - {"absent", "grassland, CUDA C++"}
+    names = {r.name for r in tiny.rivals} - {"absent", "grassland, Triton"}
     assert {(r["rival"], r["mode"]) for r in timed} == {(n, m) for n in names for m in ("forward", "forward+backward")}
     assert all(r["ratio"] == 1 for r in timed if r["rival"] == tiny.ours)
     both = {r["rival"]: r for r in timed if r["mode"] == "forward+backward"}

@@ -57,7 +57,7 @@ def plucker_mix(
         bias: (d,) of the weight's dtype, or None.
         offsets: positive distances, in tokens; one that occurs twice counts twice.
         eps: smallest norm that is divided by, > 0.
-        backend: "reference", "eager", "cpp" or "triton"; None picks by $GRASSLAND_BACKEND, then by device.
+        backend: "reference", "eager", "cpp", "triton" or "cuda"; None picks by $GRASSLAND_BACKEND, then by device.
 
     Returns:
         g (B, T, d) in the dtype of `weight`.

@@ -19,9 +19,18 @@ OP = dispatch.register(
 )
 
 
+# What the CUDA C++ kernels hold in registers and in their arguments.
+MAX_RANK, MAX_OFFSETS = 128, 64
+
+
+def unfit(z: Tensor, offsets: list[int]) -> tuple[str, ...]:
+    """Backends that cannot take these sizes."""
+    return ("cuda",) if z.shape[-1] > MAX_RANK or len(offsets) > MAX_OFFSETS else ()
+
+
 @torch.library.custom_op(f"{dispatch.NAMESPACE}::plucker_mix", mutates_args=())
 def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: list[int], eps: float, backend: str) -> Tensor:
-    backend = dispatch.pick(OP, weight, backend)
+    backend = dispatch.pick(OP, weight, backend, unfit(z, offsets))
     if backend == "eager":
         return eager.plucker_mix(z, weight, bias, offsets, eps)
     if backend == "triton":
@@ -44,7 +53,7 @@ def plucker_mix_backward(
     grad: Tensor, z: Tensor, weight: Tensor, offsets: list[int], eps: float, mask: list[bool], backend: str
 ) -> list[Tensor]:
     """[dz, dweight, dbias]; empty (0,) where `mask` says that it is not needed."""
-    backend = dispatch.pick(OP, weight, backend)
+    backend = dispatch.pick(OP, weight, backend, unfit(z, offsets))
     if backend == "eager":
         found = eager.plucker_mix_backward(grad, z, weight, offsets, eps, mask)
     elif backend == "triton":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grassland.kernels import dispatch
-from grassland.kernels.plucker import gated_blend, plucker_coordinates, plucker_mix
+from grassland.kernels.plucker import gated_blend, op, plucker_coordinates, plucker_mix
 from grassland.kernels.plucker.cases import PAPER_OFFSETS, make
 from grassland.kernels.plucker.eager import antisymmetric, average
 from grassland.kernels.testing import normal, record_launches
@@ -188,3 +188,13 @@ def test_a_new_sequence_length_compiles_nothing(monkeypatch):
         return [(x.name, x.signature, x.constexprs, x.attributes) for x in record_launches(call)]
 
     assert keys(64) == keys(77) == keys(200)
+
+
+def test_cuda_is_the_first_choice_for_the_sizes_it_takes(monkeypatch):
+    monkeypatch.setattr(dispatch, "missing", lambda *_: None)
+
+    def chosen(rank, offsets):
+        return dispatch.fastest(op.OP, "cuda", torch.float32, op.unfit(torch.empty(1, 1, rank), list(offsets)))
+
+    assert chosen(128, range(1, 65)) == "cuda"
+    assert chosen(129, [1]) == chosen(2, range(1, 66)) == "triton"
