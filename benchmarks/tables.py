@@ -240,7 +240,7 @@ def profile_cell(seconds, part):
 def without_rivals():
     """The benchmarks on a GPU that have figures of ours alone."""
     found = {path.name: {r["rival"] for r in read(path.name)} for path in sorted(RESULTS.glob("*-cuda-*.jsonl"))}
-    return [name for name, rivals in found.items() if all(rival.startswith("grassland") for rival in rivals)]
+    return [name for name, rivals in found.items() if rivals and all(r.startswith("grassland") for r in rivals)]
 
 
 def missing():

@@ -53,3 +53,23 @@ def test_what_is_missing_is_found_by_its_files(tables, tmp_path):
     (tmp_path / "moe-cuda-float32.jsonl").write_text("")
     assert "comparison `heads` in full" not in tables.missing() and "none has been at hand" not in tables.missing()
     assert "moe-cuda-bfloat16.jsonl" in tables.missing() and "moe-cuda-float32.jsonl" not in tables.missing()
+
+
+def test_what_a_gpu_was_seen_to_do(tables, tmp_path):
+    assert tables.TABLES["device"]() == tables.TABLES["training"]() == tables.NONE
+    where = {"gpus": ["a GPU"], "dtype": "bfloat16", "torch": "2", "date": "2026-01-01", "commit": "abc"}
+    call = {"bench": "moe", "setting": "T1", "mode": "forward", "ms": 0.25, "gflops": 5000.0, "gbytes": 1234.0}
+    ours = {"rival": "grassland", "graph": True, "host_ms": 12.0, "ratio": 1.0} | call | where
+    path = tmp_path / "moe-cuda-bfloat16.jsonl"
+    path.write_text(json.dumps(ours) + "\n")
+    assert "| moe | T1 | forward |  | 0.25 | 5 | 1,234 | 12.0 |" in tables.TABLES["device"]()
+    assert "rivals of the kernels on a GPU: moe-cuda-bfloat16.jsonl" in tables.missing()
+    path.write_text(json.dumps(ours) + "\n" + json.dumps(ours | {"rival": "other", "graph": False}) + "\n")
+    assert "rivals of the kernels" not in tables.missing()
+    details = tables.TABLES["kernels_gpu"]().splitlines()
+    assert details[4] == "| T1 | forward | grassland | 0.250 | 1.00 | 5000.0 |  |  | 12.00 |"
+    assert details[5].startswith("| T1 | forward | other | 0.250* |")
+    step = {"model": "m", "batch_size": 2, "seq_len": 3, "eager_tokens_per_s": 1000.0, "graph_tokens_per_s": 4000.0}
+    step |= {"graph_ms": 1.5, "launches": 7, "eager_commit": "def"} | where
+    (tmp_path / "training-cuda.jsonl").write_text(json.dumps(step) + "\n")
+    assert "| m | 1,000 | 4,000 | 1.50 | 7 |" in tables.TABLES["training"]()

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from ..kernels import dispatch
 from . import parallel
 from .checkpoint import has_state
 from .config import RunConfig
@@ -27,6 +28,7 @@ def run(task: Callable[[C, torch.device], Task], config: C) -> int:
     Nothing is written before the settings, the data and the model are known to be good.
     """
     device = pick_device(config.device)
+    dispatch.requested(None)  # the environment's, which models would ask for after the first files are written
     mode = parallel.checked_mode(config.parallel, config.batch_size)
     with parallel.processes(mode, device):
         config = replace(config, resume=parallel.from_main(lambda: resumed_folder(config)), parallel=mode)

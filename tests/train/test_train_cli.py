@@ -126,9 +126,11 @@ def test_unusable_files_are_one_line_that_names_them(lm, fail, tmp_path):
     assert "hollow: no train file" in fail(*lm, "--data", tmp_path / "hollow")
 
 
-def test_an_unknown_backend_is_one_line_that_names_it(lm, fail, monkeypatch):
+def test_an_unknown_backend_is_one_line_that_names_it(lm, fail, tmp_path, monkeypatch):
     monkeypatch.setenv("GRASSLAND_BACKEND", "abacus")
+    monkeypatch.chdir(tmp_path)
     assert "'abacus'" in fail(*lm)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_folder_with_something_in_it_is_left_alone(lm, fail, trained):
