@@ -37,11 +37,16 @@ def kernel_table(name):
     settings = {r["setting"]: r["mode"] for r in records if "mode" in r}
     heads = [f"{setting}, {mode}" for setting, mode in settings.items()]
     lines = [f"| time / grassland | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    absent = {}
     for rival in dict.fromkeys(r["rival"] for r in records):
         own = [r for r in records if r["rival"] == rival]
+        if len(reasons := {r.get("error") for r in own}) == 1 and None not in reasons:
+            absent.setdefault(reasons.pop(), []).append(rival)
+            continue
         cells = [next((cell(r) for r in own if shown(r, *item)), "") for item in settings.items()]
         lines.append(f"| {rival} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", footnote(records)])
+    notes = [f"Not run: {', '.join(rivals)} ({why})." for why, rivals in absent.items()]
+    return "\n".join([*lines, "", " ".join([*notes, footnote(records)])])
 
 
 def shown(record, setting, mode):
