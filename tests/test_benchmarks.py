@@ -186,12 +186,12 @@ def test_tables_show_settings_that_rivals_do_not_share(tmp_path, monkeypatch):
     timed = [("grassland", "a", 1.0), ("other", "a", 1.5), ("grassland", "b", 1.0), ("plain", "b", 0.9)]
     records = [{"rival": r, "setting": s, "mode": "step", "ms": 5.0, "ratio": ratio} for r, s, ratio in timed]
     records.append({"rival": "absent", "setting": "a", "error": "no wheel"})
+    records.append({"rival": "plain", "setting": "a", "error": "too large"})
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(r | facts) for r in records))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     rows = tables.kernel_table("x").splitlines()
-    assert (
-        "| other | 1.50 |  |" in rows and "| plain |  | 0.90 |" in rows and "| absent | not run: no wheel |  |" in rows
-    )
+    assert "| other | 1.50 |  |" in rows and "| plain | not run: too large | 0.90 |" in rows
+    assert rows[-1].startswith("Not run: absent (no wheel). c (a), 2 threads")
 
 
 def test_peak_memory_on_the_cpu():
