@@ -10,7 +10,7 @@
 #   in without their dependencies, so that no torch and no triton is replaced; what one then lacks stands in its row of the table.
 #   OUT=/tmp/out DATA=../shared/data bash benchmarks/gpu.sh [install tests warm bench compare sanitizer scaling profile]
 # What is worth most comes first. `warm` compiles, while the tests run, what `bench` will measure alone; `compare` trains WikiText-2's table of 6
-# layers, which takes an H200 some five minutes, and `sanitizer` looks on. A second call on the same machine names the stages that are missing.
+# layers, which 265 s were too few for on an H200 with other work, and `sanitizer` looks on. A second call on the same machine names the stages that are missing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p "${OUT:?set OUT to a folder}"

@@ -31,8 +31,6 @@ def footnote(records):
 
 def kernel_table(name):
     """Rivals against settings: the time over ours, in each setting's last mode."""
-    if not (RESULTS / f"{name}.jsonl").exists():
-        return NONE
     records = read(f"{name}.jsonl")
     settings = {r["setting"]: r["mode"] for r in records if "mode" in r}
     heads = [f"{setting}, {mode}" for setting, mode in settings.items()]
@@ -129,7 +127,7 @@ def kernel_details(stem):
 
 
 def device_table():
-    """A GPU's own time for a call of ours, the share of its rate or bandwidth, and what launching takes from Python."""
+    """A GPU's own time for a call of ours, the rates it comes to, and what launching takes from Python."""
     records = [r for op in OPS for r in read_if_there(f"{op}-cuda-{GPU_DTYPES[op]}.jsonl")]
     ours = [r for r in records if r["rival"].startswith("grassland") and "ms" in r]
     if not ours:

@@ -70,6 +70,31 @@ def test_chosen_rivals(tiny):
         bench.main(["plucker", "--rival", "nobody"])
 
 
+def test_what_is_measured_is_written_before_the_next_setting(tiny, tmp_path, monkeypatch):
+    first, measure, calls = tiny.settings[0], bench.measure, []
+
+    def second_fails(benchmark, setting, options):
+        calls.append(setting)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(benchmark, setting, options)
+
+    module = importlib.import_module("grassland.kernels.plucker.rivals")
+    monkeypatch.setattr(module, "BENCHMARK", replace(tiny, settings=[first, replace(first, id="later")]))
+    monkeypatch.setattr(bench, "measure", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["plucker", "--repeats", "1", "--rival", "literal eager", "--out", str(tmp_path)])
+    written = (tmp_path / "plucker-cpu-float32.jsonl").read_text().splitlines()
+    assert {json.loads(line)["setting"] for line in written} == {first.id}
+
+
+def test_a_slow_rival_repeats_no_more(monkeypatch):
+    cpu = torch.device("cpu")
+    assert len(bench.interleaved({"x": lambda: None}, cpu, 7)["x"]) == 7
+    monkeypatch.setattr(bench, "PATIENCE", 0.0)
+    assert len(bench.interleaved({"x": lambda: None}, cpu, 7)["x"]) == 2
+
+
 def test_unknown_setting_names_itself(tiny):
     with pytest.raises(SystemExit, match="--setting must be one of tiny, got huge"):
         bench.main(["plucker", "--setting", "huge"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing.connection
 from dataclasses import replace
 
 import pytest
@@ -68,6 +69,26 @@ def test_grid_then_seeds_then_nothing_is_run_twice(config, tmp_path, capsys):
     capsys.readouterr()
     assert run(path, out, "--settings", "batch_size=2") == 2
     assert "a run with other settings is there: batch_size=4 (now 2)" in capsys.readouterr().err
+
+
+def test_runs_at_a_time_come_to_the_same(config, tmp_path, monkeypatch):
+    path, wait, together = written(config, tmp_path), multiprocessing.connection.wait, []
+
+    def counting(sentinels, *timeout):
+        if not timeout:  # with one it is a process that is joined
+            together.append(len(sentinels))
+        return wait(sentinels, *timeout)
+
+    monkeypatch.setattr(multiprocessing.connection, "wait", counting)
+    assert run(path, tmp_path / "one") == 0
+    assert max(together) == 1
+    assert run(path, tmp_path / "three", "--jobs", "3") == 0
+    assert max(together) == 3
+    one, three = (read_records(tmp_path / name / "report.jsonl") for name in ("one", "three"))
+    assert [(r["arm"], r["seed"]) for r in three] == [(arm, s) for s in (0, 1) for arm in ("attention", "grassmann")]
+    assert [(r["valid"], r["test"]) for r in one] == [(r["valid"], r["test"]) for r in three]
+    with pytest.raises(ValueError, match="jobs must be positive, got 0"):
+        CompareOptions("x", jobs=0)
 
 
 def test_a_failed_arm_is_named_and_the_rest_kept_and_it_is_tried_again(config, tmp_path, capsys):

@@ -18,6 +18,7 @@ from torch.utils.data import get_worker_info
 from grassland.archs import CheckpointError, load_model
 from grassland.train.__main__ import main
 from grassland.train.checkpoint import PREVIOUS_FILE, STATE_FILE, load_state
+from grassland.train.data.errors import obituary
 from grassland.train.data.images import Arrays
 from grassland.train.log import read_metrics
 from grassland.train.loop import Trainer, TrainingError
@@ -312,6 +313,20 @@ def test_a_data_worker_that_dies_stops_the_run_with_advice(vision, tmp_path, mon
         with pytest.raises(TrainingError, match=r"has died .*fewer --workers.*; the checkpoint of step \d+ is intact"):
             run(ImageClassification, settings)
     assert main(["vision", "--resume", str(folder), "--workers", "0"]) == 0
+
+
+def test_the_death_of_a_data_worker_is_known_wherever_it_is_told(variant, tmp_path, monkeypatch):
+    def told(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grassland.train.data.errors.time.sleep", told)
+        assert "pid 7" in str(obituary())
+    monkeypatch.setattr("grassland.train.data.errors.GRACE", 0.0)
+    assert obituary() is None
+    monkeypatch.setattr(LanguageModeling, "after_step", told)
+    with pytest.raises(TrainingError, match=r"has died \(DataLoader worker \(pid 7\).*fewer --workers"):
+        run(LanguageModeling, variant(out=str(tmp_path / "run")))
 
 
 class Bomb:

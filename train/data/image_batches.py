@@ -135,7 +135,9 @@ def load_batches(batches: Dataset, positions: Iterable[int], workers: int) -> It
                 raise ImageError(f"{batch}; --bad-images skip leaves such images out")
             yield batch
     except RuntimeError as error:
-        raise (WorkerError.of(error) if is_obituary(error) else error) from error
+        if not is_obituary(error):
+            raise
+        raise WorkerError.of(error) from error
     except (ConnectionError, EOFError) as error:
         # One that died while it handed over a batch.
         raise WorkerError.of(obituary() or error) from error
