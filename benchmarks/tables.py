@@ -12,6 +12,7 @@ from pathlib import Path
 
 from grassland.train.compare import report
 from grassland.train.compare.presets import PRESETS
+from grassland.train.compare.results import done
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -213,11 +214,11 @@ def compare_summary(preset):
     """One row an arm: size, test metric, difference to the first arm."""
     parts, finished = [], []
     for records in comparisons(preset).values():
-        finished += report.done(records)
+        finished += done(records)
         rows = report.arm_rows(records)
         kept = [place for place, head in enumerate(rows[0]) if head.startswith(SUMMARY)]
         heads, *cells = [[row[place] for place in kept] for row in rows]
-        first = report.done(records)[0]
+        first = done(records)[0]
         parts.append(f"**{records[0]['title']}**, {first['steps']} steps\n\n{report.markdown(heads, cells)}")
     return "\n\n".join([*parts, report.footnote(finished)]) if parts else NONE
 

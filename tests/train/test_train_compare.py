@@ -44,7 +44,7 @@ def run(path, out, *arguments):
 
 def test_grid_then_seeds_then_nothing_is_run_twice(config, tmp_path, capsys):
     path, out = written(config, tmp_path, lrs=[1e-5, 0.01]), tmp_path / "out"
-    assert run(path, out) == 0
+    assert run(path, out, "--widen", "0") == 0
     records = read_records(out / "report.jsonl")
     runs = [(r["arm"], r["lr"], r["seed"]) for r in records]
     grid = [(arm, lr, 0) for lr in (1e-5, 0.01) for arm in ("attention", "grassmann")]
@@ -63,12 +63,25 @@ def test_grid_then_seeds_then_nothing_is_run_twice(config, tmp_path, capsys):
     assert "| attention | 0.01* |" in report and section(records) in report
 
     logs = {log: log.stat().st_mtime_ns for log in out.glob("tiny/*/*.log")}
-    assert run(path, out) == 0
+    assert run(path, out, "--widen", "0") == 0
     assert read_records(out / "report.jsonl") == records
     assert {log: log.stat().st_mtime_ns for log in out.glob("tiny/*/*.log")} == logs
     capsys.readouterr()
     assert run(path, out, "--settings", "batch_size=2") == 2
     assert "a run with other settings is there: batch_size=4 (now 2)" in capsys.readouterr().err
+
+
+def test_a_grid_is_widened_where_an_arm_is_best_at_its_end(config, tmp_path):
+    path, out = written(config, tmp_path, lrs=[0.001, 0.01], seeds=[0]), tmp_path / "out"
+    assert run(path, out, "--widen", "1") == 0
+    records = read_records(out / "report.jsonl")
+    best = select(records[:4], 0)
+    wider = [(arm, best[arm].beyond, 0) for arm in ("attention", "grassmann")]
+    assert [(r["arm"], r["lr"], r["seed"]) for r in records[4:]] == wider  # of two rates the best one is always an end
+    lrs = {lr for _, lr, _ in wider}
+    assert lrs <= {0.1, 0.0001} and all(f"lr {lr:g}" in (out / "report.md").read_text() for lr in lrs)
+    with pytest.raises(ValueError, match="widen must be at least 0, got -1"):
+        CompareOptions("x", widen=-1)
 
 
 def test_runs_at_a_time_come_to_the_same(config, tmp_path, monkeypatch):
@@ -87,6 +100,13 @@ def test_runs_at_a_time_come_to_the_same(config, tmp_path, monkeypatch):
     one, three = (read_records(tmp_path / name / "report.jsonl") for name in ("one", "three"))
     assert [(r["arm"], r["seed"]) for r in three] == [(arm, s) for s in (0, 1) for arm in ("attention", "grassmann")]
     assert [(r["valid"], r["test"]) for r in one] == [(r["valid"], r["test"]) for r in three]
+    # What shared the machine is timed once more by itself.
+    assert not any("alone" in r for r in one) and all(r["alone"]["steps"] == 23 for r in three)
+    report = (tmp_path / "three" / "report.md").read_text()
+    threads, rate = three[0]["alone"]["threads"], three[0]["alone"]["units_per_s"]
+    assert f"Throughput: 23 steps of each arm alone with {threads} threads." in report and f"| {rate:,.0f} |" in report
+    assert run(path, tmp_path / "three", "--report-only") == 0
+    assert read_records(tmp_path / "three" / "report.jsonl") == three
     with pytest.raises(ValueError, match="jobs must be positive, got 0"):
         CompareOptions("x", jobs=0)
 
@@ -200,8 +220,13 @@ def record(arm, lr, seed, loss, **more):
 def test_the_learning_rate_is_the_best_of_the_first_seed_and_its_edge_is_marked():
     records = [record("a", 0.1, 0, 3.0), record("a", 0.2, 0, 2.0), record("a", 0.4, 0, math.nan)]
     records += [record("b", 0.1, 0, 1.0), record("b", 0.2, 0, 2.0), record("b", 0.2, 1, 0.0)]
-    chosen = select(records, (0.1, 0.2, 0.4), 0)
+    chosen = select(records, 0)
     assert (chosen["a"].lr, chosen["a"].edge, chosen["b"].lr, chosen["b"].edge) == (0.2, False, 0.1, True)
+    assert chosen["a"].beyond is None and chosen["b"].beyond == 0.05
+    # A rate at which the run failed has been tried too.
+    diverged = {**record("c", 0.4, 0, 9.0), "status": "failed"}
+    assert select([record("c", 0.1, 0, 2.0), record("c", 0.2, 0, 1.0), diverged], 0)["c"].edge is False
+    assert select([record("d", 3e-3, 0, 2.0), record("d", 1e-2, 0, 1.0)], 0)["d"].beyond == 0.033
 
 
 def test_a_learning_rate_that_diverges_does_not_fail_its_arm():

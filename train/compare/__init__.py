@@ -18,5 +18,6 @@ def compare(options: CompareOptions) -> int:
         print("\n".join(plan.describe() for plan in plans))
         return 0
     context = None if options.report_only else processes()
-    records = [r for plan in plans for r in Runner(plan, out / plan.name, context, options.jobs).records()]
+    runners = [Runner(plan, out / plan.name, context, options.jobs, options.widen) for plan in plans]
+    records = [record for runner in runners for record in runner.records()]
     return write_report(records, out)

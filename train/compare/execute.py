@@ -16,9 +16,14 @@ from typing import Any, NamedTuple
 from ...archs import read_config
 from ..checkpoint import has_state
 from ..config import RunConfig
+from ..log import UNTIMED_STEPS
 from ..start import AUTO
+from .options import changed
 from .plan import FREE, Comparison
-from .results import SHOWN, Record, is_done, outcome, select
+from .results import SHOWN, Record, Selection, alone, done, is_done, mark, outcome, select
+
+# Of an arm alone.
+TIMED_STEPS = 20
 
 # Imported once, in the process from which the runs are forked: several seconds that a run need not spend.
 PRELOADED = ["grassland.train.start", "grassland.train.tasks.lm", "grassland.train.tasks.vision", "matplotlib.figure"]
@@ -37,15 +42,16 @@ class Runner:
     """The runs of a comparison in `folder`/ARM/lrLR-seedSEED, each with its log beside it.
 
     A finished run is taken as it is, an interrupted one is resumed, one that failed is tried again. context: what
-    `processes` gives; None to run nothing. jobs: how many run at a time.
+    `processes` gives; None to run nothing. jobs: how many run at a time. widen: how often a grid is widened.
     """
 
-    def __init__(self, plan: Comparison, folder: Path, context: Any, jobs: int = 1) -> None:
-        self.plan, self.folder, self.context, self.jobs = plan, folder, context, jobs
+    def __init__(self, plan: Comparison, folder: Path, context: Any, jobs: int = 1, widen: int = 0) -> None:
+        self.plan, self.folder, self.context, self.jobs, self.widen = plan, folder, context, jobs, widen
         self.finished: list[Record] = []
 
     def records(self) -> list[Record]:
-        """One record a run: the grid with the first seed, then the other seeds at each arm's best learning rate.
+        """One record a run: the grid with the first seed, wider where an arm is best at an end of it, then the other
+        seeds at each arm's best learning rate.
 
         Raises ValueError if a run in the folder has other settings than planned.
         """
@@ -55,13 +61,21 @@ class Runner:
             others = []
         else:
             self._round(Run(arm, lr, first) for lr in plan.lrs for arm in plan.arms)
-        chosen = select(self.finished, plan.lrs, first)
+            self._widen(first)
+        chosen = select(self.finished, first)
         self._round(Run(arm, chosen[arm].lr, seed) for seed in others for arm in plan.arms if arm in chosen)
-        for record in self.finished:
-            selection = chosen.get(record["arm"])
-            record["chosen"] = selection is not None and selection.lr == record["lr"]
-            record["edge"] = record["chosen"] and selection is not None and selection.edge
+        mark(self.finished, chosen)
+        if self.jobs > 1 or self.context is None:
+            self._alone(chosen)
         return self.finished
+
+    def _widen(self, seed: int) -> None:
+        for _ in range(self.widen):
+            beyond = {arm: selection.beyond for arm, selection in select(self.finished, seed).items()}
+            runs = [Run(arm, lr, seed) for arm in self.plan.arms if (lr := beyond.get(arm)) is not None]
+            if not runs:
+                return
+            self._round(runs)
 
     def _round(self, runs: Iterable[Run]) -> None:
         """Carry out these runs and add their records in this order; each is printed as soon as it is there."""
@@ -117,13 +131,38 @@ class Runner:
         folder.parent.mkdir(parents=True, exist_ok=True)
         return self.context.Process(target=train, args=(replace(config, out=str(folder), resume=AUTO), _log(folder)))
 
+    def _alone(self, chosen: Mapping[str, Selection]) -> None:
+        """Time some steps of every arm with nothing beside them; its runs get the rate, where there is one."""
+        seed = self.plan.seeds[0]
+        for arm, selection in chosen.items():
+            folder = self.folder / arm / "alone"
+            if self.context is not None and not is_done(folder):
+                config = in_short(self.plan.config(arm, selection.lr, seed), str(folder))
+                process = self.context.Process(target=train, args=(config, _log(folder), True))
+                with _ended({0: (Run(arm, selection.lr, seed), process)}):
+                    process.start()
+                    process.join()
+            if is_done(folder):
+                rate = alone(folder, self.plan.task)
+                print(f"{self.plan.name}/{arm} alone: {rate['units_per_s']:,.0f} a second", flush=True)
+                for record in done(self.finished):
+                    if record["arm"] == arm and record["chosen"]:
+                        record["alone"] = rate
+
 
 def _log(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
 
 
-def train(config: RunConfig, log: Path) -> None:
-    """One run, in a process of its own; what it prints goes to `log`."""
+def in_short(config: RunConfig, out: str) -> RunConfig:
+    """The run of as many steps as it takes to time them."""
+    steps = UNTIMED_STEPS + TIMED_STEPS
+    short = changed(config, {"steps": steps, "warmup": 0, "eval_every": 0, "save_every": 0})
+    return replace(short, out=out, resume=AUTO)
+
+
+def train(config: RunConfig, log: Path, timed: bool = False) -> None:
+    """One run, in a process of its own; what it prints goes to `log`. timed: nothing is judged, to save the time."""
     with log.open("ab") as file:
         sys.stdout.flush()
         for descriptor in (1, 2):
@@ -135,8 +174,13 @@ def train(config: RunConfig, log: Path) -> None:
         from ..tasks.lm import LanguageModeling as Task
     else:
         from ..tasks.vision import ImageClassification as Task
+
+    class Unjudged(Task):  # type: ignore[misc, valid-type]
+        def evaluate(self, model: Any, split: str) -> dict[str, float]:
+            return {self.metric: 0.0}
+
     try:
-        code = run(Task, config)  # type: ignore[arg-type]
+        code = run(Unjudged if timed else Task, config)  # type: ignore[arg-type]
     except Exception as error:
         traceback.print_exc()
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)

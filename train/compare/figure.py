@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..plot import matplotlib_module
-from .report import by, done
-from .results import SHOWN, Record
+from .report import by
+from .results import SHOWN, Record, done
 
 
 def plot(records: Sequence[Record], path: Path) -> None:

@@ -31,10 +31,12 @@ class CompareOptions:
     """Another grid of learning rates."""
     seeds: tuple[int, ...] = ()
     """Other seeds; the learning rate is chosen with the first."""
+    widen: int = 2
+    """How many rates more an arm may try, one at a time, while its best one is an end of the grid."""
     settings: tuple[str, ...] = ()
     """Settings of `train lm` or `train vision` for every arm: steps=200 data=PATH tokenizer=PATH dtype=bf16 …"""
     jobs: int = 1
-    """Runs at a time; they share the device, so that throughputs and times are no longer those of a run alone."""
+    """Runs at a time; they share the device, so throughput is then measured once more, for each arm alone."""
     plan: bool = False
     """Only say what would be run."""
     report_only: bool = False
@@ -43,6 +45,8 @@ class CompareOptions:
     def __post_init__(self) -> None:
         if self.jobs < 1:
             raise ValueError(f"jobs must be positive, got {self.jobs}")
+        if self.widen < 0:
+            raise ValueError(f"widen must be at least 0, got {self.widen}")
 
     @property
     def folder(self) -> Path:

@@ -19,8 +19,9 @@ KEYS = frozenset({"name", "title", "note", "task", "settings", "arms", "lrs", "s
 class Comparison:
     """Arms (name → settings, whose lr and seed do not count), of which the first is the one that differences are to.
 
-    Every arm runs every learning rate of `lrs` with the first of `seeds`; the one with the best validation then runs
-    the other seeds. note: what a reader must know before believing the table. ValueError names what is wrong.
+    Every arm runs every learning rate of `lrs` with the first of `seeds`, and further ones past an end at which it is
+    best; the one with the best validation then runs the other seeds. note: what a reader must know before believing
+    the table. ValueError names what is wrong.
     """
 
     name: str

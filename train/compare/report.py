@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .results import SHOWN, Record
+from .results import SHOWN, Record, done
 from .statistics import Difference, holm, paired, spread
 
 FILE = "report.jsonl"
@@ -79,7 +79,7 @@ def row(arm: str, records: Sequence[Record], gap: Difference | None, adjusted: f
     if not chosen:
         return [arm, "no run finished", *[""] * 9]
     first = chosen[0]
-    rates = [record["units_per_s"] for record in chosen if record["units_per_s"] is not None]
+    rates = [rate for record in chosen if (rate := record.get("alone", record)["units_per_s"]) is not None]
     cells = [arm, f"{first['lr']:g}{'*' if first['edge'] else ''}", f"{first['parameters']:,}"]
     cells += [f"{first['flops_per_unit']:.3g}", f"{statistics.median(rates):,.0f}" if rates else ""]
     cells += [f"{max(record['peak_bytes'] for record in chosen) / 2**20:,.0f} MiB"]
@@ -105,7 +105,7 @@ def grid_table(records: Sequence[Record]) -> str:
     """Validation of every learning rate with the first seed."""
     seed, task = records[0]["seed"], records[0]["task"]
     grid = [record for record in records if record["seed"] == seed]
-    lrs = list(dict.fromkeys(record["lr"] for record in grid))
+    lrs = sorted({record["lr"] for record in grid})
     if len(lrs) < 2:
         return ""
     cells = {(r["arm"], r["lr"]): cell(r, task) for r in grid}
@@ -148,8 +148,19 @@ def explanation(finished: Sequence[Record]) -> str:
     return (
         f"{first['steps']} steps, seeds {', '.join(map(str, seeds))}; the learning rate is the best of the grid in "
         f"validation with the first seed.{edge} {tests}{paired_text} FLOPs are counted from the modules, norms and "
-        f"activations left out, training as three forward passes. Memory: {memory}."
+        f"activations left out, training as three forward passes.{speed_text(chosen)} Memory: {memory}."
     )
+
+
+def speed_text(chosen: Sequence[Record]) -> str:
+    """How throughput was measured, where it was apart from the runs; a failed measurement leaves the run's own."""
+    apart = [record["alone"] for record in chosen if "alone" in record]
+    if not apart:
+        return ""
+    where = "" if chosen[0]["gpus"] and chosen[0]["device"] != "cpu" else f" with {apart[0]['threads']} threads"
+    rest = [record["arm"] for record in chosen if "alone" not in record]
+    but = f" ({', '.join(dict.fromkeys(rest))}: of the runs, which shared the device)" if rest else ""
+    return f" Throughput: {apart[0]['steps']} steps of each arm alone{where}{but}."
 
 
 def footnote(finished: Sequence[Record]) -> str:
@@ -166,11 +177,6 @@ def by(records: Sequence[Record], key: str) -> dict[Any, list[Record]]:
     for record in records:
         parts.setdefault(record[key], []).append(record)
     return parts
-
-
-def done(records: Sequence[Record]) -> list[Record]:
-    """The records of finished runs."""
-    return [record for record in records if record["status"] == "done"]
 
 
 def mean_text(found: dict[int, float], task: str) -> str:

@@ -1,7 +1,7 @@
 """What the runs of a comparison came to, from their metrics.jsonl, and which learning rate each arm is given."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,28 @@ Record = dict[str, Any]
 # For each task: what validation picks by (the smaller the better), what tables show, its factor, format and name.
 SHOWN = {"lm": ("loss", "perplexity", 1, ".2f", "perplexity"), "vision": ("error", "top1", 100, ".2f", "top-1, %")}
 
+UNITS = {"lm": "tokens", "vision": "images"}
+
 
 @dataclass(frozen=True)
 class Selection:
-    """The learning rate that an arm is given: best in validation with the first seed. edge: whether it is the first
-    or last of a grid of several, so that a wider grid might have done better."""
+    """The learning rate that an arm is given, the best in validation with the first seed of those it has `tried`."""
 
     lr: float
-    edge: bool
+    tried: tuple[float, ...]
+
+    @property
+    def edge(self) -> bool:
+        """Whether it is the first or last of several, so that a wider grid might have done better."""
+        return len(self.tried) > 1 and self.lr in (self.tried[0], self.tried[-1])
+
+    @property
+    def beyond(self) -> float | None:
+        """The next rate past the end at which the best one lies, by the factor that the last two are apart there."""
+        if not self.edge:
+            return None
+        inner = self.tried[1] if self.lr == self.tried[0] else self.tried[-2]
+        return float(f"{self.lr**2 / inner:.2g}")
 
 
 def is_done(folder: Path) -> bool:
@@ -33,7 +47,7 @@ def outcome(folder: Path, task: str) -> Record:
     start = next(e for e in events if e["event"] == "start")
     end = next(e for e in reversed(events) if e["event"] == "end")
     valid = [e for e in events if e["event"] == "valid"]
-    shown, unit, config = SHOWN[task][1], {"lm": "tokens", "vision": "images"}[task], start["config"]
+    shown, unit, config = SHOWN[task][1], UNITS[task], start["config"]
     per_step = config["batch_size"] * config["grad_accum"] * config.get("seq_len", 1)
     facts = {key: start[key] for key in ("parameters", "commit", "date")}
     return {
@@ -63,16 +77,38 @@ def outcome(folder: Path, task: str) -> Record:
     }
 
 
-def select(records: Iterable[Record], lrs: Sequence[float], seed: int) -> dict[str, Selection]:
+def alone(folder: Path, task: str) -> Record:
+    """How fast a run was that had the device to itself."""
+    start, *_, end = read_metrics(folder)
+    return {"units_per_s": end[f"{UNITS[task]}_per_s"], "steps": end["step"], "threads": start["machine"]["threads"]}
+
+
+def done(records: Iterable[Record]) -> list[Record]:
+    """The records of finished runs."""
+    return [record for record in records if record["status"] == "done"]
+
+
+def select(records: Iterable[Record], seed: int) -> dict[str, Selection]:
     """For each arm with a finished run of `seed` in `records`: the learning rate of the best validation."""
     best: dict[str, tuple[float, float]] = {}
+    tried: dict[str, list[float]] = {}
     for record in records:
-        if record["status"] == "done" and record["seed"] == seed:
+        if record["seed"] != seed:
+            continue
+        tried.setdefault(record["arm"], []).append(record["lr"])
+        if record["status"] == "done":
             value = record["valid"][SHOWN[record["task"]][0]]
             rank = (value if math.isfinite(value) else math.inf, record["lr"])
             best[record["arm"]] = min(best.get(record["arm"], rank), rank)
-    ends = (min(lrs), max(lrs)) if len(lrs) > 1 else ()
-    return {arm: Selection(lr, lr in ends) for arm, (_, lr) in best.items()}
+    return {arm: Selection(lr, tuple(sorted(tried[arm]))) for arm, (_, lr) in best.items()}
+
+
+def mark(records: Iterable[Record], chosen: Mapping[str, Selection]) -> None:
+    """Write into each record whether its learning rate is its arm's, and whether that one is an end of the grid."""
+    for record in records:
+        selection = chosen.get(record["arm"])
+        record["chosen"] = selection is not None and selection.lr == record["lr"]
+        record["edge"] = record["chosen"] and selection is not None and selection.edge
 
 
 def _metrics(event: Record) -> dict[str, float]:
