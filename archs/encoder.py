@@ -155,7 +155,12 @@ class Encoder(nn.Module):
     def features(
         self, input_ids: Tensor, *, mask: Tensor | None = None, token_types: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Features (B, L, dim) after the last block, and the auxiliary losses of the layers that have one."""
+        """Features (B, L, dim) after the last block, and the auxiliary losses of the layers that have one.
+
+        ValueError for a mask that the mixer does not take.
+        """
+        if mask is not None and not getattr(self.blocks[0].mixer.branch, "takes_mask", False):
+            raise ValueError(f"mixer {self.config.mixer!r} takes no mask")
         x = self.blocks[0].mixer.expand(self._embed(input_ids, token_types))
         auxiliary = []
         for layer in range(self.config.depth):

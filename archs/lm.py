@@ -28,18 +28,19 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, state: Any = None, lengths: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """mask (B, T) bool, False for padding, is for a mixer that is not causal; the ffn gets it if it takes one."""
-        if mask is None:
-            out = self.ffn(self.mixer(x, state, lengths))
-        else:
-            x = self.mixer(x, state, lengths, mask)
-            out = self.ffn(x, mask) if getattr(self.ffn.branch, "takes_mask", False) else self.ffn(x)
+        """mask (B, T) bool, False for padding, is for whichever of mixer and ffn takes one."""
+        x = self.mixer(x, state, lengths, *_taken(mask, self.mixer))
+        out = self.ffn(x, *_taken(mask, self.ffn))
         return out if isinstance(out, tuple) else (out, None)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs a token of mixer, ffn and their residuals."""
         parts = (self.mixer, self.ffn)
         return sum(part.branch.flops_per_token(seq_len) + part.flops_per_token() for part in parts)
+
+
+def _taken(mask: Tensor | None, residual: Any) -> tuple[Tensor, ...]:
+    return (mask,) if mask is not None and getattr(residual.branch, "takes_mask", False) else ()
 
 
 class LMState:
@@ -104,12 +105,16 @@ class LanguageModel(nn.Module):
     def _features(
         self, ids: Tensor, state: LMState | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Features (B, T, dim) after the final norm, and the auxiliary losses of the layers that have one."""
+        """Features (B, T, dim) after the final norm, and the auxiliary losses of the layers that have one.
+
+        lengths (B,): row b has so many tokens, then padding, which changes no token's features.
+        """
         x = self._embed(ids, state)
+        mask = None if lengths is None else torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         auxiliary = []
         x = self.blocks[0].mixer.expand(x)
         for block, layer in zip(self.blocks, state.layers if state else [None] * len(self.blocks), strict=True):
-            x, extra = block(x, layer, lengths)
+            x, extra = block(x, layer, lengths, mask)
             auxiliary += [] if extra is None else [extra]
         if state is not None:
             state.progress.advance(ids.shape[1], lengths)

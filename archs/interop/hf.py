@@ -312,7 +312,7 @@ def _causal_features(
     order = mask.int().argsort(dim=1, descending=True, stable=True)
     lengths = mask.sum(1)
     aligned = ids.gather(1, order).masked_fill(~mask.gather(1, order), 0)
-    x, auxiliary = model._features(aligned, state, None if state is None else lengths)
+    x, auxiliary = model._features(aligned, state, lengths)
     return torch.zeros_like(x).scatter(1, order[..., None].expand_as(x), x), auxiliary
 
 

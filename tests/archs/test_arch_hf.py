@@ -80,6 +80,24 @@ def test_generate_with_the_state_gives_what_it_gives_without(name):
     assert sampled.shape == (4, 10)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_not_routed_in_training(side):
+    """Neither do experts have less room, nor is there more to balance."""
+    wrapped = hf.GrasslandForCausalLM.wrap(lm("kromhc-shared-moe", noise=False, capacity_factor=2.0).train())
+    wrapped.model.apply(lambda m: setattr(m, "p", 0.0) if isinstance(m, torch.nn.Dropout) else None)
+    experts = wrapped.model.blocks[0].ffn.branch
+    experts.dropout = 0.0
+    ids = IDS[:1, :4]
+    alone = wrapped(ids, labels=ids).loss
+    assert experts.routing.counts.sum() == 2 * 4
+    extra = torch.full((1, 3), 49)
+    both = torch.cat((extra, ids) if side == "left" else (ids, extra), 1)
+    mask = both != 49
+    labels = both.masked_fill(~mask | (both == ids[0, 0]), -100)  # nothing stands before the first token
+    padded = wrapped(both, attention_mask=mask.int(), labels=labels)
+    assert torch.allclose(padded.loss, alone, rtol=1e-5) and experts.routing.counts.sum() == 2 * 4
+
+
 @pytest.mark.parametrize("name", ["grassmann", "attention"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_on_either_side_changes_nothing(name, side):

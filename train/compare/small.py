@@ -60,7 +60,7 @@ def wikitext2_cpu() -> list[Comparison]:
 def cifar10_cpu() -> list[Comparison]:
     """Every comparison of image models, an epoch or two of them."""
     blocks = {**CIFAR, "model": "widenet_cifar", "steps": 700, "eval_every": 175, "weight_decay": 0.05, "clip": 1.0}
-    blocks["set"] = ("dim=96", "depth=6", "ffn_dim=192", "patch_size=8", "dropout=0.0")
+    blocks["set"] = ("dim=96", "depth=6", "ffn_dim=192", "patch_size=8", "dropout=0.0", "pre_logits=False")
     nets = {**CIFAR, "model": "timm/resnet10t", "optimizer": "sgd", "betas": (0.9, 0.999), "weight_decay": 5e-4}
     nets |= {"set": ("channels=16,32,64,128", "stem_width=8"), "steps": 1400, "eval_every": 350}
     shared = arms.images(arms.shared_blocks("dim=64", "ffn_dim=128", "num_heads=2"), **blocks)
