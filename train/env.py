@@ -60,11 +60,23 @@ def report() -> str:
     return "\n".join([*lines, *_kernels()])
 
 
+def newer_sources(kernels: Path) -> str | None:
+    """In a checkout of the sources, one of them that the extension in `kernels` is older than."""
+    built = max((path.stat().st_mtime for path in kernels.glob("_C.*")), default=None)
+    sources = sorted((kernels.parent / "csrc").glob("*"))
+    if built is None or not sources:
+        return None
+    newest = max(sources, key=lambda path: path.stat().st_mtime)
+    return f"csrc/{newest.name}" if newest.stat().st_mtime > built else None
+
+
 def _kernels() -> list[str]:
     from ..kernels import dispatch
 
-    error = dispatch.extension_error()
-    lines = [f"{'extension':<16}{'grassland.kernels._C is built and loads' if error is None else error}"]
+    state = dispatch.extension_error() or "grassland.kernels._C is built and loads"
+    if (newer := newer_sources(Path(dispatch.__file__).parent)) is not None:
+        state += f"; {newer} has changed since it was built: install again"
+    lines = [f"{'extension':<16}{state}"]
     for op, devices in dispatch.describe().items():
         choices = "; ".join(f"{device}: {choice}" for device, choice in devices.items())
         lines.append(f"{op:<16}{choices}")

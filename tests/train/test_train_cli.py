@@ -1,12 +1,15 @@
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 
 from grassland.train.__main__ import main, read_run_config
 from grassland.train.config import LMConfig, default_lm
+from grassland.train.env import newer_sources
 from grassland.train.start import run
 from grassland.train.tasks import LanguageModeling
 
@@ -58,6 +61,20 @@ def test_lm_trains_and_sample_and_plot_use_the_folder_alone(lm, text_file, tmp_p
     assert outputs[0] == outputs[1] != outputs[2]
     assert main(["plot", str(folder), str(folder), "--out", str(tmp_path / "both.png")]) == 0
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_extension_older_than_its_sources_is_told(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    assert newer_sources(tmp_path / "kernels") is None  # not built
+    (tmp_path / "kernels" / "_C.abi3.so").touch()
+    assert newer_sources(tmp_path / "kernels") is None  # installed without sources
+    (tmp_path / "csrc").mkdir()
+    for name, seconds in (("moe.cpp", -9), ("plucker.cpp", -5)):
+        (tmp_path / "csrc" / name).touch()
+        os.utime(tmp_path / "csrc" / name, (time.time() + seconds,) * 2)
+    assert newer_sources(tmp_path / "kernels") is None
+    os.utime(tmp_path / "csrc" / "moe.cpp", (time.time() + 9,) * 2)
+    assert newer_sources(tmp_path / "kernels") == "csrc/moe.cpp"
 
 
 def test_env_reports_versions_and_backends(capsys):
