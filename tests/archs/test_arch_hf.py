@@ -141,13 +141,14 @@ def test_the_base_model_gives_features(tmp_path):
     save_model(model, tmp_path / "lm")
     base = transformers.AutoModel.from_pretrained(tmp_path / "lm")
     assert torch.equal(base.model.head.logits(base(IDS).last_hidden_state), model(IDS))
-    encoder = create_model(
-        "mlm", dim=16, depth=1, ffn_dim=16, embed_dim=8, vocab_size=50, max_len=16, num_heads=2, norm="pre"
-    ).eval()
+    sizes = {"dim": 16, "depth": 1, "ffn_dim": 16, "embed_dim": 8, "vocab_size": 50, "max_len": 16, "norm": "pre"}
+    encoder = create_model("mlm", **sizes, num_heads=2).eval()
     save_model(encoder, tmp_path / "mlm")
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
     features = transformers.AutoModel.from_pretrained(tmp_path / "mlm")(IDS, attention_mask=mask).last_hidden_state
     assert torch.equal(features, encoder.features(IDS, mask=mask.bool())[0])
+    with pytest.raises(ValueError, match="mixer 'grassmann' takes no mask"):
+        create_model("mlm", **sizes, mixer="grassmann", rank=4, offsets=(1,))(IDS, mask=mask.bool())
     images = torch.randn(2, 3, 8, 8)
     save_model(vision(), tmp_path / "vision")
     pooled = transformers.AutoModel.from_pretrained(tmp_path / "vision")(pixel_values=images).pooler_output
