@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..rival import Benchmark, Rival, Setting, Step, Unavailable, without_check
+from ..rival import Benchmark, Rival, Setting, Step, Unavailable, summary, without_check
 from ..testing import normal
 from . import Routing, expert_capacity, gpu_rivals, moe_ffn, moe_route
 from .gpu_rivals import Experts, gelu
@@ -156,13 +156,13 @@ def build_sliced(v: Values, dtype: torch.dtype, device: torch.device) -> dict[st
     return steps(routed(sliced(gelu), v), v, inputs(v, dtype, device))
 
 
-def grouped_layer(v: Values) -> Layer:
+def grouped_layer(v: Values, product: Callable[..., Tensor] = F.grouped_mm) -> Layer:
     def layer(x: Tensor, router: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         gates, experts = choice(x, router, v["top_k"])
         flat, order = experts.flatten().sort(stable=True)
         ends = torch.bincount(flat, minlength=v["experts"]).cumsum(0).to(torch.int32)
-        h = gelu(F.grouped_mm(x[order // v["top_k"]], w1.mT, offs=ends) + b1[flat])
-        rows = (F.grouped_mm(h, w2.mT, offs=ends) + b2[flat]) * gates.flatten()[order, None]
+        h = gelu(product(x[order // v["top_k"]], w1.mT, offs=ends) + b1[flat])
+        rows = (product(h, w2.mT, offs=ends) + b2[flat]) * gates.flatten()[order, None]
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device))
         return rows[back].view(*experts.shape, -1).sum(1)
 
@@ -180,12 +180,16 @@ def build_grouped_compiled(v: Values, dtype: torch.dtype, device: torch.device) 
     # The backward alone is timed on one graph, again and again: it must leave the saved tensors as they are.
     config: Any = importlib.import_module("torch._functorch.config")
     config.donated_buffer = False
-    found = steps(torch.compile(grouped_layer(v)), v, inputs(v, dtype, device))
-    try:
-        found["forward+backward"]()
-    except Exception as error:
-        raise Unavailable(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
-    return found
+    # Before 2.15 torch traces no product in float32: what stands around it is compiled then.
+    untraced: Any = torch.compiler.disable(F.grouped_mm)
+    for product in (F.grouped_mm, untraced):
+        found = steps(torch.compile(grouped_layer(v, product)), v, inputs(v, dtype, device))
+        try:
+            found["forward+backward"]()
+            return found
+        except Exception as error:
+            failure = error
+    raise Unavailable(summary(failure)) from failure
 
 
 def places(experts: Tensor, count: int, capacity: int) -> tuple[Tensor, Tensor]:
