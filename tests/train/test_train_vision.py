@@ -55,8 +55,9 @@ def resume(folder, **changes):
     "changes, later",
     [
         ({"optimizer": "lamb", "loss": "bce", "schedule": "linear"}, {"workers": 2}),
-        # In channels-last order oneDNN leaves NaN in the bf16 gradient of a convolution as small as this one.
-        ({"optimizer": "muon", "dtype": "bf16", "grad_accum": 2, "clip": 1.0, "channels_last": False}, {}),
+        # At 16 pixels the last stage has images of one: there oneDNN leaves the bf16 gradient unwritten for what a
+        # convolution with stride 2 sees of the padding alone, and fresh memory may be NaN.
+        ({"optimizer": "muon", "dtype": "bf16", "grad_accum": 2, "clip": 1.0, "img_size": 32}, {}),
         ({"optimizer": "sgd", "mixup": 0.0, "cutmix": 0.0, "schedule": "step", "log_every": 4}, {}),
         ({"optimizer": "adamw", "ema": 0.0, "channels_last": False, "bad_images": "skip"}, {}),
         ({"head": "grassmann", "subspace_dim": 2, "optimizer": "lamb", "head_lr": 0.1}, {}),
