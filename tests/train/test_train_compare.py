@@ -105,8 +105,9 @@ def test_runs_at_a_time_come_to_the_same(config, tmp_path, monkeypatch):
     report = (tmp_path / "three" / "report.md").read_text()
     threads, rate = three[0]["alone"]["threads"], three[0]["alone"]["units_per_s"]
     assert f"Throughput: 23 steps of each arm alone with {threads} threads." in report and f"| {rate:,.0f} |" in report
-    assert run(path, tmp_path / "three", "--report-only") == 0
-    assert read_records(tmp_path / "three" / "report.jsonl") == three
+    for again in (["--report-only"], []):
+        assert run(path, tmp_path / "three", *again) == 0
+        assert read_records(tmp_path / "three" / "report.jsonl") == three
     with pytest.raises(ValueError, match="jobs must be positive, got 0"):
         CompareOptions("x", jobs=0)
 
@@ -227,6 +228,7 @@ def test_the_learning_rate_is_the_best_of_the_first_seed_and_its_edge_is_marked(
     diverged = {**record("c", 0.4, 0, 9.0), "status": "failed"}
     assert select([record("c", 0.1, 0, 2.0), record("c", 0.2, 0, 1.0), diverged], 0)["c"].edge is False
     assert select([record("d", 3e-3, 0, 2.0), record("d", 1e-2, 0, 1.0)], 0)["d"].beyond == 0.033
+    assert select([record("e", 0.1, 0, 2.0), record("e", 0.1001, 0, 1.0)], 0)["e"].beyond is None  # 0.1 again
 
 
 def test_a_learning_rate_that_diverges_does_not_fail_its_arm():

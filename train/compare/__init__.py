@@ -16,6 +16,8 @@ def compare(options: CompareOptions) -> int:
     out = options.folder
     if options.plan:
         print("\n".join(plan.describe() for plan in plans))
+        if options.widen and any(len(plan.lrs) > 1 for plan in plans):
+            print(f"An arm that is best at an end of its learning rates tries up to {options.widen} more.")
         return 0
     context = None if options.report_only else processes()
     runners = [Runner(plan, out / plan.name, context, options.jobs, options.widen) for plan in plans]

@@ -65,8 +65,7 @@ class Runner:
         chosen = select(self.finished, first)
         self._round(Run(arm, chosen[arm].lr, seed) for seed in others for arm in plan.arms if arm in chosen)
         mark(self.finished, chosen)
-        if self.jobs > 1 or self.context is None:
-            self._alone(chosen)
+        self._alone(chosen)
         return self.finished
 
     def _widen(self, seed: int) -> None:
@@ -132,19 +131,21 @@ class Runner:
         return self.context.Process(target=train, args=(replace(config, out=str(folder), resume=AUTO), _log(folder)))
 
     def _alone(self, chosen: Mapping[str, Selection]) -> None:
-        """Time some steps of every arm with nothing beside them; its runs get the rate, where there is one."""
-        seed = self.plan.seeds[0]
+        """Give the chosen runs of every arm its rate with nothing beside it, measured if they shared the device."""
         for arm, selection in chosen.items():
-            folder = self.folder / arm / "alone"
-            if self.context is not None and not is_done(folder):
-                config = in_short(self.plan.config(arm, selection.lr, seed), str(folder))
+            folder, name = self.folder / arm / "alone", f"{self.plan.name}/{arm} alone"
+            if self.context is not None and self.jobs > 1 and not is_done(folder):
+                run = Run(arm, selection.lr, self.plan.seeds[0])
+                config = in_short(self.plan.config(*run), str(folder))
                 process = self.context.Process(target=train, args=(config, _log(folder), True))
-                with _ended({0: (Run(arm, selection.lr, seed), process)}):
+                with _ended({0: (run, process)}):
                     process.start()
                     process.join()
+                if not is_done(folder):
+                    print(f"{name}: FAILED (exit code {process.exitcode}, {_log(folder)})", flush=True)
             if is_done(folder):
                 rate = alone(folder, self.plan.task)
-                print(f"{self.plan.name}/{arm} alone: {rate['units_per_s']:,.0f} a second", flush=True)
+                print(f"{name}: {rate['units_per_s']:,.0f} a second", flush=True)
                 for record in done(self.finished):
                     if record["arm"] == arm and record["chosen"]:
                         record["alone"] = rate

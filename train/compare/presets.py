@@ -75,14 +75,8 @@ def sharing() -> list[Comparison]:
     """arXiv 2107.11817 on CIFAR-10: unshared, all shared (ALBERT), all shared with experts (WideNet)."""
     blocks = arms.shared_blocks("dim=96", "ffn_dim=384")
     # timm's ViT has no hidden layer before the head; nor has any arm then.
-    settings = {
-        **CIFAR,
-        "model": "widenet_cifar",
-        "set": ("pre_logits=False",),
-        "batch_size": 256,
-        "epochs": 100,
-        "eval_epochs": 5.0,
-    }
+    settings = {**CIFAR, "model": "widenet_cifar", "set": ("pre_logits=False",), "batch_size": 256}
+    settings |= {"epochs": 100, "eval_epochs": 5.0}
     settings |= {"warmup_epochs": 5.0, "weight_decay": 0.05, "clip": 1.0, "label_smoothing": 0.1}
     settings |= {"auto_augment": "rand-m9-mstd0.5-inc1", "mixup": 0.5}
     runs = arms.images(blocks, **settings)

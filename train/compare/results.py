@@ -11,7 +11,6 @@ from ..log import read_metrics
 Record = dict[str, Any]
 # For each task: what validation picks by (the smaller the better), what tables show, its factor, format and name.
 SHOWN = {"lm": ("loss", "perplexity", 1, ".2f", "perplexity"), "vision": ("error", "top1", 100, ".2f", "top-1, %")}
-
 UNITS = {"lm": "tokens", "vision": "images"}
 
 
@@ -29,11 +28,13 @@ class Selection:
 
     @property
     def beyond(self) -> float | None:
-        """The next rate past the end at which the best one lies, by the factor that the last two are apart there."""
+        """The next rate past the end at which the best one lies, by the factor that the last two are apart there;
+        None if there is no such end, or two digits cannot tell it from a rate that was tried."""
         if not self.edge:
             return None
         inner = self.tried[1] if self.lr == self.tried[0] else self.tried[-2]
-        return float(f"{self.lr**2 / inner:.2g}")
+        rate = float(f"{self.lr**2 / inner:.2g}")
+        return rate if rate < self.tried[0] or rate > self.tried[-1] else None
 
 
 def is_done(folder: Path) -> bool:
