@@ -1,7 +1,8 @@
 """From settings to a run: the processes, the folder, the device, the seeds, the task."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -30,7 +31,7 @@ def run(task: Callable[[C, torch.device], Task], config: C) -> int:
     device = pick_device(config.device)
     dispatch.requested(None)  # the environment's, which models would ask for after the first files are written
     mode = parallel.checked_mode(config.parallel, config.batch_size)
-    with parallel.processes(mode, device):
+    with flushed_subnormals(), parallel.processes(mode, device):
         config = replace(config, resume=parallel.from_main(lambda: resumed_folder(config)), parallel=mode)
         folder = parallel.from_main(lambda: run_folder(config))
         config = replace(config, out=str(folder), resume=None if config.resume == AUTO else config.resume)
@@ -40,6 +41,17 @@ def run(task: Callable[[C, torch.device], Task], config: C) -> int:
             # The same weights everywhere, but each process its own dropout.
             seed_everything(config.seed, 0, parallel.rank())
         return Trainer(built, config, folder).run()
+
+
+@contextmanager
+def flushed_subnormals() -> Iterator[None]:
+    """Numbers below 1.2e-38 count as zero on the CPU: processors take them at a fraction of their speed."""
+    before = bool(torch.tensor(1e-38) * 0.1 == 0)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def resumed_folder(config: RunConfig) -> str | None:

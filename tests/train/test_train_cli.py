@@ -6,10 +6,12 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from grassland.train.__main__ import main, read_run_config
 from grassland.train.config import LMConfig, default_lm
 from grassland.train.env import newer_sources
+from grassland.train.loop import Trainer
 from grassland.train.start import run
 from grassland.train.tasks import LanguageModeling
 
@@ -61,6 +63,20 @@ def test_lm_trains_and_sample_and_plot_use_the_folder_alone(lm, text_file, tmp_p
     assert outputs[0] == outputs[1] != outputs[2]
     assert main(["plot", str(folder), str(folder), "--out", str(tmp_path / "both.png")]) == 0
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_subnormal_numbers_are_zero_in_training_and_only_there(lm, tmp_path, monkeypatch):
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    seen, advance = [], Trainer.advance
+
+    def looking(self):
+        seen.append(float(torch.tensor(1e-38) * 0.1))
+        advance(self)
+
+    monkeypatch.setattr(Trainer, "advance", looking)
+    assert main([str(argument) for argument in (*lm, "--out", tmp_path / "run")]) == 0
+    assert seen and not any(seen) and float(torch.tensor(1e-38) * 0.1) > 0
 
 
 def test_an_extension_older_than_its_sources_is_told(tmp_path):

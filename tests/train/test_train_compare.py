@@ -101,10 +101,10 @@ def test_runs_at_a_time_come_to_the_same(config, tmp_path, monkeypatch):
     assert [(r["arm"], r["seed"]) for r in three] == [(arm, s) for s in (0, 1) for arm in ("attention", "grassmann")]
     assert [(r["valid"], r["test"]) for r in one] == [(r["valid"], r["test"]) for r in three]
     # What shared the machine is timed once more by itself.
-    assert not any("alone" in r for r in one) and all(r["alone"]["steps"] == 23 for r in three)
+    assert not any("alone" in r for r in one) and all(r["alone"]["steps"] == 63 for r in three)
     report = (tmp_path / "three" / "report.md").read_text()
     threads, rate = three[0]["alone"]["threads"], three[0]["alone"]["units_per_s"]
-    assert f"Throughput: 23 steps of each arm alone with {threads} threads." in report and f"| {rate:,.0f} |" in report
+    assert f"Throughput: 63 steps of each arm alone with {threads} threads." in report and f"| {rate:,.0f} |" in report
     for again in (["--report-only"], []):
         assert run(path, tmp_path / "three", *again) == 0
         assert read_records(tmp_path / "three" / "report.jsonl") == three

@@ -22,8 +22,8 @@ from .options import changed
 from .plan import FREE, Comparison
 from .results import SHOWN, Record, Selection, alone, done, is_done, mark, outcome, select
 
-# Of an arm alone.
-TIMED_STEPS = 20
+# Of an arm alone: the median of windows is what a machine does while nothing else disturbs it.
+WINDOWS, WINDOW_STEPS = 6, 10
 
 # Imported once, in the process from which the runs are forked: several seconds that a run need not spend.
 PRELOADED = ["grassland.train.start", "grassland.train.tasks.lm", "grassland.train.tasks.vision", "matplotlib.figure"]
@@ -127,7 +127,6 @@ class Runner:
             _check_same(folder, config)
         if ended or self.context is None:
             return None
-        folder.parent.mkdir(parents=True, exist_ok=True)
         return self.context.Process(target=train, args=(replace(config, out=str(folder), resume=AUTO), _log(folder)))
 
     def _alone(self, chosen: Mapping[str, Selection]) -> None:
@@ -157,13 +156,14 @@ def _log(folder: Path) -> Path:
 
 def in_short(config: RunConfig, out: str) -> RunConfig:
     """The run of as many steps as it takes to time them."""
-    steps = UNTIMED_STEPS + TIMED_STEPS
+    steps = UNTIMED_STEPS + WINDOWS * WINDOW_STEPS
     short = changed(config, {"steps": steps, "warmup": 0, "eval_every": 0, "save_every": 0})
-    return replace(short, out=out, resume=AUTO)
+    return replace(short, out=out, resume=AUTO, log_every=WINDOW_STEPS)
 
 
 def train(config: RunConfig, log: Path, timed: bool = False) -> None:
     """One run, in a process of its own; what it prints goes to `log`. timed: nothing is judged, to save the time."""
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         sys.stdout.flush()
         for descriptor in (1, 2):

@@ -1,6 +1,7 @@
 """What the runs of a comparison came to, from their metrics.jsonl, and which learning rate each arm is given."""
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +80,11 @@ def outcome(folder: Path, task: str) -> Record:
 
 
 def alone(folder: Path, task: str) -> Record:
-    """How fast a run was that had the device to itself."""
-    start, *_, end = read_metrics(folder)
-    return {"units_per_s": end[f"{UNITS[task]}_per_s"], "steps": end["step"], "threads": start["machine"]["threads"]}
+    """How fast a run was that had the device to itself: the median over its lines."""
+    start, *_, end = events = read_metrics(folder)
+    rates = [e[f"{UNITS[task]}_per_s"] for e in events if e["event"] == "train"]
+    rate = statistics.median(rate for rate in rates if rate is not None)
+    return {"units_per_s": rate, "steps": end["step"], "threads": start["machine"]["threads"]}
 
 
 def done(records: Iterable[Record]) -> list[Record]:
