@@ -1,8 +1,12 @@
 // Grouped experts on the CPU (arXiv 2107.11817; algebra in kernels/moe/eager.py).
 //
-// Rows are gathered into the order of the slots, expert after expert; the products are ATen's, and what stands between
-// them (gather, bias, GELU, dropout, gate, combination) is one pass each. Sums run in a fixed order.
+// Rows are gathered into the order of the slots; the products of an expert are those of linear.h, and what stands between
+// them (gather, bias, GELU, dropout, gate, combination) is one pass each. Experts run side by side, a thread each, if that
+// divides the work evenly, else one after the other on all threads. Sums run in a fixed order.
 #include "linear.h"
+
+#include <numeric>
+#include <utility>
 
 namespace grassland {
 namespace {
@@ -218,11 +222,9 @@ Tensor gather(const Tensor& x, const int64_t* order, const Shape& s, int64_t row
 
 struct Sizes {
   std::vector<int64_t> bounds;
-  int64_t rows, longest;
+  int64_t rows;
   Sizes(const Tensor& offsets, int64_t experts)
-      : bounds(data<int64_t>(offsets), data<int64_t>(offsets) + experts + 1), rows(bounds.back()), longest(0) {
-    for (int64_t e = 0; e < experts; ++e) longest = std::max(longest, bounds[e + 1] - bounds[e]);
-  }
+      : bounds(data<int64_t>(offsets), data<int64_t>(offsets) + experts + 1), rows(bounds.back()) {}
 };
 
 Shape shape_of(const Tensor& x, const Tensor& slots, const Tensor& w_up) {
@@ -237,9 +239,54 @@ Dropout dropout_of(const std::optional<Tensor>& seed, double rate, uint32_t salt
 
 constexpr uint32_t kOutputSalt = 0x9e3779b9u;
 
+void clear(const Tensor& x) { std::memset(x.mutable_data_ptr(), 0, x.numel() * x.element_size()); }
+
 template <typename T>
 void zero_tail(const Tensor& x, int64_t rows) {
   std::memset(data<T>(x) + rows * x.size(1), 0, (x.numel() - rows * x.size(1)) * sizeof(T));
+}
+
+// Runs an expert, for all of them that have rows. Reading and writing the weights is worth so many rows.
+constexpr int64_t kWeightRows = 24;
+
+template <typename F>
+void each_expert(const Sizes& sizes, const F& run) {
+  std::vector<std::pair<int64_t, int64_t>> work;
+  for (size_t e = 0; e + 1 < sizes.bounds.size(); ++e)
+    if (const int64_t n = sizes.bounds[e + 1] - sizes.bounds[e]; n > 0) work.emplace_back(n + kWeightRows, e);
+  std::sort(work.rbegin(), work.rend());
+  const int64_t threads = torch::stable::get_num_threads();
+  std::vector<std::vector<int64_t>> share(threads);
+  std::vector<int64_t> load(threads, 0);
+  for (const auto& [cost, e] : work) {
+    const int64_t least = std::min_element(load.begin(), load.end()) - load.begin();
+    share[least].push_back(e);
+    load[least] += cost;
+  }
+  const int64_t most = *std::max_element(load.begin(), load.end());
+  if (5 * most * threads > 6 * std::accumulate(load.begin(), load.end(), int64_t{0})) {
+    for (const auto& [cost, e] : work) run(e);
+    return;
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (const int64_t e : share[t]) run(e);
+  });
+}
+
+Tensor swapped(const Tensor& stacked) {
+  Tensor base = stacked;
+  return torch::stable::transpose(base, 1, 2);
+}
+
+std::vector<Tensor> experts_of(const Tensor& stacked) {
+  std::vector<Tensor> found;
+  for (int64_t e = 0; e < stacked.size(0); ++e) found.push_back(expert(stacked, e));
+  return found;
+}
+
+std::vector<Tensor> experts_of(const std::optional<Tensor>& stacked) {
+  return stacked ? experts_of(*stacked) : std::vector<Tensor>{};
 }
 
 // The rows of all experts by slot, and the tensors that hold them.
@@ -247,9 +294,10 @@ template <typename T>
 struct Rows {
   std::vector<Tensor> tensors;
   std::vector<const T*> pointers;
-  void add(const Tensor& x) {
-    tensors.push_back(x);
-    for (int64_t r = 0; r < x.size(0); ++r) pointers.push_back(data<T>(x) + r * x.size(1));
+  explicit Rows(const Sizes& sizes) : tensors(sizes.bounds.size()), pointers(sizes.rows) {}
+  void set(int64_t e, int64_t begin, Tensor x) {
+    for (int64_t r = 0; r < x.size(0); ++r) pointers[begin + r] = data<T>(x) + r * x.size(1);
+    tensors[e] = std::move(x);
   }
 };
 
@@ -265,19 +313,19 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gates,
   const Tensor h = empty(x, {save ? s.pairs : 0, s.inner}, kDtype<T>);
   const Tensor o = empty(x, {save && act ? s.pairs : 0, s.dim}, kDtype<T>);
   use_large_pages(h);
-  Rows<T> out;
-  for (int64_t e = 0; e < s.experts; ++e) {
+  const std::vector<Tensor> ups = experts_of(w_up), up_biases = experts_of(b_up);
+  const std::vector<Tensor> downs = experts_of(w_down), down_biases = experts_of(b_down);
+  Rows<T> out(sizes);
+  each_expert(sizes, [&](int64_t e) {
     const int64_t begin = sizes.bounds[e], n = sizes.bounds[e + 1] - begin;
-    if (n == 0) continue;
-    const Tensor up_bias = expert(b_up, e), down_bias = expert(b_down, e);
-    const Tensor a = linear(gather<T>(x, pairs + begin, s, n), expert(w_up, e), &up_bias);
+    const Tensor a = linear(gather<T>(x, pairs + begin, s, n), ups[e], &up_biases[e]);
     T* kept = save ? data<T>(h) + begin * s.inner : nullptr;
     parallel(n, kGrain, [&](int64_t first, int64_t last) {
       up_rows(pairs + begin, inner, s.inner, first, last, data<T>(a), kept);
     });
-    out.add(linear(a, expert(w_down, e), &down_bias));
+    out.set(e, begin, linear(a, downs[e], &down_biases[e]));
     if (save && act) std::memcpy(data<T>(o) + begin * s.dim, out.pointers[begin], n * s.dim * sizeof(T));
-  }
+  });
   const Tensor y = empty(x, {s.tokens, s.dim}, kDtype<T>);
   parallel(s.tokens, kGrain, [&](int64_t begin, int64_t end) {
     combine(out.pointers.data(), data<float>(gates), data<int64_t>(slots), outer, act, s, begin, end, data<T>(y));
@@ -291,11 +339,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gates,
 template <typename T>
 void weight_gradient(const Tensor& total, const Tensor& left, const Tensor& right, bool accumulate) {
   const bool same = total.scalar_type() == kDtype<T>;
-  if (left.size(0) == 0) {
-    Tensor base = total;
-    if (!accumulate) torch::stable::zero_(base);
-    return;
-  }
+  if (skinny_outer(total, left, right, accumulate)) return;
   if (same) {
     if (accumulate) return addmm(total, flipped(left), right, 1.0);
     return mm(total, flipped(left), right);
@@ -334,28 +378,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
   const Tensor db_down = empty(x, {s.experts, s.dim}, ScalarType::Float);
   for (const auto& total : {total_up, total_down})
     if (total && !accumulate) use_large_pages(*total);
-  const Tensor g = empty(x, {sizes.longest, s.dim}, kDtype<T>), a = empty(x, {sizes.longest, s.inner}, kDtype<T>);
-  Rows<T> dsorted;
+  const std::vector<Tensor> ups = experts_of(swapped(w_up)), downs = experts_of(swapped(w_down));
+  const std::vector<Tensor> up_totals = experts_of(total_up), down_totals = experts_of(total_down);
   for (int64_t e = 0; e < s.experts; ++e) {
+    if (sizes.bounds[e + 1] > sizes.bounds[e]) continue;
+    for (const Tensor& bias : {db_up, db_down}) clear(expert(bias, e));
+    for (const auto& total : {up_totals, down_totals})
+      if (!total.empty() && !accumulate) clear(total[e]);
+  }
+  Rows<T> dsorted(sizes);
+  each_expert(sizes, [&](int64_t e) {
     const int64_t begin = sizes.bounds[e], n = sizes.bounds[e + 1] - begin;
     const int64_t* pairs = data<int64_t>(order) + begin;
-    const Tensor ge = rows(g, 0, n), ae = rows(a, 0, n);
+    const Tensor g = empty(x, {n, s.dim}, kDtype<T>), a = empty(x, {n, s.inner}, kDtype<T>);
     const T* outputs = act ? data<T>(o) + begin * s.dim : nullptr;
     parallel(n, kGrain, [&](int64_t first, int64_t last) {
-      output_backward(data<T>(grad), outputs, data<T>(b_down) + e * s.dim, pairs, outer, act, s, first, last,
-                      data<T>(ge), data<float>(dgates));
+      output_backward(data<T>(grad), outputs, data<T>(b_down) + e * s.dim, pairs, outer, act, s, first, last, data<T>(g),
+                      data<float>(dgates));
     });
-    const Tensor de = n > 0 ? linear(ge, flipped(expert(w_down, e))) : empty(x, {0, s.inner}, kDtype<T>);
+    const Tensor d = linear(g, downs[e]);
     parallel(n, kGrain, [&](int64_t first, int64_t last) {
-      down_backward(data<T>(h) + begin * s.inner, gate, pairs, inner, act, s.inner, first, last, data<T>(de),
-                    data<T>(ae), data<float>(dgates));
+      down_backward(data<T>(h) + begin * s.inner, gate, pairs, inner, act, s.inner, first, last, data<T>(d), data<T>(a),
+                    data<float>(dgates));
     });
-    if (total_down) weight_gradient<T>(expert(*total_down, e), ge, ae, accumulate);
-    if (total_up) weight_gradient<T>(expert(*total_up, e), de, gather<T>(x, pairs, s, n), accumulate);
-    bias_gradient<T>(de, nullptr, pairs, n, data<float>(db_up) + e * s.inner);
-    bias_gradient<T>(ge, gate, pairs, n, data<float>(db_down) + e * s.dim);
-    if (n > 0) dsorted.add(linear(de, flipped(expert(w_up, e))));
-  }
+    if (total_down) weight_gradient<T>(down_totals[e], g, a, accumulate);
+    if (total_up) weight_gradient<T>(up_totals[e], d, gather<T>(x, pairs, s, n), accumulate);
+    bias_gradient<T>(d, nullptr, pairs, n, data<float>(db_up) + e * s.inner);
+    bias_gradient<T>(g, gate, pairs, n, data<float>(db_down) + e * s.dim);
+    dsorted.set(e, begin, linear(d, ups[e]));
+  });
   const Tensor dx = empty(x, {s.tokens, s.dim}, kDtype<T>);
   const Dropout off{0, 0, 1.0f, false};
   parallel(s.tokens, kGrain, [&](int64_t begin, int64_t end) {

@@ -33,7 +33,7 @@ WAIT_CYCLES, SCRATCH_BYTES = 2_000_000, 1 << 28
 # Seconds after which a rival stops repeating, and of a set-up that is worth a line.
 PATIENCE, SLOW = 8.0, 5.0
 # Parameters of glibc's mallopt.
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+TRIM_THRESHOLD, MMAP_MAX = -1, -4
 
 
 def build(benchmark: Benchmark, setting: Setting, dtype: torch.dtype, device: torch.device) -> tuple[dict, dict]:
@@ -257,12 +257,12 @@ def keep_freed_memory() -> None:
     """Make glibc's malloc reuse large blocks for all rivals alike.
 
     By default it returns them to the system, which then clears new pages inside the timed calls: for outputs of 25 MB
-    that takes as long as the kernels, now and then. Blocks from 32 MB on are always returned.
+    that takes as long as the kernels, now and then.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(MMAP_THRESHOLD, 2**25)
+        mallopt(MMAP_MAX, 0)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
