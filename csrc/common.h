@@ -16,8 +16,14 @@
 #include <vector>
 
 // One function body, compiled for AVX-512, AVX2 and the baseline; the loader picks what the CPU has.
+// Compilers before GCC 12 and clang 18 do not clone for the levels of x86-64; their AVX2 has no fused multiply-add.
+#if defined(__clang__) ? __clang_major__ >= 18 : __GNUC__ >= 12
+#define GRASSLAND_LEVELS "arch=x86-64-v4", "arch=x86-64-v3"
+#else
+#define GRASSLAND_LEVELS "avx512f", "avx2"
+#endif
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-#define GRASSLAND_MULTIARCH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define GRASSLAND_MULTIARCH __attribute__((target_clones(GRASSLAND_LEVELS, "default")))
 #else
 #define GRASSLAND_MULTIARCH
 #endif

@@ -45,8 +45,8 @@ GRASSLAND_INLINE void exchange(Vec (&m)[kLanes], std::index_sequence<lane...>) {
   for (int i = 0; i < kLanes; ++i) {
     if (i & step) continue;
     const Vec low = m[i], high = m[i + step];
-    m[i] = __builtin_shufflevector(low, high, (lane & step ? lane - step + kLanes : lane)...);
-    m[i + step] = __builtin_shufflevector(low, high, (lane & step ? lane + kLanes : lane + step)...);
+    m[i] = shuffled<(lane & step ? lane - step + kLanes : lane)...>(low, high);
+    m[i + step] = shuffled<(lane & step ? lane + kLanes : lane + step)...>(low, high);
   }
 }
 

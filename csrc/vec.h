@@ -58,6 +58,16 @@ GRASSLAND_INLINE void store(const Vec& v, bf16* p, int64_t live) {
   std::memcpy(p, &halves, live * sizeof(bf16));
 }
 
+// Lanes of low and high side by side, by their index in 0 .. 31.
+template <size_t... index>
+GRASSLAND_INLINE Vec shuffled(const Vec& low, const Vec& high) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(low, high, index...);
+#else
+  return __builtin_shuffle(low, high, VecBits{index...});
+#endif
+}
+
 // f(c, live) for each vector of a row; `live` is a constant in all but the last, so that only that one has a tail.
 template <typename F>
 GRASSLAND_INLINE void for_each_vector(int64_t size, F&& f) {

@@ -143,7 +143,7 @@ def test_dropout_is_fixed_by_its_seed_and_keeps_the_mean(backend):
 @pytest.mark.skipif(len(FLOAT32) == 1, reason="the extension is not built")
 @pytest.mark.parametrize(("dim", "inner"), [(300, 409), (17, 1)])
 def test_few_rows_of_every_number(dim, inner):
-    """The products of few rows have kernels of their own: panels of rows and blocks of the weights, each with its edge."""
+    """Products of few rows have kernels of their own: panels of rows, blocks of the weights, each with its edge."""
     exact = weights(1, dim, inner)
     found = {n: t.detach().float().requires_grad_() for n, t in exact.items()}
     for tokens in (1, 15, 16, 17, 33, 48, 64, 65):
