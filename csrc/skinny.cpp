@@ -1,10 +1,10 @@
 // Products of few rows with a large weight, y = x w^T + bias, where reading the weight is the work, and the weight's gradient,
 // where writing it is.
 //
-// w is read once, in pieces long enough for the memory and the prefetchers: a block is copied to the cache while the
-// tiles before it ask for the next one. The rows of x are the lanes: they are transposed into panels of sixteen, and each
-// element of w meets a panel at a time, so that w may lie either way, never has to be transposed, and few rows waste
-// nothing but lanes that the memory would not fill anyway.
+// w is read once, in pieces long enough for the memory and its prefetchers: a block is copied into the cache, and the tiles
+// on it ask for the next one. The rows of x, transposed into panels of sixteen, are the lanes: each element of w meets a
+// panel at a time, so that w may lie either way and is never transposed. Lanes without a row cost nothing, as the memory
+// is the slower part.
 #include "linear.h"
 #include "vec.h"
 
