@@ -32,7 +32,8 @@ bool skinny_fits(const Tensor& x, const Tensor& w);
 // x w^T + bias for x (n, k), w (m, k), contiguous along k or m.
 Tensor skinny(const Tensor& x, const Tensor& w, const Tensor* bias);
 
-// w (m, h) = or += g^T x for contiguous g (n, m), x (n, h); false, and nothing done, if that is not for this kernel.
+// float32 w (m, h) = or += g^T x for contiguous g (n, m), x (n, h), float32 or bfloat16; false, and nothing done, if that is
+// not for this kernel.
 bool skinny_outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add);
 
 // Whether oneDNN is to multiply. It reads a strided w at 1.1 to 1.5 times the speed of mm, but where mm is MKL on a

@@ -183,25 +183,29 @@ GRASSLAND_MULTIARCH void block_across(const Product& p, const float* panels, int
 }
 
 // w (m, h) = or += g^T x for g (n, m), x in panels (panel, n, lane).
+template <typename T>
 struct Outer {
-  const float *g, *x, *panels;
+  const T *g, *x;
+  const float* panels;
   float* w;
   int64_t n, m, h;
   bool add;
 };
 
-GRASSLAND_MULTIARCH void pack_columns(const Outer& p, int64_t begin, int64_t end, float* panels) {
+template <typename T>
+GRASSLAND_INLINE void pack_columns_body(const Outer<T>& p, int64_t begin, int64_t end, float* panels) {
   for (int64_t c = begin * kLanes; c < std::min(end * kLanes, p.h); c += kLanes)
     for (int64_t i = 0; i < p.n; ++i)
       store_full(load(p.x + i * p.h + c, std::min(kLanes, p.h - c)), panels + c * p.n + i * kLanes);
 }
 
 // Rows `first` to `first` + R of w. Where a tile reaches over an edge, its sums go by way of a copy.
-template <int R, int V>
-GRASSLAND_INLINE void outer_rows(const Outer& p, int64_t first) {
+template <int R, int V, typename T>
+GRASSLAND_INLINE void outer_rows(const Outer<T>& p, int64_t first) {
   const int64_t rows = std::min<int64_t>(R, p.m - first);
   float a[kSkinny * R] = {};
-  for (int64_t i = 0; i < p.n; ++i) std::memcpy(a + i * R, p.g + i * p.m + first, rows * sizeof(float));
+  for (int64_t i = 0; i < p.n; ++i)
+    for (int64_t r = 0; r < rows; ++r) a[i * R + r] = to_float(p.g[i * p.m + first + r]);
   for (int64_t c = 0; c < p.h; c += V * kLanes) {
     const float* b = p.panels + c * p.n;
     float* w = p.w + first * p.h + c;
@@ -217,12 +221,23 @@ GRASSLAND_INLINE void outer_rows(const Outer& p, int64_t first) {
   }
 }
 
-GRASSLAND_MULTIARCH void outer_range(const Outer& p, int64_t begin, int64_t end, bool wide) {
+template <typename T>
+GRASSLAND_INLINE void outer_body(const Outer<T>& p, int64_t begin, int64_t end, bool wide) {
   if (wide)
     for (int64_t t = begin; t < end; ++t) outer_rows<12, 2>(p, t * 12);
   else
     for (int64_t t = begin; t < end; ++t) outer_rows<6, 1>(p, t * 6);
 }
+
+#define GRASSLAND_OUTER(T)                                                                                          \
+  GRASSLAND_MULTIARCH void pack_columns(const Outer<T>& p, int64_t begin, int64_t end, float* panels) {             \
+    pack_columns_body(p, begin, end, panels);                                                                       \
+  }                                                                                                                 \
+  GRASSLAND_MULTIARCH void outer_range(const Outer<T>& p, int64_t begin, int64_t end, bool wide) {                  \
+    outer_body(p, begin, end, wide);                                                                                \
+  }
+GRASSLAND_OUTER(float)
+GRASSLAND_OUTER(bf16)
 
 // Whether there are thirty-two vector registers, so that a tile may have twenty-four sums.
 bool many_registers() {
@@ -231,6 +246,21 @@ bool many_registers() {
 #else
   return false;
 #endif
+}
+
+template <typename T>
+void outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add) {
+  Outer<T> p{data<T>(g), data<T>(x), nullptr, data<float>(w), g.size(0), g.size(1), x.size(1), add};
+  const bool wide = many_registers();
+  const int64_t step = wide ? 12 : 6, count = rounded(p.h, 2 * kLanes) / kLanes;
+  const Buffer panels = buffer(count * kLanes * p.n);
+  torch::stable::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+    pack_columns(p, begin, end, panels.get());
+  });
+  p.panels = panels.get();
+  torch::stable::parallel_for(0, rounded(p.m, step) / step, 4, [&](int64_t begin, int64_t end) {
+    outer_range(p, begin, end, wide);
+  });
 }
 
 }  // namespace
@@ -269,18 +299,8 @@ Tensor skinny(const Tensor& x, const Tensor& w, const Tensor* bias) {
 }
 
 bool skinny_outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add) {
-  if (g.scalar_type() != ScalarType::Float || w.scalar_type() != ScalarType::Float || g.size(0) > kSkinny) return false;
-  Outer p{data<float>(g), data<float>(x), nullptr, data<float>(w), g.size(0), g.size(1), x.size(1), add};
-  const bool wide = many_registers();
-  const int64_t step = wide ? 12 : 6, count = rounded(p.h, 2 * kLanes) / kLanes;
-  const Buffer panels = buffer(count * kLanes * p.n);
-  torch::stable::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
-    pack_columns(p, begin, end, panels.get());
-  });
-  p.panels = panels.get();
-  torch::stable::parallel_for(0, rounded(p.m, step) / step, 4, [&](int64_t begin, int64_t end) {
-    outer_range(p, begin, end, wide);
-  });
+  if (w.scalar_type() != ScalarType::Float || g.size(0) > kSkinny) return false;
+  (g.scalar_type() == ScalarType::Float ? outer<float> : outer<bf16>)(w, g, x, add);
   return true;
 }
 
