@@ -280,6 +280,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--baseline", type=Path, help="a stored JSONL; exit code 1 if a lead over a rival has shrunk by 15 %% or more"
     )
+    parser.add_argument(
+        "--default-malloc", action="store_true", help="on a CPU, leave it to malloc which freed memory it keeps"
+    )
     parser.add_argument("--out", type=Path, help="folder for the JSONL and the pictures; nothing is written without it")
     return parser.parse_args(arguments)
 
@@ -337,7 +340,8 @@ def write(records: Sequence[dict[str, Any]], benchmark: Benchmark, options: argp
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    keep_freed_memory()
+    if not options.default_malloc:
+        keep_freed_memory()
     ops = dispatch.PACKAGES if options.op == "all" else [options.op]
     benchmarks: list[Benchmark] = [importlib.import_module(f"{__package__}.{op}.rivals").BENCHMARK for op in ops]
     settings = {benchmark.name: chosen_settings(benchmark, options) for benchmark in benchmarks}
