@@ -27,6 +27,10 @@
 #else
 #define GRASSLAND_MULTIARCH
 #endif
+// Before torch 2.13 a failed call has no message to pass on.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
 // A clone inherits vectorisation only from what is inlined into it.
 #define GRASSLAND_INLINE __attribute__((always_inline)) static inline
 
