@@ -28,3 +28,11 @@ def test_import_is_lean(module):
     )
     done = python(code)
     assert done.stdout.strip() == "[] False", done.stdout + done.stderr
+
+
+def test_no_text_file_has_a_merge_conflict_in_it():
+    search = ["git", "grep", "-nIE", "^(<{7}|>{7})"]
+    found = subprocess.run(search, cwd=ROOT, capture_output=True, text=True)
+    if found.returncode > 1:
+        pytest.skip("not a checkout of git")
+    assert found.stdout == ""
