@@ -139,6 +139,16 @@ def test_a_frozen_encoder_stays_and_a_tuned_one_moves(nli, tmp_path):
 
 
 @pytest.mark.parametrize("tuned", [False, True])
+def test_flops_include_attention(nli, tuned):
+    counts = []
+    for attention in ("sdpa", "eager"):  # the latter is plain products of matrices
+        task = NaturalLanguageInference(nli(fine_tune=tuned), torch.device("cpu"))
+        task.model.encoder.set_attn_implementation(attention)
+        counts.append(task.flops_per_unit)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("tuned", [False, True])
 def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(nli, tmp_path, monkeypatch, tuned):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert run(NaturalLanguageInference, nli(out=str(straight), fine_tune=tuned)) == 0

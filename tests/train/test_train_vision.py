@@ -13,6 +13,8 @@ from torch import nn
 from grassland.archs import CheckpointError, CosineHead
 from grassland.train.__main__ import main
 from grassland.train.classify import Tally
+from grassland.train.compare.arms import VIT
+from grassland.train.compare.presets import load_comparisons
 from grassland.train.config import VisionConfig
 from grassland.train.data.image_sources import load_images
 from grassland.train.ema import WeightAverage
@@ -220,6 +222,16 @@ def test_skipped_images_are_counted_in_the_log(vision, tmp_path):
     # An epoch is 22 images: eleven batches of two. A bad image after another one counts twice for the first.
     assert sum(event["skipped"] for event in numbers(tmp_path / "run", ("train",))) >= bad["train"]
     assert numbers(tmp_path / "run", ("test",))[0].get("skipped", 0) == bad["test"]
+
+
+def test_timms_transformer_counts_the_flops_of_our_own():
+    """Attention included, which torch's counter has no formula for on a CPU."""
+    for package in ("timm", "torchvision", "sklearn"):
+        pytest.importorskip(package)
+    (plan,) = (plan for plan in load_comparisons("cifar10-cpu") if plan.name == "cifar10-cpu-sharing")
+    own, timms = (replace(plan.arms[arm], data="digits") for arm in ("unshared (ViT)", VIT))
+    counts = [ImageClassification(config, torch.device("cpu")).flops_per_unit for config in (own, timms)]
+    assert counts[0] == counts[1]
 
 
 MODELS = {"r50": "resnet50", "r50d": "resnet50d", "r101d": "resnet101d", "r152d": "resnet152d"}

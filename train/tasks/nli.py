@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...archs import read_config
 from ..classify import Tally
@@ -16,6 +15,7 @@ from ..config import RunConfig
 from ..data import BlockOrder, load_tokenizer, save_tokenizer
 from ..data.pairs import LABELS, MARKS, Pairs, PairTokens, load_pairs, marks
 from ..data.tokenizer import FILE as TOKENIZER_FILE
+from ..flops import flop_counter
 from ..nli_config import NLIConfig
 from ..nli_model import NLIModel, build_nli_model, load_encoder, load_nli_model, save_nli_model, stored_encoder
 from ..parallel import rows as own_rows
@@ -60,7 +60,7 @@ class NaturalLanguageInference(Task):
         ids = torch.zeros(1, self.config.max_len, dtype=torch.int64, device=self.device)
         mask = torch.ones_like(ids, dtype=torch.bool)
         training = self.model.training
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with flop_counter() as counter, torch.no_grad():
             self.model.eval()(ids, mask)
         self.model.train(training)
         total = counter.get_total_flops()

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...archs.heads import grassmann_heads
 from ..classify import evaluate_classifier
@@ -18,6 +17,7 @@ from ..config import RunConfig, VisionConfig
 from ..data.image_batches import EvalBatches, ImageBatch, TrainBatches, load_batches
 from ..data.image_sources import load_images
 from ..ema import WeightAverage
+from ..flops import flop_counter
 from ..parallel import gather, is_main
 from ..vision_model import ImageModelSpec, build_vision_model, load_vision_model, num_parameters, save_vision_model
 from .base import Task
@@ -57,7 +57,7 @@ class ImageClassification(Task):
             return float(own(training=True))
         image = torch.zeros(1, 3, self.config.img_size, self.config.img_size, device=self.device)
         training = self.model.training
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with flop_counter() as counter, torch.no_grad():
             self.model.eval()(self._images(image))
         self.model.train(training)
         # The counter does not see into grassland's own operators.
