@@ -19,10 +19,14 @@ OPTIMIZERS = ("adamw", "lamb", "muon", "sgd")
 def route(parameter: nn.Parameter, owner: nn.Module) -> str:
     """The group of a parameter of the module `owner`: "matrix", "decay", "no_decay" or "manifold".
 
-    A layer decides for its own parameter by setting `parameter.optim_group`; "manifold" means orthonormal bases of
-    `parameter.subspace_dim` rows, as in `GrassmannHead.weight`. Otherwise vectors (norms, biases) and
-    embeddings are not decayed, matrices are, and of these Muon takes the two-dimensional ones.
+    A layer decides for its own parameters by `optim_groups`, a dict of names and groups, because copies and loaded
+    tensors keep no attributes; other modules' parameters can be marked by setting `parameter.optim_group`. "manifold"
+    means orthonormal bases of `parameter.subspace_dim` rows, as in `GrassmannHead.weight`. Otherwise vectors (norms,
+    biases) and embeddings are not decayed, matrices are, and of these Muon takes the two-dimensional ones.
     """
+    for name, group in getattr(owner, "optim_groups", {}).items():
+        if getattr(owner, name, None) is parameter:
+            return group
     marked = getattr(parameter, "optim_group", None)
     if marked is not None:
         return marked
@@ -60,7 +64,7 @@ def build_optimizer(
 
     "adamw", "lamb" (timm's) and "sgd" (momentum `betas[0]`) take everything. "muon" takes the two-dimensional hidden
     matrices with an update scaled to AdamW's typical size, so that one `lr` and `weight_decay` serve both, and AdamW
-    takes the rest. Whatever the name, parameters marked "manifold" (Grassmann heads) go to `GrassmannSGD` with
+    takes the rest. Whatever the name, "manifold" parameters (Grassmann heads) go to `GrassmannSGD` with
     `head_lr` (`lr` if None), `head_momentum` and `momentum_mode`, undecayed.
 
     Raises ValueError for an unknown name, and for "lamb" without timm.

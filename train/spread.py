@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from . import parallel
+from .optim import route
 
 
 class Spread:
@@ -122,7 +123,8 @@ def _shard(model: nn.Module, mesh: DeviceMesh) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # FSDP takes no other memory layout
     # FSDP cuts dimension 0, which a scalar does not have.
-    kept = {p for p in model.parameters() if getattr(p, "optim_group", None) == "manifold" or p.ndim == 0}
+    owned = [(p, module) for module in model.modules() for p in module.parameters(recurse=False)]
+    kept = {p for p, owner in owned if route(p, owner) == "manifold" or p.ndim == 0}
     marks = {name: dict(vars(parameter)) for name, parameter in model.named_parameters()}
     # Residuals add out of place: views that a branch returns do no harm.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")

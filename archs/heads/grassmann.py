@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,15 @@ class GrassmannHead(nn.Module):
 
     `weight` (num_classes · subspace_dim, in_features): rows i·k … (i+1)·k − 1 are S_iᵀ, an orthonormal basis of class
     i, drawn uniformly (QR of a normal matrix). The bases must stay orthonormal, which an ordinary optimiser does not
-    see to: the parameter carries `optim_group = "manifold"` and `subspace_dim`, by which `grassland.train.optim`
-    gives it to `GrassmannSGD`, and it must not be decayed. After anything else that writes it (an average of weights,
+    see to: `optim_groups` tells `grassland.train.optim` to give it to `GrassmannSGD`, which reads k from the mark
+    `weight.subspace_dim`, and it must not be decayed. After anything else that writes it (an average of weights,
     rounding to half precision), call `reproject_`.
 
     in_features: n. num_classes: K. subspace_dim: k, 1 ≤ k ≤ n. scale: γ > 0. backend: of the kernels; None chooses by
     device. ValueError names a bad argument.
     """
+
+    optim_groups: ClassVar[dict[str, str]] = {"weight": "manifold"}
 
     def __init__(
         self,
@@ -55,13 +57,18 @@ class GrassmannHead(nn.Module):
         # For models that compute their loss with `loss`: the classifier hands on what it is given.
         self.features_only = False
         self.weight = nn.Parameter(torch.empty(num_classes * subspace_dim, in_features, device=device, dtype=dtype))
-        self._mark()
         self.reset_parameters()
 
     def _mark(self) -> None:
-        """What optimisers read. deepcopy, unpickling and `to_empty` make a new Parameter without it."""
+        """What `GrassmannSGD` reads. deepcopy, unpickling, `to_empty` and loading by assignment make a new Parameter
+        without it."""
         weight: Any = self.weight
-        weight.optim_group, weight.subspace_dim = "manifold", self.subspace_dim
+        weight.subspace_dim = self.subspace_dim
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if param is not None:
+            self._mark()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "GrassmannHead":
         super()._apply(fn, recurse)

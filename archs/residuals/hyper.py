@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,6 @@ class StreamNorm(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.gamma)
-        self.gamma.optim_group = "no_decay"  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) * (math.sqrt(x.shape[-1]) * (1 + self.gamma.to(x.dtype)))
@@ -65,7 +64,12 @@ class Hyper(nn.Module):
     Raises ValueError that names the argument.
     """
 
-    decayed: tuple[str, ...] = ("dynamic_alpha_fn", "dynamic_beta_fn")
+    decayed = ("dynamic_alpha_fn", "dynamic_beta_fn")
+    # Vectors need no entry: they are not decayed anywhere.
+    optim_groups: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(decayed, "decay"),
+        **dict.fromkeys(("static_alpha", "stream_embed"), "no_decay"),
+    }
 
     def __init__(
         self,
@@ -141,8 +145,6 @@ class Hyper(nn.Module):
             self.stream_embed.zero_()
         if "reduce_weight" in self._parameters:
             self.reduce_weight.fill_(1.0 if self.init == "paper" else 1 / self.num_streams)
-        for name, parameter in self.named_parameters(recurse=False):
-            parameter.optim_group = "decay" if name in self.decayed else "no_decay"  # type: ignore[attr-defined]
 
     def forward(self, x: Any, *args: Any) -> Any:
         """The streams after the branch, or `(streams, *rest)` if the branch returns a tuple. ValueError for x without

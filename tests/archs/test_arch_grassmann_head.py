@@ -15,7 +15,7 @@ from grassland.archs.heads.subspaces import (
     plot_feature_variability,
     principal_angles,
 )
-from grassland.train.optim import build_optimizer
+from grassland.train.optim import GrassmannSGD, build_optimizer
 
 LM = {"vocab_size": 40, "dim": 16, "depth": 1, "ffn_dim": 32, "max_len": 8, "rank": 4, "offsets": (1, 2)}
 
@@ -47,6 +47,10 @@ def test_loss_is_the_cross_entropy_of_the_logits(head):
 def remade(head, how):
     if how == "deepcopy":
         return copy.deepcopy(head)
+    if how == "assign":
+        other = GrassmannHead(12, 5, subspace_dim=3, device="meta")
+        other.load_state_dict(head.state_dict(), assign=True)
+        return other
     if how == "to_empty":
         other = GrassmannHead(12, 5, subspace_dim=3, device="meta").to_empty(device="cpu")
         other.reset_parameters()
@@ -54,11 +58,15 @@ def remade(head, how):
     return head.double()
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "to_empty", "double"])
-def test_the_mark_survives(head, how):
+@pytest.mark.parametrize("how", ["deepcopy", "assign", "to_empty", "double"])
+def test_a_remade_head_still_goes_to_the_manifold_optimiser(head, how):
     other = remade(head, how)
-    assert (other.weight.optim_group, other.weight.subspace_dim) == ("manifold", 3)
-    assert other.orthogonality_error() < 1e-6
+    optimizer = build_optimizer(other, "adamw", lr=0.1)
+    assert isinstance(optimizer, GrassmannSGD)
+    other.loss(torch.randn(4, 12, dtype=other.weight.dtype), torch.arange(4)).backward()
+    before = other.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(other.weight, before) and other.orthogonality_error() < 1e-6
 
 
 def test_reproject_finds_the_nearest_bases(head):
