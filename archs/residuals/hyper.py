@@ -151,7 +151,7 @@ class Hyper(nn.Module):
         the streams' dimension."""
         u, join = self.open(x)
         if self.branch is None:
-            return self.branch_norm(u), join
+            return self.branch_norm(u), lambda y: join(self.dropout(y))
         out = self.branch(self.branch_norm(u), *args)
         if isinstance(out, tuple):
             return (join(self.dropout(out[0])), *out[1:])

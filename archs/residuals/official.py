@@ -30,12 +30,13 @@ def get_init_and_expand_reduce_stream_functions(
         dim: width of the streams; may be given to `init` instead.
         disable: True for plain residuals and streams that are x itself; None for True at n = 1.
         kind: "kromhc", "mhc", "mhc_lite" or "hc".
-        defaults: further options of the class (`init="identity"`, `norm="pre"`, …).
+        defaults: further options of the class (`init="identity"`, `norm="pre"`, …). reduce: "sum" or "mean"; None for
+            "sum" under init="paper", else "mean". expand: "repeat".
 
     Returns:
         init(branch=None, *, dim, layer_index, **options): a module; with branch None, calling it gives the branch's
         input and a function that adds the branch's output. layer_index counts the calls unless it is given.
-        expand: (b, …, d) to (b n, …, d), n copies of each row. reduce: their sum.
+        expand: (b, …, d) to (b n, …, d), n copies of each row. reduce: their sum or mean.
         As the official programs do, and unlike the papers, the mixing is by H_res transposed.
 
     Raises:
@@ -43,6 +44,14 @@ def get_init_and_expand_reduce_stream_functions(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {tuple(KINDS)}, got {kind!r}")
+    total = defaults.pop("reduce", None) or ("sum" if defaults.get("init", "paper") == "paper" else "mean")
+    # What is learned would be a layer's parameter, and these functions belong to none.
+    for name, value, allowed in (
+        ("reduce", total, ("sum", "mean")),
+        ("expand", defaults.pop("expand", "repeat"), ("repeat",)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed} for packed streams, got {value!r}")
     off = num_streams == 1 if disable is None else disable
     count, packed = itertools.count(), _packed(KINDS[kind])
 
@@ -55,6 +64,9 @@ def get_init_and_expand_reduce_stream_functions(
     ) -> Hyper:
         if dim is None:
             raise ValueError("dim must be given here or to get_init_and_expand_reduce_stream_functions, got None")
+        for name in ("init", "expand", "reduce"):
+            if name in options:
+                raise ValueError(f"{name} must be given to get_init_and_expand_reduce_stream_functions, not to init")
         index = next(count) if layer_index is None else layer_index
         chosen = {"transposed": kind != "hc", **defaults, **options}
         return packed(branch, dim, index, num_streams=num_streams, disable=off, **chosen)
@@ -63,7 +75,10 @@ def get_init_and_expand_reduce_stream_functions(
         return x if off else x.repeat_interleave(num_streams, 0)
 
     def reduce(x: Tensor) -> Tensor:
-        return x if off else _rows(x, num_streams).sum(1)
+        if off:
+            return x
+        rows = _rows(x, num_streams)
+        return rows.sum(1) if total == "sum" else rows.mean(1)
 
     return init, expand, reduce
 

@@ -318,6 +318,20 @@ def test_without_a_branch_it_gives_input_and_join(kind):
 
 
 @pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("off", [{}, {"disable": True}])
+def test_without_a_branch_join_drops_out(kind, off):
+    layer = CLASSES[kind](None, 6, dropout=0.5, **off, **FLOAT64)
+    x = layer.expand(normal(2, 6))
+    torch.manual_seed(0)
+    u, join = layer(x)
+    found = torch.clone(join(u))
+    other = CLASSES[kind](nn.Identity(), 6, dropout=0.5, **off, **FLOAT64)
+    torch.manual_seed(0)
+    assert torch.equal(found, torch.clone(other(x)))
+    assert not torch.equal(found, torch.clone(layer.eval()(x)[1](u)))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("reduce", ["sum", "mean", "learned"])
 def test_expand_and_reduce(kind, reduce):
     layers = chain(kind, expand="learned", reduce=reduce)
@@ -429,7 +443,17 @@ def test_wrapping_a_transformer_layer_of_torch():
     feed = init(branch=encoder._ff_block)
     x = normal(2, 5, 8, dtype=torch.float32)
     streams = feed(attend(expand(x)))
-    torch.testing.assert_close(reduce(streams) / 4, encoder(x), atol=1e-5, rtol=0)
+    torch.testing.assert_close(reduce(streams), encoder(x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [({}, "sum"), ({"reduce": "mean"}, "mean"), ({"init": "identity", "reduce": "sum"}, "sum")],
+)
+def test_the_official_interface_reduces_as_it_is_told(options, kind):
+    _, expand, reduce = get_init_and_expand_reduce_stream_functions(4, dim=6, **options)
+    x = normal(2, 3, 6)
+    torch.testing.assert_close(reduce(expand(x)), 4 * x if kind == "sum" else x)
 
 
 @pytest.mark.parametrize(
@@ -454,6 +478,9 @@ def test_wrapping_a_transformer_layer_of_torch():
         (lambda: KromHC(None, 8).expand(torch.zeros(2, 7)), ("x", "dim=8", "7")),
         (lambda: KromHC(None, 8, reduce="learned", num_layers=2).reduce(torch.zeros(2, 4, 8)), ("learned", "0")),
         (lambda: get_init_and_expand_reduce_stream_functions(4, kind="mhd"), ("kind", "mhd")),
+        (lambda: get_init_and_expand_reduce_stream_functions(4, reduce="learned"), ("reduce", "learned", "mean")),
+        (lambda: get_init_and_expand_reduce_stream_functions(4, expand="learned"), ("expand", "learned", "repeat")),
+        (lambda: get_init_and_expand_reduce_stream_functions(4, dim=8)[0](init="identity"), ("init", "given to")),
         (lambda: get_init_and_expand_reduce_stream_functions(4)[0](), ("dim",)),
         (lambda: get_init_and_expand_reduce_stream_functions(4, dim=8)[0]()(torch.zeros(6, 8)), ("4 streams", "6")),
         (lambda: create_model("lm", residual="kromhc", num_streams=7, **SIZES), ("num_streams", "7")),
