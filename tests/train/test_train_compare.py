@@ -84,6 +84,26 @@ def test_a_grid_is_widened_where_an_arm_is_best_at_its_end(config, tmp_path):
         CompareOptions("x", widen=-1)
 
 
+def test_a_report_alone_takes_no_rate_as_tried_that_was_not_run(config, tmp_path):
+    path, out = written(config, tmp_path, lrs=[0.001, 0.01], seeds=[0]), tmp_path / "out"
+    assert run(path, out, "--widen", "0") == 0
+    narrow = read_records(out / "report.jsonl")
+    assert run(path, out, "--report-only") == 0
+    assert read_records(out / "report.jsonl") == narrow and sum(r["edge"] for r in narrow) == 2
+    assert run(path, out, "--widen", "1") == 0
+    wide = read_records(out / "report.jsonl")
+    assert run(path, out, "--report-only") == 0
+    assert read_records(out / "report.jsonl") == wide and len(wide) == len(narrow) + 2
+
+
+def test_a_rate_that_diverges_has_been_tried(config, tmp_path):
+    path, out = written(config, tmp_path, lrs=[0.001, 0.01, 1e30], seeds=[0]), tmp_path / "out"
+    assert run(path, out, "--widen", "0") == 0
+    records = read_records(out / "report.jsonl")
+    assert all(r["diverged"] for r in records if r["lr"] == 1e30)
+    assert not any(r["edge"] for r in records) and {r["lr"] for r in records if r["chosen"]} == {0.01}
+
+
 def test_runs_at_a_time_come_to_the_same(config, tmp_path, monkeypatch):
     path, wait, together = written(config, tmp_path), multiprocessing.connection.wait, []
 
@@ -224,9 +244,13 @@ def test_the_learning_rate_is_the_best_of_the_first_seed_and_its_edge_is_marked(
     chosen = select(records, 0)
     assert (chosen["a"].lr, chosen["a"].edge, chosen["b"].lr, chosen["b"].edge) == (0.2, False, 0.1, True)
     assert chosen["a"].beyond is None and chosen["b"].beyond == 0.05
-    # A rate at which the run failed has been tried too.
-    diverged = {**record("c", 0.4, 0, 9.0), "status": "failed"}
-    assert select([record("c", 0.1, 0, 2.0), record("c", 0.2, 0, 1.0), diverged], 0)["c"].edge is False
+    # A rate at which the run diverged has been tried too; one at which it failed for another reason has not.
+    for diverged in (True, False):
+        failed = {**record("c", 0.4, 0, 9.0), "status": "failed", "diverged": diverged}
+        found = select([record("c", 0.1, 0, 2.0), record("c", 0.2, 0, 1.0), failed], 0)["c"]
+        assert (found.edge, found.beyond) == ((False, None) if diverged else (True, 0.4))
+    alone = select([record("c", 0.2, 0, 1.0), failed], 0)["c"]
+    assert (alone.edge, alone.beyond) == (True, None)
     assert select([record("d", 3e-3, 0, 2.0), record("d", 1e-2, 0, 1.0)], 0)["d"].beyond == 0.033
     assert select([record("e", 0.1, 0, 2.0), record("e", 0.1001, 0, 1.0)], 0)["e"].beyond is None  # 0.1 again
 

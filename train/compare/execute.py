@@ -20,7 +20,7 @@ from ..log import UNTIMED_STEPS
 from ..start import AUTO
 from .options import changed
 from .plan import FREE, Comparison
-from .results import SHOWN, Record, Selection, alone, done, is_done, mark, outcome, select
+from .results import SHOWN, Record, Selection, alone, done, is_diverged, is_done, mark, outcome, select
 
 # Of an arm alone: the median of windows is what a machine does while nothing else disturbs it.
 WINDOWS, WINDOW_STEPS = 6, 10
@@ -71,10 +71,20 @@ class Runner:
     def _widen(self, seed: int) -> None:
         for _ in range(self.widen):
             beyond = {arm: selection.beyond for arm, selection in select(self.finished, seed).items()}
-            runs = [Run(arm, lr, seed) for arm in self.plan.arms if (lr := beyond.get(arm)) is not None]
+            wider = [Run(arm, lr, seed) for arm in self.plan.arms if (lr := beyond.get(arm)) is not None]
+            # One that failed without telling anything of its rate is not run twice.
+            runs = [run for run in wider if run not in self._seen() and self._is_worth(run)]
             if not runs:
                 return
             self._round(runs)
+
+    def _seen(self) -> set[Run]:
+        return {Run(record["arm"], record["lr"], record["seed"]) for record in self.finished}
+
+    def _is_worth(self, run: Run) -> bool:
+        """Whether it will tell something of its rate: where nothing is run, only what has been can."""
+        folder = self._place(run)
+        return self.context is not None or is_done(folder) or is_diverged(folder)
 
     def _round(self, runs: Iterable[Run]) -> None:
         """Carry out these runs and add their records in this order; each is printed as soon as it is there."""
@@ -114,7 +124,7 @@ class Runner:
             log = _log(folder)
             lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
             reason = f"{lines[-1] if lines else 'no output'} (exit code {exitcode}, {log})"
-        return {**about, "status": "failed", "error": reason}
+        return {**about, "status": "failed", "error": reason, "diverged": is_diverged(folder)}
 
     def _place(self, run: Run) -> Path:
         return self.folder / run.arm / f"lr{run.lr:g}-seed{run.seed}"

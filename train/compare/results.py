@@ -17,21 +17,22 @@ UNITS = {"lm": "tokens", "vision": "images"}
 
 @dataclass(frozen=True)
 class Selection:
-    """The learning rate that an arm is given, the best in validation with the first seed of those it has `tried`."""
+    """The learning rate that an arm is given: of those that it has `tried`, in their order, the best in validation with
+    the first seed."""
 
     lr: float
     tried: tuple[float, ...]
 
     @property
     def edge(self) -> bool:
-        """Whether it is the first or last of several, so that a wider grid might have done better."""
-        return len(self.tried) > 1 and self.lr in (self.tried[0], self.tried[-1])
+        """Whether it is the first or the last, so that a wider grid might have done better."""
+        return self.lr in (self.tried[0], self.tried[-1])
 
     @property
     def beyond(self) -> float | None:
         """The next rate past the end at which the best one lies, by the factor that the last two are apart there;
-        None if there is no such end, or two digits cannot tell it from a rate that was tried."""
-        if not self.edge:
+        None if there is no such end, a single rate, or two digits cannot tell it from one that was tried."""
+        if not self.edge or len(self.tried) < 2:
             return None
         inner = self.tried[1] if self.lr == self.tried[0] else self.tried[-2]
         rate = float(f"{self.lr**2 / inner:.2g}")
@@ -41,6 +42,11 @@ class Selection:
 def is_done(folder: Path) -> bool:
     """Whether a run got to its end."""
     return (folder / "metrics.jsonl").is_file() and any(e["event"] == "end" for e in read_metrics(folder))
+
+
+def is_diverged(folder: Path) -> bool:
+    """Whether a run ended at a loss or gradient that is not finite."""
+    return (folder / "metrics.jsonl").is_file() and [e["event"] for e in read_metrics(folder)][-1:] == ["nan"]
 
 
 def outcome(folder: Path, task: str) -> Record:
@@ -93,13 +99,17 @@ def done(records: Iterable[Record]) -> list[Record]:
 
 
 def select(records: Iterable[Record], seed: int) -> dict[str, Selection]:
-    """For each arm with a finished run of `seed` in `records`: the learning rate of the best validation."""
+    """For each arm with a finished run of `seed` in `records`: the learning rate of the best validation.
+
+    A rate counts as tried if its run finished or diverged; what an interrupt or lack of memory ended tells nothing of it.
+    """
     best: dict[str, tuple[float, float]] = {}
     tried: dict[str, list[float]] = {}
     for record in records:
         if record["seed"] != seed:
             continue
-        tried.setdefault(record["arm"], []).append(record["lr"])
+        if record["status"] == "done" or record["diverged"]:
+            tried.setdefault(record["arm"], []).append(record["lr"])
         if record["status"] == "done":
             value = record["valid"][SHOWN[record["task"]][0]]
             rank = (value if math.isfinite(value) else math.inf, record["lr"])
