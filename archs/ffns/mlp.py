@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_input
 from ..init import init_weights
 from ..registry import register_slot
 
@@ -22,11 +23,13 @@ class MLP(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        self.dim = dim
         self.up = nn.Linear(dim, hidden_dim, **dd)
         self.down = nn.Linear(hidden_dim, dim, **dd)
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_input(x, self.dim, self.up)
         return self.down(F.gelu(self.up(x)))
 
     def flops_per_token(self, seq_len: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from ...kernels.moe import Routing, expert_capacity, moe_ffn, moe_route
+from ..checks import check_input
 from ..init import INIT_STD
 from ..registry import register_slot
 
@@ -86,8 +87,7 @@ class SharedMoE(nn.Module):
         mask (…) bool: False for padding, which is not routed and gets y = 0. ValueError for wrong shapes, a mask
         without a token (seen on the CPU only) and a capacity of no places.
         """
-        if x.dim() == 0 or x.shape[-1] != self.router.shape[1]:
-            raise ValueError(f"x must be (…, {self.router.shape[1]}), got {tuple(x.shape)}")
+        check_input(x, self.router.shape[1])
         rows = x.reshape(-1, x.shape[-1])
         logits, live = self._logits(rows), None if mask is None else _flat(mask, x)
         routing = moe_route(

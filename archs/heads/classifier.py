@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_input
 from ..init import init_weights
 from ..registry import register_slot
 
@@ -22,11 +23,13 @@ class ClassifierHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.dim = dim
         self.proj = nn.Linear(dim, num_classes, device=device, dtype=dtype)
         self.apply(init_weights)
 
     def logits(self, x: Tensor) -> Tensor:
         """(…, dim) → (…, num_classes)."""
+        check_input(x, self.dim, self.proj)
         return self.proj(x)
 
     def loss(self, x: Tensor, labels: Tensor, reduction: str = "mean", *, label_smoothing: float = 0.0) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_input
 from ..registry import register_slot
 from .cross_entropy import linear_cross_entropy
 
@@ -63,6 +64,7 @@ class CosineHead(nn.Module):
         return linear_cross_entropy(*self._normalised(x), labels, **options)
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_input(x, self.in_features, self)
         return self.scale * F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1)
 
     def flops_per_token(self) -> int:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_input
 from ..init import init_weights
 from ..registry import register_slot
 from .cross_entropy import linear_cross_entropy
@@ -32,6 +33,7 @@ class LinearHead(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(…, dim) → (…, num_classes)."""
+        check_input(x, self.weight.shape[1], self)
         return F.linear(x, self.weight)
 
     def loss(self, x: Tensor, labels: Tensor, reduction: str = "mean", *, label_smoothing: float = 0.0) -> Tensor:

@@ -25,12 +25,13 @@ class BidirectionalAttention(MultiHead):
         """
         if state is not None or lengths is not None:
             raise ValueError("state and lengths must be None: bidirectional attention does not decode")
+        q, k, v = self.split(x)
         if mask is not None:
             if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
                 raise ValueError(f"mask must be bool {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
             # A row of padding alone sees itself, since a softmax over nothing is NaN.
             mask = (mask | ~mask.any(-1, keepdim=True))[:, None, None, :]
-        return self.merge(F.scaled_dot_product_attention(*self.split(x), attn_mask=mask))
+        return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs a token: four projections and seq_len keys."""

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.plucker import gated_blend
+from ..checks import check_input
 from ..init import init_weights
 from ..registry import register_slot
 from .grassmann import ReducedHistory, checked_offsets
@@ -101,12 +102,14 @@ class Control(nn.Module, ABC):
         offsets: Sequence[int] | None = None,
     ) -> Tensor:
         """Mix (B, T, dim); with a state, continue the sequences it has seen (see `grassland.archs.mixers`)."""
-        chosen, length = self.offsets if offsets is None else tuple(offsets), x.shape[1]
+        check_input(x, self.dim, self.gate, sequence=True)
+        chosen, length = self.offsets if offsets is None else checked_offsets(offsets), x.shape[1]
         own, kept = self.reduced(x)
         if state is None:
             positions = torch.arange(length, device=x.device)[None]
             window = F.pad(kept, (0, 0, max(chosen), 0))
         else:
+            state.check(x, chosen)
             positions = state.positions(length)
             window = state.extend(kept, lengths)
             state.advance(length, lengths)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.plucker import gated_blend, plucker_coordinates, plucker_mix
+from ..checks import check_input
 from ..init import init_weights
 from ..registry import register_slot
 from .state import MixerState
@@ -20,6 +21,12 @@ class ReducedHistory(MixerState):
     ) -> None:
         super().__init__(batch_size, device)
         self.z = torch.zeros(batch_size, span, rank, device=device, dtype=dtype)
+
+    def check(self, x: Tensor, offsets: Sequence[int]) -> None:
+        """ValueError unless x (B, …) has the state's rows and the history reaches back to all offsets."""
+        self.check_rows(x)
+        if max(offsets) > self.z.shape[1]:
+            raise ValueError(f"offsets must be at most {self.z.shape[1]}, the span of the state, got {tuple(offsets)}")
 
     def extend(self, z: Tensor, lengths: Tensor | None) -> Tensor:
         """Append a chunk z (B, T, rank), keep the last `span` valid vectors, and return history and chunk together."""
@@ -89,7 +96,8 @@ class CausalGrassmannMixer(nn.Module):
         offsets: Sequence[int] | None = None,
     ) -> Tensor:
         """Mix (B, T, dim); with a state, continue the sequences it has seen (see `grassland.archs.mixers`)."""
-        offsets = self.offsets if offsets is None else offsets
+        check_input(x, self.dim, self.reduce, sequence=True)
+        offsets = self.offsets if offsets is None else checked_offsets(offsets)
         z = self.reduce(x)
         g = self._mix(z, offsets) if state is None else self._continue(z, state, lengths, offsets)
         if self.out_proj is not None:
@@ -101,6 +109,7 @@ class CausalGrassmannMixer(nn.Module):
         return plucker_mix(z, weight, bias, offsets=tuple(offsets), eps=self.eps, backend=self.backend)
 
     def _continue(self, z: Tensor, state: ReducedHistory, lengths: Tensor | None, offsets: Sequence[int]) -> Tensor:
+        state.check(z, offsets)
         length, fresh, positions = z.shape[1], state.fresh, state.positions(z.shape[1])
         window = state.extend(z, lengths)
         state.advance(length, lengths)

@@ -61,7 +61,8 @@ class LocalAttention(Control):
     def pair(self, own: Tensor, window: Tensor, positions: Tensor, offsets: tuple[int, ...]) -> Tensor:
         length, span = own.shape[1], window.shape[1] - own.shape[1]
         block = max(1, min(span, length))
-        rest = -length % block
+        # No tokens make a block of padding alone, since there must be one to unfold.
+        rest = -length % block if length else block
         queries = F.pad(own, (0, 0, 0, rest)).unflatten(1, (-1, block))
         # (B, blocks, span + block, 2·width): the keys and values that each block of queries may see.
         seen = F.pad(window, (0, 0, 0, rest)).unfold(1, span + block, block).transpose(-1, -2)

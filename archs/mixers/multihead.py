@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_input
 from ..init import init_weights
 
 
@@ -27,13 +28,14 @@ class MultiHead(nn.Module):
         super().__init__()
         if not isinstance(num_heads, int) or num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must be a positive divisor of dim={dim}, got {num_heads!r}")
-        self.num_heads = num_heads
+        self.dim, self.num_heads = dim, num_heads
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.out_proj = nn.Linear(dim, dim, **dd)
         self.apply(init_weights)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, dim) → q, k, v of (B, H, T, dim/H)."""
+        check_input(x, self.dim, self.qkv, sequence=True)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 

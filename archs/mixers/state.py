@@ -16,6 +16,11 @@ class MixerState:
         """True until the first chunk; known without asking the device."""
         return self.extent == 0
 
+    def check_rows(self, x: Tensor) -> None:
+        """ValueError unless x (B, …) has as many rows as the state."""
+        if x.shape[0] != self.seen.shape[0]:
+            raise ValueError(f"x must have the {self.seen.shape[0]} rows of the state, got {x.shape[0]}")
+
     def positions(self, length: int) -> Tensor:
         """Absolute positions (B, length) of the next `length` tokens of every row."""
         return self.seen[:, None] + torch.arange(length, device=self.seen.device)

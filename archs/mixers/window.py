@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.plucker import gated_blend
+from ..checks import check_input
 from ..init import init_weights
 from .grassmann import mean_coordinates
 
@@ -48,7 +49,8 @@ class WindowGrassmannMixer(nn.Module):
             raise ValueError(f"window must be an integer of at least 2, got {window!r}")
         if not isinstance(stride, int) or not 1 <= stride <= window:
             raise ValueError(f"stride must be an integer in [1, window={window}], got {stride!r}")
-        self.num_heads, self.window, self.stride, self.eps, self.backend = num_heads, window, stride, eps, backend
+        self.dim, self.num_heads, self.window, self.stride = dim, num_heads, window, stride
+        self.eps, self.backend = eps, backend
         size = rank // num_heads
         self.reduce = nn.Linear(dim, rank, **dd)
         self.plucker = nn.Linear(num_heads * size * (size - 1) // 2, dim, **dd)
@@ -62,6 +64,7 @@ class WindowGrassmannMixer(nn.Module):
         """
         if state is not None or lengths is not None:
             raise ValueError("state and lengths must be None: mixing in windows does not decode")
+        check_input(x, self.dim, self.reduce, sequence=True)
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         elif mask.shape != x.shape[:2] or mask.dtype != torch.bool:

@@ -1,0 +1,99 @@
+"""Inputs that a layer cannot take are named, with what is wanted instead."""
+
+import pytest
+import torch
+from torch import nn
+
+from grassland.archs import (
+    MLP,
+    BidirectionalAttention,
+    CausalAttention,
+    CausalConvolution,
+    CausalGrassmannMixer,
+    ClassifierHead,
+    ConcatenationMixer,
+    CosineHead,
+    HadamardMixer,
+    LinearHead,
+    LocalAttention,
+    SharedMoE,
+    TiedHead,
+    swap,
+)
+from grassland.archs.mixers.window import WindowGrassmannMixer
+
+HISTORY = [CausalConvolution, CausalGrassmannMixer, ConcatenationMixer, HadamardMixer, LocalAttention]
+MIXERS = [*HISTORY, BidirectionalAttention, CausalAttention, WindowGrassmannMixer]
+FFNS = [MLP, SharedMoE]
+HEADS = [ClassifierHead, CosineHead, LinearHead, TiedHead]
+
+
+def layer(cls):
+    """What is called with x of width 16."""
+    if cls in MIXERS:
+        return cls(16)
+    if cls in FFNS:
+        return cls(16, 8).eval()
+    return cls(16, 5, nn.Embedding(5, 16)).logits
+
+
+@pytest.mark.parametrize("cls", [*MIXERS, *FFNS, *HEADS])
+def test_a_wrong_width_is_named(cls):
+    with pytest.raises(ValueError, match=r"x must be \(.*, 16\), got \(2, 7, 12\)"):
+        layer(cls)(torch.randn(2, 7, 12))
+
+
+@pytest.mark.parametrize("cls", MIXERS)
+@pytest.mark.parametrize("shape", [(7, 16), (2, 3, 7, 16)])
+def test_a_mixer_takes_a_batch_of_sequences_alone(cls, shape):
+    with pytest.raises(ValueError, match=r"x must be \(B, T, 16\)"):
+        layer(cls)(torch.randn(shape))
+
+
+@pytest.mark.parametrize("cls", [*MIXERS, *FFNS, *HEADS])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_a_wrong_dtype_is_named(cls, dtype):
+    with pytest.raises(TypeError, match=r"must (have the dtype|be a floating-point)"):
+        layer(cls)(torch.ones(2, 7, 16, dtype=dtype))
+
+
+@pytest.mark.parametrize("cls", [*MIXERS, *FFNS, *HEADS])
+def test_autocast_chooses_the_dtype_itself(cls):
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(cls)(torch.randn(2, 7, 16, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("cls", [*HISTORY, BidirectionalAttention, CausalAttention])
+def test_no_tokens_are_no_tokens(cls):
+    assert layer(cls)(torch.randn(2, 0, 16)).shape == (2, 0, 16)
+
+
+def test_a_replaced_projection_needs_no_weight():
+    class Twice(nn.Module):
+        def forward(self, x):
+            return torch.cat([x, x], -1)
+
+    mlp = MLP(4, 8)
+    swap(mlp, {"up": lambda old: Twice()})
+    assert mlp(torch.randn(3, 4)).shape == (3, 4)
+
+
+@pytest.mark.parametrize("cls", HISTORY)
+def test_offsets_beyond_the_state_are_refused(cls):
+    mixer = cls(16, rank=4, offsets=(1, 2))
+    state, x = mixer.init_state(3, 9), torch.randn(3, 2, 16)
+    mixer(x, state)
+    with pytest.raises(ValueError, match=r"offsets must be at most 2, the span of the state, got \(1, 5\)"):
+        mixer(x, state, None, (1, 5))
+    with pytest.raises(ValueError, match=r"offsets must be .* positive integers, got \(0, 1\)"):
+        mixer(x, state, None, (0, 1))
+    assert state.extent == 2
+
+
+@pytest.mark.parametrize("cls", [*HISTORY, CausalAttention])
+def test_a_state_of_another_batch_is_refused(cls):
+    mixer = layer(cls)
+    state = mixer.init_state(3, 9)
+    with pytest.raises(ValueError, match="x must have the 3 rows of the state, got 1"):
+        mixer(torch.randn(1, 2, 16), state)
+    assert state.fresh
