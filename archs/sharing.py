@@ -9,14 +9,25 @@ from torch import nn
 from .registry import slot_class
 
 
-class SharedBranch:
-    """A module as another block sees it: the same weights with that block's own layer options.
+class Reference:
+    """A module as one sees it that does not own it.
 
-    Deliberately not a Module, so that the block which owns the module is the only one to register its weights.
+    Deliberately not a Module, so that the owner is the only one to register its weights: a state dict has them once,
+    and the sharing survives `to_empty` and `deepcopy`, which a shared Parameter would not.
+
+    reads: the attribute of the module that is read, None if the module is called.
     """
 
-    def __init__(self, module: nn.Module, options: Mapping[str, Any]) -> None:
+    def __init__(self, module: nn.Module, reads: str | None = None) -> None:
         self.module: Any = module
+        self.reads = reads
+
+
+class SharedBranch(Reference):
+    """A module as another block sees it: the same weights with that block's own layer options."""
+
+    def __init__(self, module: nn.Module, options: Mapping[str, Any]) -> None:
+        super().__init__(module)
         self.options = dict(options)
 
     @property

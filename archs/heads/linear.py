@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ..checks import check_input
 from ..init import init_weights
 from ..registry import register_slot
+from ..sharing import Reference
 from .cross_entropy import linear_cross_entropy
 
 
@@ -65,10 +66,8 @@ class TiedHead(LinearHead):
         nn.Module.__init__(self)
         if embedding is None:
             raise ValueError("head='tied' needs a model with a token embedding; use head='linear'")
-        # In a tuple the embedding is not registered again: a state dict has the weight once, and the tie survives
-        # `to_empty` and `deepcopy`, which a shared Parameter would not.
-        self._tied = (embedding,)
+        self.tied = Reference(embedding, "weight")
 
     @property
     def weight(self) -> Tensor:
-        return self._tied[0].weight
+        return self.tied.module.weight

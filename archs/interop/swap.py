@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..sharing import Reference
 from .probe import difference, probe
 
 Factory = Callable[..., nn.Module]
@@ -28,7 +29,7 @@ SHOWN = 8
 class Site:
     """A place in the model: the attribute `leaf` of `parent`, and the qualified names under which it is reached."""
 
-    parent: nn.Module
+    parent: nn.Module | Reference
     leaf: str
     names: list[str]
 
@@ -36,7 +37,7 @@ class Site:
         setattr(self.parent, self.leaf, module)
 
     def get(self) -> nn.Module | None:
-        return self.parent._modules.get(self.leaf)
+        return getattr(self.parent, self.leaf, None)
 
 
 @dataclass(frozen=True)
@@ -115,30 +116,36 @@ def swap(
     that narrows all keys.
 
     Of modules inside one another the outermost is replaced. A module that several places share is replaced once, and
-    the new one is shared by those of them that match. What is new gets the device and floating dtype of the old
-    module's first parameter (of the model's, if it has none), its training mode, and, if all its parameters are
-    frozen, is frozen too; the old modules are not touched. Hooks stay with the module they are on.
+    the new one is shared by those of them that match; blocks that share another block's weights follow that block, and
+    a tied head follows the embedding. What is new gets the device and floating dtype of the old module's first
+    parameter (of the model's, if it has none), its training mode, and, if all its parameters are frozen, is frozen
+    too; the old modules are not touched. Hooks stay with the module they are on.
 
     example: inputs of the model (a tensor, a tuple of arguments or a mapping of keywords); the model then runs on them
     before and after, in evaluation mode, and its output must keep structure, shapes, dtypes and devices.
 
-    Raises ValueError when nothing matches or the check fails, TypeError when a factory returns no module; the model is
-    then as it was.
+    Raises ValueError when nothing matches, the check fails or something still uses what the model no longer has,
+    TypeError when a factory returns no module; the model is then as it was.
     """
     found = _find(model, replacements, where)
     before = None if example is None else probe(model, example)
-    parameters = _count(model)
+    parameters, outside = _count(model), _outside(model)
     replaced = [_build(model, sites, old, factory) for old, (sites, factory) in found.items()]
     for replacement in replaced:
         for site in replacement.sites:
             site.set(replacement.new)
     report = SwapReport(replaced, parameters, _count(model))
-    if example is not None:
-        try:
+    try:
+        if lost := [name for reference, name in _outside(model).items() if reference not in outside]:
+            raise ValueError(
+                f"{_some(lost)} would use what is no longer in the model: replace the shared module itself, and what a "
+                "head is tied to by a module with a weight"
+            )
+        if example is not None:
             _check(model, example, before)
-        except BaseException:
-            report.undo()
-            raise
+    except BaseException:
+        report.undo()
+        raise
     return report
 
 
@@ -195,7 +202,29 @@ def _build(model: nn.Module, sites: list[Site], old: nn.Module, factory: Factory
     if not isinstance(new, nn.Module):
         raise TypeError(f"the factory for {name} must return a module, got {type(new).__name__}")
     _adapt(model, old, new, existing)
+    sites = [*sites, *_followers(model, old, new)]
     return Replacement(sites, old, new, [name for name in _public(old) if getattr(new, name, None) is None])
+
+
+def _references(model: nn.Module) -> Iterator[tuple[str, Reference]]:
+    for name, module in model.named_modules():
+        for leaf, value in vars(module).items():
+            if isinstance(value, Reference):
+                yield f"{name}.{leaf}".removeprefix("."), value
+
+
+def _followers(model: nn.Module, old: nn.Module, new: nn.Module) -> Iterator[Site]:
+    """What uses the old module without owning it, and can use the new one: a head is tied to what has a weight."""
+    for name, reference in _references(model):
+        reads = reference.reads
+        if reference.module is old and (reads is None or isinstance(getattr(new, reads, None), Tensor)):
+            yield Site(reference, "module", [name])
+
+
+def _outside(model: nn.Module) -> dict[Reference, str]:
+    """References to modules that are not in the model, and their names."""
+    inside = set(model.modules())
+    return {reference: name for name, reference in _references(model) if reference.module not in inside}
 
 
 def _call(factory: Factory, old: nn.Module, name: str) -> Any:

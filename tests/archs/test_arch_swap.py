@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from grassland.archs import swap
+from grassland.archs import MLP, SharedMoE, create_model, load_model, save_model, swap
 
 
 class Scale(nn.Module):
@@ -99,6 +99,73 @@ def test_a_shared_module_is_replaced_once():
     assert model["a"] is model["b"][0] is made[0] and model["c"] is shared
     report.undo()
     assert model["a"] is model["b"][0] is model["c"] is shared
+
+
+def language_model(**options):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "max_len": 8, "dim": 8, "depth": 3, "ffn_dim": 12, "mixer": "attention"}
+    return create_model("lm", **{**sizes, **options}).eval()
+
+
+IDS = torch.arange(10).view(2, 5)
+
+
+def test_blocks_that_share_weights_share_the_new_ones(tmp_path):
+    model = language_model(ffn="shared_moe", share=("ffn",))
+    before, old = model(IDS), model.blocks[0].ffn.branch
+    report = swap(model, {SharedMoE: lambda old: MLP(8, 12)}, example=IDS)
+    assert names(report) == [f"blocks.{i}.ffn.branch" for i in range(3)] and "in 3 places" in str(report)
+    new = model.blocks[0].ffn.branch
+    assert all(block.ffn.branch.module is new for block in model.blocks[1:])
+    model(IDS, labels=IDS).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    plain = language_model(share=("ffn",))
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(IDS), model(IDS))
+    report.undo()
+    assert all(block.ffn.branch.module is old for block in model.blocks[1:]) and torch.equal(model(IDS), before)
+    save_model(model, tmp_path)
+    assert torch.equal(load_model(tmp_path)(IDS), before)
+
+
+def test_what_is_around_a_shared_module_keeps_the_sharing():
+    model = language_model(share=("ffn",))
+    before = model(IDS)
+    swap(model, {MLP: Scale})
+    new = model.blocks[0].ffn.branch
+    assert isinstance(new, Scale) and model.blocks[2].ffn.branch.module is new and torch.equal(model(IDS), before)
+
+
+def test_a_tied_head_follows_the_embedding():
+    model = language_model()
+    old = model.embed
+    report = swap(model, {"embed": lambda old: nn.Embedding(11, 8)}, example=IDS)
+    assert model.head.weight is model.embed.weight is not old.weight and names(report) == ["embed", "head.tied"]
+    report.undo()
+    assert model.head.weight is old.weight
+    swap(model, {"embed": lambda old: nn.Sequential(old, nn.Dropout(0.5))}, example=IDS)
+    assert model.head.weight is old.weight is model.embed[0].weight
+
+
+@pytest.mark.parametrize(
+    "key, factory, named",
+    [
+        ("embed", lambda old: nn.Sequential(nn.Embedding(11, 8)), "head.tied would use what is no longer in the model"),
+        ("blocks.0", lambda old: nn.Identity(), "blocks.1.ffn.branch, blocks.2.ffn.branch would use"),
+    ],
+)
+def test_what_others_use_does_not_leave_the_model(key, factory, named):
+    model = language_model(share=("ffn",))
+    before, modules = model(IDS), list(model.modules())
+    with pytest.raises(ValueError, match=named):
+        swap(model, {key: factory})
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True)) and torch.equal(model(IDS), before)
+
+
+def test_a_part_whose_owner_is_elsewhere_can_be_swapped_in():
+    model = language_model(share=("ffn",))
+    swap(model.blocks[1], {"mixer.branch": lambda old: nn.Sequential(nn.Identity())})
+    assert isinstance(model.blocks[1].mixer.branch, nn.Sequential)
 
 
 def test_a_parent_that_is_shared_is_entered_under_each_of_its_names():
