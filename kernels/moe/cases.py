@@ -95,12 +95,20 @@ def masked() -> Tensors:
     return {"logits": normal(7, 4), "mask": torch.tensor([True, False, True, True, False, True, True])}
 
 
+def strided_mask() -> Tensors:
+    """Every second byte of its storage is the mask's; the others are the opposite."""
+    mask = masked()["mask"]
+    return {"logits": normal(7, 4), "mask": torch.stack([mask, ~mask], 1)[:, 0]}
+
+
 ROUTE_CASES = [
     Case("small", lambda: {"logits": normal(6, 4)}),
     Case("capacity", lambda: {"logits": normal(40, 4)}, {"capacity": 12}),
     Case("renormalize", lambda: {"logits": normal(9, 5)}, {"renormalize": True, "capacity": 3}),
     Case("ties", tied, {"capacity": 2}),
     Case("mask", masked, {"capacity": 2, "renormalize": True}),
+    Case("strided-mask", strided_mask, {"capacity": 2}),
+    Case("expanded-mask", lambda: {"logits": normal(64, 4), "mask": torch.tensor(True).expand(64)}),
     Case("one-expert", lambda: {"logits": normal(4, 1)}, {"top_k": 1}),
     Case("all-experts", lambda: {"logits": normal(5, 3)}, {"top_k": 3}),
     Case("one-token", lambda: {"logits": normal(1, 7)}),

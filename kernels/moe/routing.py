@@ -63,6 +63,7 @@ def moe_route_backward(
 ) -> Tensor:
     """dlogits (T, E) in the dtype of the probabilities."""
     backend = dispatch.pick(OP, probabilities, backend)
+    mask = None if mask is None else mask.contiguous()
     arguments = grad_gates.contiguous(), grad_balance, probabilities, experts, counts, mask, renormalize
     if backend == "eager":
         return eager.route_backward(*arguments)
