@@ -39,6 +39,8 @@ def choose_kernel(
         live = live & (tl.load(mask + t, mask=live, other=0) != 0)
     taken = tl.zeros((BT, EP), tl.int32)
     total = tl.zeros((BT,), tl.float32)
+    # a NaN is the largest, as where PyTorch sorts: nothing is equal to it, not even itself
+    v = tl.where(v == v, v, float("inf"))
     for k in tl.static_range(TOP_K):
         free = (taken == 0) & (e < E)[None, :]
         best = tl.max(tl.where(free, v, float("-inf")), 1)

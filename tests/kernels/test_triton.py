@@ -31,6 +31,24 @@ def test_interpreter(spec, dtype):
     assert done.stdout.count(": ok") == len(spec.cases)
 
 
+def test_a_nan_row_routes_as_in_eager():
+    """It takes experts that exist, and so no slot of another token's."""
+    code = """
+import torch
+from grassland.kernels.moe import moe_route
+logits = torch.randn(6, 4)
+logits[4], logits[2, 1] = torch.nan, torch.nan
+for capacity in (None, 2):
+    eager, triton = (moe_route(logits, capacity=capacity, backend=b) for b in ("eager", "triton"))
+    for name in ("experts", "slots", "order", "offsets", "counts"):
+        assert torch.equal(getattr(triton, name), getattr(eager, name)), name
+    assert torch.equal(triton.gates.isnan(), eager.gates.isnan())
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @functools.cache
 def launches(name: str, dtype: torch.dtype) -> list[Launch]:
     """Every launch of forward and backward at a realistic shape. The recorder stands in for the GPU."""
