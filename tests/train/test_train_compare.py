@@ -8,15 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from grassland.archs.io import FORMAT, VERSION
 from grassland.train.__main__ import main
 from grassland.train.compare import Comparison
+from grassland.train.compare.execute import Runner
+from grassland.train.compare.figure import plot
 from grassland.train.compare.options import CompareOptions
 from grassland.train.compare.presets import PRESETS, load_comparisons
-from grassland.train.compare.report import arm_table, is_complete, read_records, section
+from grassland.train.compare.report import arm_table, is_complete, read_records, section, write_report
 from grassland.train.compare.results import select
 from grassland.train.compare.statistics import holm, paired, spread
 from grassland.train.config import LMConfig
-from grassland.train.log import read_metrics
+from grassland.train.log import MetricsLog, read_metrics
 from grassland.train.loop import Trainer
 from grassland.train.tasks.lm import LanguageModeling
 
@@ -40,6 +43,33 @@ def written(config, folder, **changes):
 
 def run(path, out, *arguments):
     return main(["compare", str(path), "--out", str(out), *arguments])
+
+
+def store(folder, config, loss, **facts):
+    """The folder of a finished run that nobody has made."""
+    folder.mkdir(parents=True)
+    content = {"format": FORMAT, "version": VERSION, "model": {}, "run": config.to_dict()}
+    (folder / "config.json").write_text(json.dumps(content))
+    metrics = {"loss": loss, "perplexity": math.exp(loss)}
+    machine = {"cpu": "Xeon", "cpu_capability": "AVX2", "threads": 2, "gpus": []}
+    start = {"parameters": 1000, "commit": "c", "date": "d", "machine": machine, "versions": {"torch": "2"}, **facts}
+    log = MetricsLog(folder)
+    log.write("start", 0, config=config.to_dict(), **start)
+    log.write("train", 12, loss=loss, tokens_per_s=50.0)
+    log.write("valid", 12, **metrics, best=True, elapsed_s=1.0)
+    log.write("test", 12, **metrics)
+    log.write("end", 12, best_step=12, flops_per_unit=3e6, tokens_per_s=50.0, peak_bytes=2**21, elapsed_s=1.0)
+    log.close()
+
+
+@pytest.fixture
+def plan(config):
+    """A comparison of two arms at one learning rate."""
+    return Comparison("tiny", "Tiny", {"a": config, "b": replace(config, clip=0.5)}, (0.01,))
+
+
+def store_run(plan, out, arm, lr, seed, loss, **facts):
+    store(out / arm / f"lr{lr:g}-seed{seed}", plan.config(arm, lr, seed), loss, **facts)
 
 
 def test_grid_then_seeds_then_nothing_is_run_twice(config, tmp_path, capsys):
@@ -141,6 +171,25 @@ def test_a_failed_arm_is_named_and_the_rest_kept_and_it_is_tried_again(config, t
     assert "| broken | no run finished |" in report and "rank must be an integer of at least 2, got 1" in report
     assert [r["status"] for r in read_records(out / "report.jsonl")] == ["done", "failed"]
     assert run(written(config, tmp_path, arms=arms | {"broken": {"set": ["rank=4"]}}, seeds=[0]), out) == 0
+
+
+def test_without_a_grid_an_arm_needs_no_run_of_the_first_seed(plan, tmp_path):
+    for seed in (1, 2):
+        store_run(plan, tmp_path, "a", 0.01, seed, 2.0 + seed / 8)
+    records = Runner(plan, tmp_path, None).records()
+    assert write_report(records, tmp_path) == 1
+    assert [r["chosen"] for r in records if r["arm"] == "a"] == [True] * 3
+    report = (tmp_path / "report.md").read_text()
+    assert "| a | 0.01 | 1,000 |" in report and "| b | no run finished |" in report
+    assert "seeds 1, 2; one learning rate." in report and "best of the grid" not in report
+    assert "![Tiny](tiny.png)" in report and (tmp_path / "tiny.png").exists()
+
+
+def test_without_a_chosen_run_there_is_no_picture(plan, tmp_path):
+    store_run(plan, tmp_path, "a", 0.01, 1, 2.0)
+    records = Runner(replace(plan, lrs=(0.01, 0.02), seeds=(1,)), tmp_path, None).records()
+    assert plot([r | {"chosen": False} for r in records], tmp_path / "x.png") is False
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_an_interrupted_run_is_resumed_to_the_same_numbers(config, tmp_path):

@@ -20,7 +20,7 @@ from ..log import UNTIMED_STEPS
 from ..start import AUTO
 from .options import changed
 from .plan import FREE, Comparison
-from .results import SHOWN, Record, Selection, alone, done, is_diverged, is_done, mark, outcome, select
+from .results import SHOWN, Record, Selection, alone, done, is_diverged, is_done, mark, outcome, select, unselected
 
 # Of an arm alone: the median of windows is what a machine does while nothing else disturbs it.
 WINDOWS, WINDOW_STEPS = 6, 10
@@ -58,12 +58,12 @@ class Runner:
         plan, (first, *others) = self.plan, self.plan.seeds
         if len(plan.lrs) == 1:  # nothing to choose
             self._round(Run(arm, plan.lrs[0], seed) for seed in plan.seeds for arm in plan.arms)
-            others = []
+            chosen = unselected(self.finished)
         else:
             self._round(Run(arm, lr, first) for lr in plan.lrs for arm in plan.arms)
             self._widen(first)
-        chosen = select(self.finished, first)
-        self._round(Run(arm, chosen[arm].lr, seed) for seed in others for arm in plan.arms if arm in chosen)
+            chosen = select(self.finished, first)
+            self._round(Run(arm, chosen[arm].lr, seed) for seed in others for arm in plan.arms if arm in chosen)
         mark(self.finished, chosen)
         self._alone(chosen)
         return self.finished

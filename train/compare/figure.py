@@ -10,9 +10,12 @@ from .report import by
 from .results import SHOWN, Record, done
 
 
-def plot(records: Sequence[Record], path: Path) -> None:
-    """One line an arm at its learning rate, the mean over seeds, and the range of the seeds around it."""
+def plot(records: Sequence[Record], path: Path) -> bool:
+    """One line an arm at its learning rate, the mean over seeds, and the range of the seeds around it; whether there
+    is any to draw."""
     chosen = [record for record in done(records) if record["chosen"]]
+    if not chosen:
+        return False
     figure: Any = matplotlib_module("figure").Figure(figsize=(15, 4.4), layout="constrained")
     panels = (("step", "step", 1), ("units", f"{chosen[0]['unit']}s", 1), ("seconds", "wall time, minutes", 1 / 60))
     task, curves = chosen[0]["task"], by(chosen, "arm")
@@ -31,6 +34,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
     figure.axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(chosen[0]["title"])
     figure.savefig(path, dpi=110)
+    return True
 
 
 def _curve(axes: Any, runs: Sequence[Record], key: str, factor: float, colour: str, label: str) -> None:

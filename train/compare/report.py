@@ -24,8 +24,7 @@ def write_report(records: Sequence[Record], out: Path) -> int:
     sections = []
     for name, part in by(records, "comparison").items():
         sections.append(f"## {part[0]['title']}\n\n{section(part)}\n")
-        if done(part):
-            plot(part, out / f"{name}.png")
+        if plot(part, out / f"{name}.png"):
             sections.append(f"![{part[0]['title']}]({name}.png)\n")
     (out / "report.md").write_text("\n".join(["# Comparisons\n", *sections]))
     for record in records:
@@ -144,11 +143,17 @@ def explanation(finished: Sequence[Record]) -> str:
     single = len(seeds) == 1
     tests = "One seed: no deviation and no test." if single else "± is the standard deviation over seeds."
     paired_text = "" if single else " p: paired t-test over seeds, then adjusted for the number of arms by Holm."
+    several = len({record["lr"] for record in finished}) > 1
+    rate = (
+        "the learning rate is the best of the grid in validation with the first seed"
+        if several
+        else "one learning rate"
+    )
     edge = " * at the end of the grid." if any(record["edge"] for record in chosen) else ""
     return (
-        f"{first['steps']} steps, seeds {', '.join(map(str, seeds))}; the learning rate is the best of the grid in "
-        f"validation with the first seed.{edge} {tests}{paired_text} FLOPs are counted from the modules, norms and "
-        f"activations left out, training as three forward passes.{speed_text(chosen)} Memory: {memory}."
+        f"{first['steps']} steps, seeds {', '.join(map(str, seeds))}; {rate}.{edge} {tests}{paired_text} FLOPs are "
+        f"counted from the modules, norms and activations left out, training as three forward passes."
+        f"{speed_text(chosen)} Memory: {memory}."
     )
 
 

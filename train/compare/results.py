@@ -18,7 +18,7 @@ UNITS = {"lm": "tokens", "vision": "images"}
 @dataclass(frozen=True)
 class Selection:
     """The learning rate that an arm is given: of those that it has `tried`, in their order, the best in validation with
-    the first seed."""
+    the first seed; the only one if none has been tried against others."""
 
     lr: float
     tried: tuple[float, ...]
@@ -26,7 +26,7 @@ class Selection:
     @property
     def edge(self) -> bool:
         """Whether it is the first or the last, so that a wider grid might have done better."""
-        return self.lr in (self.tried[0], self.tried[-1])
+        return self.lr in self.tried[:1] + self.tried[-1:]
 
     @property
     def beyond(self) -> float | None:
@@ -101,7 +101,7 @@ def done(records: Iterable[Record]) -> list[Record]:
 def select(records: Iterable[Record], seed: int) -> dict[str, Selection]:
     """For each arm with a finished run of `seed` in `records`: the learning rate of the best validation.
 
-    A rate counts as tried if its run finished or diverged; what an interrupt or lack of memory ended tells nothing of it.
+    A rate counts as tried if its run finished or diverged; one that was interrupted or lacked memory tells nothing.
     """
     best: dict[str, tuple[float, float]] = {}
     tried: dict[str, list[float]] = {}
@@ -115,6 +115,11 @@ def select(records: Iterable[Record], seed: int) -> dict[str, Selection]:
             rank = (value if math.isfinite(value) else math.inf, record["lr"])
             best[record["arm"]] = min(best.get(record["arm"], rank), rank)
     return {arm: Selection(lr, tuple(sorted(tried[arm]))) for arm, (_, lr) in best.items()}
+
+
+def unselected(records: Iterable[Record]) -> dict[str, Selection]:
+    """For each arm with a finished run in `records`, all of one learning rate: that one."""
+    return {record["arm"]: Selection(record["lr"], ()) for record in done(records)}
 
 
 def mark(records: Iterable[Record], chosen: Mapping[str, Selection]) -> None:
