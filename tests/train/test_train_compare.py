@@ -336,6 +336,15 @@ def test_table_says_what_the_records_say():
     assert table[3].startswith("| new | 0.1 |") and "| -1.50 [-7.85, +4.85] | 0.205 | 0.205 |" in table[3]
 
 
+def test_a_test_on_the_validation_split_is_told(plan, tmp_path):
+    store_run(plan, tmp_path, "a", 0.01, 0, 2.0, tested_on="valid")
+    store_run(plan, tmp_path, "b", 0.01, 0, 3.0)
+    records = Runner(replace(plan, seeds=(0,)), tmp_path, None).records()
+    assert [r["tested_on"] for r in records] == ["valid", "test"]
+    assert "it has no test split, test is the validation split" in section(records)
+    assert "test split" not in section(records[1:])
+
+
 def test_a_comparison_is_of_one_task(config):
     from grassland.train.recipes import default_vision
 

@@ -173,7 +173,10 @@ def footnote(finished: Sequence[Record]) -> str:
     first = finished[0]
     where = ", ".join(first["gpus"]) or f"{first['cpu']} ({first['cpu_capability']}), {first['threads']} threads"
     when = ", ".join(sorted({f"{r['date']}, commit {r['commit']}" for r in finished}))
-    return f"Data: {first['data']}. {where}, {first['dtype']}, torch {first['torch']}, {when}."
+    # Older records do not say.
+    leak = any(record.get("tested_on", "test") != "test" for record in finished)
+    tested = "; it has no test split, test is the validation split, which picked checkpoints and learning rates"
+    return f"Data: {first['data']}{tested if leak else ''}. {where}, {first['dtype']}, torch {first['torch']}, {when}."
 
 
 def by(records: Sequence[Record], key: str) -> dict[Any, list[Record]]:

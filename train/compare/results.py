@@ -77,6 +77,7 @@ def outcome(folder: Path, task: str) -> Record:
             "metric": [e[shown] for e in valid],
         },
         "data": Path(config["data"]).name or config["data"],
+        "tested_on": start.get("tested_on", "test"),
         **facts,
         "dtype": config["dtype"],
         "device": config["device"],
