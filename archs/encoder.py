@@ -11,7 +11,7 @@ from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its 
 from .config import ModelConfig
 from .heads.cross_entropy import IGNORE
 from .init import init_weights
-from .lm import build_blocks, check_range
+from .lm import build_blocks, check_range, is_causal
 from .registry import build_slot, register_assembly
 
 
@@ -20,9 +20,9 @@ class EncoderConfig(ModelConfig):
     """A `ModelConfig` for bidirectional text encoders.
 
     embed_dim: width of the factorised token embedding. num_types: token types. pooler: whether there is a Linear and
-    tanh on the first token. num_classes: of a linear classifier on the pooler (for sentence order, or for fine-tuning);
-    0 for none. share_norms: the LayerNorms too are shared across depth (of a group), as in ALBERT; needs
-    share=("mixer", "ffn").
+    tanh on the first token, which needs a mixer that is not causal. num_classes: of a linear classifier on the pooler
+    (for sentence order, or for fine-tuning); 0 for none. share_norms: the LayerNorms too are shared across depth (of a
+    group), as in ALBERT; needs share=("mixer", "ffn").
     """
 
     kind: str = "mlm"
@@ -46,6 +46,9 @@ class EncoderConfig(ModelConfig):
             raise ValueError(f"num_classes must be an integer of at least 0, got {self.num_classes!r}")
         if self.num_classes and not self.pooler:
             raise ValueError(f"num_classes={self.num_classes} needs pooler=True")
+        if self.pooler and is_causal(self):
+            reason = "the first token, which it reads, would see no other"
+            raise ValueError(f"pooler must be False with the causal mixer {self.mixer!r}, got True: {reason}")
         if self.share_norms and set(self.share) != {"mixer", "ffn"}:
             raise ValueError(f"share_norms=True needs share=('mixer', 'ffn'), got share={self.share!r}")
 

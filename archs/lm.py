@@ -66,7 +66,7 @@ class LanguageModel(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if not getattr(slot_class("mixer", config.mixer), "causal", True):
+        if not is_causal(config):
             raise ValueError(f"mixer must be causal in a language model, got {config.mixer!r}")
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.dim, **dd)
@@ -218,6 +218,11 @@ class LanguageModel(nn.Module):
         ]
         forward = sum(layers) + self.head.flops_per_token()
         return 3 * forward if training else forward
+
+
+def is_causal(config: ModelConfig) -> bool:
+    """Whether its mixer shows a token the earlier ones alone."""
+    return getattr(slot_class("mixer", config.mixer), "causal", True)
 
 
 def build_blocks(config: ModelConfig, dd: dict[str, Any]) -> Iterator[Block]:

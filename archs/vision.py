@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its choices)
 from .config import ModelConfig
 from .init import init_weights
-from .lm import Block, build_blocks
+from .lm import Block, build_blocks, is_causal
 from .registry import build_slot, model_config, register_assembly
 
 POOLING = ("mean", "cls")
@@ -21,7 +21,8 @@ class VisionConfig(ModelConfig):
     """A `ModelConfig` for square images; `vocab_size` and `max_len` are not used.
 
     image_size, patch_size: pixels a side, the second dividing the first. channels, num_classes: of images and logits.
-    pooling: "mean" over all tokens or "cls". pre_logits: whether Linear(dim, dim) and tanh stand before the head.
+    pooling: "mean" over all tokens or "cls", which needs a mixer that is not causal. pre_logits: whether
+    Linear(dim, dim) and tanh stand before the head.
     moe_blocks: how many of the last blocks have `shared_moe` of width moe_dim instead of `ffn`, unshared (ViT-MoE).
     """
 
@@ -49,6 +50,9 @@ class VisionConfig(ModelConfig):
             raise ValueError(f"patch_size must divide image_size={self.image_size}, got {self.patch_size}")
         if self.pooling not in POOLING:
             raise ValueError(f"pooling must be one of {POOLING}, got {self.pooling!r}")
+        if self.pooling == "cls" and is_causal(self):
+            reason = "the class token comes first and would see no image"
+            raise ValueError(f"pooling must be 'mean' with the causal mixer {self.mixer!r}, got 'cls': {reason}")
         if not isinstance(self.moe_blocks, int) or not 0 <= self.moe_blocks < self.depth:
             raise ValueError(f"moe_blocks must be an integer in [0, depth={self.depth}), got {self.moe_blocks!r}")
         if self.moe_blocks and (self.share or self.share_groups > 1):

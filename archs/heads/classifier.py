@@ -1,4 +1,4 @@
-"""The classifier of images: a linear layer with a bias."""
+"""The classifier of images: a linear layer with a bias; and the loss of logits that are all in memory."""
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +7,19 @@ from torch import Tensor, nn
 from ..checks import check_input
 from ..init import init_weights
 from ..registry import register_slot
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, reduction: str, label_smoothing: float) -> Tensor:
+    """`F.cross_entropy`, in at least float32, of logits (…, C) against labels (…) int64 or probabilities (…, C).
+
+    ValueError for labels of another shape.
+    """
+    wanted = logits.shape if labels.is_floating_point() else logits.shape[:-1]
+    if labels.shape != wanted:
+        raise ValueError(f"labels must be {labels.dtype} {tuple(wanted)}, got {tuple(labels.shape)}")
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(-1, logits.shape[-1])
+    labels = labels.reshape(-1, *labels.shape[logits.dim() - 1 :])
+    return F.cross_entropy(wide, labels, reduction=reduction, label_smoothing=label_smoothing)
 
 
 @register_slot("head", "classifier")
@@ -33,11 +46,9 @@ class ClassifierHead(nn.Module):
         return self.proj(x)
 
     def loss(self, x: Tensor, labels: Tensor, reduction: str = "mean", *, label_smoothing: float = 0.0) -> Tensor:
-        """Cross entropy of x (B, dim) against labels (B,) int64, −100 ignored, or probabilities (B, num_classes);
+        """Cross entropy of x (…, dim) against labels (…) int64, −100 ignored, or probabilities (…, num_classes);
         at least float32."""
-        logits = self.logits(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
+        return cross_entropy(self.logits(x), labels, reduction, label_smoothing)
 
     def flops_per_token(self) -> int:
         """Forward FLOPs of one image."""

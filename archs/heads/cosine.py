@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..checks import check_input
 from ..registry import register_slot
+from .classifier import cross_entropy
 from .cross_entropy import linear_cross_entropy
 
 
@@ -55,11 +56,9 @@ class CosineHead(nn.Module):
 
     def loss(self, x: Tensor, labels: Tensor, reduction: str = "mean", *, label_smoothing: float = 0.0) -> Tensor:
         """Cross entropy of x (…, dim) against labels (…) int64, −100 ignored, without materialised logits, or against
-        probabilities (B, num_classes); at least float32. reduction: "mean" or "sum"."""
+        probabilities (…, num_classes); at least float32. reduction: "mean" or "sum"."""
         if labels.is_floating_point():
-            logits = self(x)
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return F.cross_entropy(wide, labels, reduction=reduction, label_smoothing=label_smoothing)
+            return cross_entropy(self(x), labels, reduction, label_smoothing)
         options: Any = {"reduction": reduction, "label_smoothing": label_smoothing}
         return linear_cross_entropy(*self._normalised(x), labels, **options)
 

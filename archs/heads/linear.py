@@ -8,6 +8,7 @@ from ..checks import check_input
 from ..init import init_weights
 from ..registry import register_slot
 from ..sharing import Reference
+from .classifier import cross_entropy
 from .cross_entropy import linear_cross_entropy
 
 
@@ -38,11 +39,14 @@ class LinearHead(nn.Module):
         return F.linear(x, self.weight)
 
     def loss(self, x: Tensor, labels: Tensor, reduction: str = "mean", *, label_smoothing: float = 0.0) -> Tensor:
-        """Cross entropy of x (…, dim) against labels (…) int64, −100 ignored, without materialised logits.
+        """Cross entropy of x (…, dim) against labels (…) int64, −100 ignored, without materialised logits, or against
+        probabilities (…, num_classes).
 
         reduction: "mean" over the labels that count (NaN if none does, as in PyTorch) or "sum". A float32 scalar,
         float64 for float64 input.
         """
+        if labels.is_floating_point():
+            return cross_entropy(self.logits(x), labels, reduction, label_smoothing)
         return linear_cross_entropy(x, self.weight, labels, reduction=reduction, label_smoothing=label_smoothing)
 
     def flops_per_token(self) -> int:

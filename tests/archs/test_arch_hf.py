@@ -148,7 +148,7 @@ def test_the_base_model_gives_features(tmp_path):
     features = transformers.AutoModel.from_pretrained(tmp_path / "mlm")(IDS, attention_mask=mask).last_hidden_state
     assert torch.equal(features, encoder.features(IDS, mask=mask.bool())[0])
     with pytest.raises(ValueError, match="mixer 'grassmann' takes no mask"):
-        create_model("mlm", **sizes, mixer="grassmann", rank=4, offsets=(1,))(IDS, mask=mask.bool())
+        create_model("mlm", **sizes, mixer="grassmann", pooler=False, rank=4, offsets=(1,))(IDS, mask=mask.bool())
     images = torch.randn(2, 3, 8, 8)
     save_model(vision(), tmp_path / "vision")
     pooled = transformers.AutoModel.from_pretrained(tmp_path / "vision")(pixel_values=images).pooler_output
