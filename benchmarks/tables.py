@@ -13,6 +13,7 @@ from pathlib import Path
 from grassland.train.compare import report
 from grassland.train.compare.presets import PRESETS
 from grassland.train.compare.results import done
+from grassland.train.env import hardware, on_gpu
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,14 +21,15 @@ NONE = "None has been run."
 
 
 def read(name):
-    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+    """The records of a file; its name says on which device, where they do not."""
+    device = "cpu" if "-cpu" in name else "cuda"
+    return [{"device": device, **json.loads(line)} for line in (RESULTS / name).read_text().splitlines()]
 
 
 def footnote(records):
     r = records[0]
-    where = ", ".join(r["gpus"]) or f"{r['cpu']} ({r['cpu_capability']}), {r['threads']} threads"
     when = "".join(f", {name} {r[name]}" for name in ("date", "commit") if r.get(name))
-    return f"{where}, {r['dtype']}, torch {r['torch']}{when}."
+    return f"{hardware(r)}, {r['dtype']}, torch {r['torch']}{when}."
 
 
 def kernel_table(name):
@@ -75,7 +77,7 @@ def support_table():
 
 
 def tested_on(record):
-    where = ", ".join(record["gpus"]) or f"{record['cpu']} ({record['cpu_capability']})"
+    where = ", ".join(record["gpus"]) if on_gpu(record) else f"{record['cpu']} ({record['cpu_capability']})"
     what = ", ".join(f"{name} {record[name]}" for name in ("torch", "triton", "date", "commit"))
     return f"{where}, {what}."
 

@@ -2,7 +2,9 @@
 
 import importlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +27,18 @@ PEAKS = {
     "L4": (121e12, 30.3e12),
     "RTX 4090": (165e12, 82.6e12),
 }
+
+
+def on_gpu(record: Mapping[str, Any]) -> bool:
+    """Whether a record is of a GPU: its device may be "auto", which takes one where there is one."""
+    return bool(record["gpus"]) and record["device"] != "cpu"
+
+
+def hardware(record: Mapping[str, Any]) -> str:
+    """What a record was measured on: the machine's GPUs, or its processor and the threads in use."""
+    if on_gpu(record):
+        return ", ".join(record["gpus"])
+    return f"{record['cpu']} ({record['cpu_capability']}), {record['threads']} threads"
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:

@@ -16,6 +16,7 @@ from ..archs import create_model, list_models, model_config
 from ..kernels.machine import about
 from .config import VisionConfig
 from .data import BlockOrder, block_batch, num_blocks
+from .env import hardware
 from .optim import build_optimizer
 from .plot import matplotlib_module
 from .start import pick_device, seed_everything
@@ -168,8 +169,7 @@ def plot(records: list[Record], path: Path) -> None:
             axes.barh(names, widths, left=lefts, label=key, edgecolor="white", **style)
             lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
     first = records[0]
-    where = ", ".join(first["gpus"]) or f"{first['cpu']}, {first['threads']} threads"
-    title = f"batch {first['batch_size']}, {first['optimizer']}, {first['dtype']}, {where}"
+    title = f"batch {first['batch_size']}, {first['optimizer']}, {first['dtype']}, {hardware(first)}"
     axes.set(xlabel="% of a training step", xlim=(0, 100), title=title)
     axes.invert_yaxis()
     axes.margins(y=0.01)

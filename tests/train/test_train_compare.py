@@ -15,10 +15,11 @@ from grassland.train.compare.execute import Runner
 from grassland.train.compare.figure import plot
 from grassland.train.compare.options import CompareOptions
 from grassland.train.compare.presets import PRESETS, load_comparisons
-from grassland.train.compare.report import arm_table, is_complete, read_records, section, write_report
+from grassland.train.compare.report import arm_table, footnote, is_complete, read_records, section, write_report
 from grassland.train.compare.results import select
 from grassland.train.compare.statistics import holm, paired, spread
 from grassland.train.config import LMConfig
+from grassland.train.env import hardware
 from grassland.train.log import MetricsLog, read_metrics
 from grassland.train.loop import Trainer
 from grassland.train.tasks.lm import LanguageModeling
@@ -343,6 +344,15 @@ def test_a_test_on_the_validation_split_is_told(plan, tmp_path):
     assert [r["tested_on"] for r in records] == ["valid", "test"]
     assert "it has no test split, test is the validation split" in section(records)
     assert "test split" not in section(records[1:])
+
+
+@pytest.mark.parametrize("device, gpu", [("cpu", False), ("auto", True), ("cuda", True)])
+def test_the_machine_is_named_by_the_device_in_use(device, gpu):
+    machine = {"cpu": "Xeon", "cpu_capability": "AVX2", "threads": 2, "gpus": ["NVIDIA H100"], "device": device}
+    name = "NVIDIA H100" if gpu else "Xeon (AVX2), 2 threads"
+    assert hardware(machine) == name
+    about = {"data": "d", "dtype": "float32", "torch": "2", "date": "d", "commit": "c"}
+    assert footnote([machine | about]).startswith(f"Data: d. {name}, float32")
 
 
 def test_a_comparison_is_of_one_task(config):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..env import hardware, on_gpu
 from .results import SHOWN, Record, done
 from .statistics import Difference, holm, paired, spread
 
@@ -139,7 +140,7 @@ def explanation(finished: Sequence[Record]) -> str:
     """How to read the table of arms."""
     chosen = [record for record in finished if record["chosen"]]
     seeds, first = sorted({record["seed"] for record in chosen}), finished[0]
-    memory = "allocated on the GPU" if first["gpus"] and first["device"] != "cpu" else "resident, all of the process"
+    memory = "allocated on the GPU" if on_gpu(first) else "resident, all of the process"
     single = len(seeds) == 1
     tests = "One seed: no deviation and no test." if single else "± is the standard deviation over seeds."
     paired_text = "" if single else " p: paired t-test over seeds, then adjusted for the number of arms by Holm."
@@ -162,7 +163,7 @@ def speed_text(chosen: Sequence[Record]) -> str:
     apart = [record["alone"] for record in chosen if "alone" in record]
     if not apart:
         return ""
-    where = "" if chosen[0]["gpus"] and chosen[0]["device"] != "cpu" else f" with {apart[0]['threads']} threads"
+    where = "" if on_gpu(chosen[0]) else f" with {apart[0]['threads']} threads"
     rest = [record["arm"] for record in chosen if "alone" not in record]
     but = f" ({', '.join(dict.fromkeys(rest))}: of the runs, which shared the device)" if rest else ""
     return f" Throughput: {apart[0]['steps']} steps of each arm alone{where}{but}."
@@ -171,12 +172,11 @@ def speed_text(chosen: Sequence[Record]) -> str:
 def footnote(finished: Sequence[Record]) -> str:
     """Data, machine, versions."""
     first = finished[0]
-    where = ", ".join(first["gpus"]) or f"{first['cpu']} ({first['cpu_capability']}), {first['threads']} threads"
     when = ", ".join(sorted({f"{r['date']}, commit {r['commit']}" for r in finished}))
     # Older records do not say.
     leak = any(record.get("tested_on", "test") != "test" for record in finished)
     tested = "; it has no test split, test is the validation split, which picked checkpoints and learning rates"
-    return f"Data: {first['data']}{tested if leak else ''}. {where}, {first['dtype']}, torch {first['torch']}, {when}."
+    return f"Data: {first['data']}{tested if leak else ''}. {hardware(first)}, {first['dtype']}, torch {first['torch']}, {when}."
 
 
 def by(records: Sequence[Record], key: str) -> dict[Any, list[Record]]:
