@@ -58,7 +58,8 @@ class Encoder(nn.Module):
     """A bidirectional encoder with a masked-token loss through the transposed embedding, so without weights of its own.
 
     Token (V, e), position and type embeddings of width e, LayerNorm, Linear(e, dim), blocks, pooler (arXiv 1909.11942).
-    With norm="pre" a final LayerNorm follows the blocks. With `num_classes`, a linear classifier follows the pooler.
+    A final LayerNorm follows the blocks, unless they end in one: with norm="post" and residual="plain". With
+    `num_classes`, a linear classifier follows the pooler.
     """
 
     config_class = EncoderConfig
@@ -81,7 +82,9 @@ class Encoder(nn.Module):
         # Blocks that share their norms too are one block, applied as often as its group is deep.
         built = config.override(depth=config.share_groups) if config.share_norms else config
         self.blocks: Any = nn.ModuleList(build_blocks(built, dd))
-        self.norm = nn.LayerNorm(config.dim, eps=eps, **dd) if config.norm == "pre" else nn.Identity()
+        # Streams are never normalised, so of all residuals the plain one alone can end in a norm.
+        normed = config.residual == "plain" and config.norm == "post"
+        self.norm = nn.Identity() if normed else nn.LayerNorm(config.dim, eps=eps, **dd)
         self.pooler = nn.Linear(config.dim, config.dim, **dd) if config.pooler else None
         self.classifier = nn.Linear(config.dim, config.num_classes, **dd) if config.num_classes else None
         self.head: Any = build_slot(

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from grassland.archs import WideNet, create_model, load_model, save_model
+from grassland.archs.registry import slot_choices
 
 TINY = {"image_size": 8, "patch_size": 4, "dim": 12, "depth": 2, "ffn_dim": 16, "num_heads": 2, "num_classes": 5}
 TEXT = {"vocab_size": 31, "max_len": 16, "dim": 12, "depth": 3, "ffn_dim": 16, "num_heads": 2, "embed_dim": 6}
@@ -161,6 +162,19 @@ def test_masked_loss_is_cross_entropy_through_the_transposed_embedding():
     torch.testing.assert_close(model(ids, labels=labels), expected)
     pooled, _ = model.pooled(ids)
     torch.testing.assert_close(pooled, torch.tanh(model.pooler(features[:, 0])))
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("residual", slot_choices("residual"))
+@pytest.mark.parametrize("kind", ["mlm", "vision"])
+def test_features_are_normalised_whatever_the_residual(kind, residual, norm):
+    torch.manual_seed(0)
+    sizes = TEXT if kind == "mlm" else {"pre_logits": False, "pooling": "cls", **TINY}
+    model = create_model(kind, residual=residual, norm=norm, dtype=torch.float64, **sizes).eval()
+    for linear in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
+        torch.nn.init.normal_(linear.weight, std=0.3)
+    x, _ = model.features(tokens(2, 9) if kind == "mlm" else images())
+    torch.testing.assert_close(x.std(-1, correction=0), torch.ones(x.shape[:-1], dtype=x.dtype), atol=0.01, rtol=0)
 
 
 def test_token_types_join_the_embedding():
