@@ -11,7 +11,7 @@ import torch
 from grassland.archs.io import FORMAT, VERSION
 from grassland.train.__main__ import main
 from grassland.train.compare import Comparison
-from grassland.train.compare.execute import Runner
+from grassland.train.compare.execute import Runner, in_short
 from grassland.train.compare.figure import plot
 from grassland.train.compare.options import CompareOptions
 from grassland.train.compare.presets import PRESETS, load_comparisons
@@ -20,7 +20,7 @@ from grassland.train.compare.results import select
 from grassland.train.compare.statistics import holm, paired, spread
 from grassland.train.config import LMConfig
 from grassland.train.env import hardware
-from grassland.train.log import MetricsLog, read_metrics
+from grassland.train.log import UNTIMED_STEPS, MetricsLog, read_metrics
 from grassland.train.loop import Trainer
 from grassland.train.tasks.lm import LanguageModeling
 
@@ -46,7 +46,7 @@ def run(path, out, *arguments):
     return main(["compare", str(path), "--out", str(out), *arguments])
 
 
-def store(folder, config, loss, **facts):
+def store(folder, config, loss, rates=(50.0,), **facts):
     """The folder of a finished run that nobody has made."""
     folder.mkdir(parents=True)
     content = {"format": FORMAT, "version": VERSION, "model": {}, "run": config.to_dict()}
@@ -56,7 +56,8 @@ def store(folder, config, loss, **facts):
     start = {"parameters": 1000, "commit": "c", "date": "d", "machine": machine, "versions": {"torch": "2"}, **facts}
     log = MetricsLog(folder)
     log.write("start", 0, config=config.to_dict(), **start)
-    log.write("train", 12, loss=loss, tokens_per_s=50.0)
+    for rate in rates:
+        log.write("train", 12, loss=loss, tokens_per_s=rate)
     log.write("valid", 12, **metrics, best=True, elapsed_s=1.0)
     log.write("test", 12, **metrics)
     log.write("end", 12, best_step=12, flops_per_unit=3e6, tokens_per_s=50.0, peak_bytes=2**21, elapsed_s=1.0)
@@ -152,15 +153,38 @@ def test_runs_at_a_time_come_to_the_same(config, tmp_path, monkeypatch):
     assert [(r["arm"], r["seed"]) for r in three] == [(arm, s) for s in (0, 1) for arm in ("attention", "grassmann")]
     assert [(r["valid"], r["test"]) for r in one] == [(r["valid"], r["test"]) for r in three]
     # What shared the machine is timed once more by itself.
-    assert not any("alone" in r for r in one) and all(r["alone"]["steps"] == 63 for r in three)
+    assert not any("alone" in r for r in one) and all(r["alone"]["steps"] == 70 for r in three)
     report = (tmp_path / "three" / "report.md").read_text()
     threads, rate = three[0]["alone"]["threads"], three[0]["alone"]["units_per_s"]
-    assert f"Throughput: 63 steps of each arm alone with {threads} threads." in report and f"| {rate:,.0f} |" in report
+    assert f"Throughput: 70 steps of each arm alone with {threads} threads." in report and f"| {rate:,.0f} |" in report
     for again in (["--report-only"], []):
         assert run(path, tmp_path / "three", *again) == 0
         assert read_records(tmp_path / "three" / "report.jsonl") == three
     with pytest.raises(ValueError, match="jobs must be positive, got 0"):
         CompareOptions("x", jobs=0)
+
+
+def test_a_rate_alone_is_of_the_chosen_learning_rate_and_says_where_it_is_from(plan, tmp_path):
+    plan = replace(plan, seeds=(0,))
+    for arm in ("a", "b"):
+        store_run(plan, tmp_path, arm, 0.01, 0, 2.0)
+    short = in_short(plan.config("a", 0.01, 0), str(tmp_path / "a" / "alone-lr0.01"))
+    store(tmp_path / "a" / "alone-lr0.01", short, 0.0, (9000.0, 40.0, 60.0, 50.0), commit="e", date="later")
+    store(tmp_path / "b" / "alone-lr0.02", short, 0.0, (1.0, 2.0))
+    records = Runner(plan, tmp_path, None).records()
+    rate = {"units_per_s": 50.0, "steps": 12, "commit": "e", "date": "later", "torch": "2", "device": "cpu"}
+    assert records[0]["alone"] == rate | {"cpu": "Xeon", "cpu_capability": "AVX2", "threads": 2, "gpus": []}
+    assert "alone" not in records[1]
+    assert "d, commit c, later, commit e." in section(records)
+    other = Comparison("x", "x", {"a": replace(plan.arms["a"], batch_size=8)}, (0.01,), (3,))
+    store_run(other, tmp_path, "a", 0.01, 3, 2.0)
+    with pytest.raises(ValueError, match=r"alone-lr0\.01: a run with other settings is there: batch_size=4 \(now 8\)"):
+        Runner(other, tmp_path, None).records()
+
+
+def test_windows_of_a_rate_alone_are_of_one_size(config):
+    short = in_short(config, "x")
+    assert short.steps % short.log_every == 0 and short.log_every > UNTIMED_STEPS
 
 
 def test_a_failed_arm_is_named_and_the_rest_kept_and_it_is_tried_again(config, tmp_path, capsys):

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 from ...archs import read_config
 from ..checkpoint import has_state
 from ..config import RunConfig
-from ..log import UNTIMED_STEPS
 from ..start import AUTO
 from .options import changed
 from .plan import FREE, Comparison
 from .results import SHOWN, Record, Selection, alone, done, is_diverged, is_done, mark, outcome, select, unselected
 
-# Of an arm alone: the median of windows is what a machine does while nothing else disturbs it.
+# Of an arm alone: the median of windows is what a machine does while nothing else disturbs it. One more goes before
+# them, whose first steps are not timed.
 WINDOWS, WINDOW_STEPS = 6, 10
 
 # Imported once, in the process from which the runs are forked: several seconds that a run need not spend.
@@ -132,20 +132,18 @@ class Runner:
     def _process(self, run: Run) -> Any:
         """A process that carries the run out; None if it is done, or nothing shall run."""
         config, folder = self.plan.config(*run), self._place(run)
-        ended = is_done(folder)
-        if ended or has_state(folder):
-            _check_same(folder, config)
-        if ended or self.context is None:
+        if _is_done_so(folder, config) or self.context is None:
             return None
         return self.context.Process(target=train, args=(replace(config, out=str(folder), resume=AUTO), _log(folder)))
 
     def _alone(self, chosen: Mapping[str, Selection]) -> None:
         """Give the chosen runs of every arm its rate with nothing beside it, measured if they shared the device."""
         for arm, selection in chosen.items():
-            folder, name = self.folder / arm / "alone", f"{self.plan.name}/{arm} alone"
-            if self.context is not None and self.jobs > 1 and not is_done(folder):
-                run = Run(arm, selection.lr, self.plan.seeds[0])
-                config = in_short(self.plan.config(*run), str(folder))
+            # One seed for all: speed does not depend on it.
+            run = Run(arm, selection.lr, 0)
+            folder, name = self.folder / arm / f"alone-lr{run.lr:g}", f"{self.plan.name}/{arm} alone"
+            config = in_short(self.plan.config(*run), str(folder))
+            if not _is_done_so(folder, config) and self.context is not None and self.jobs > 1:
                 process = self.context.Process(target=train, args=(config, _log(folder), True))
                 with _ended({0: (run, process)}):
                     process.start()
@@ -166,7 +164,7 @@ def _log(folder: Path) -> Path:
 
 def in_short(config: RunConfig, out: str) -> RunConfig:
     """The run of as many steps as it takes to time them."""
-    steps = UNTIMED_STEPS + WINDOWS * WINDOW_STEPS
+    steps = (1 + WINDOWS) * WINDOW_STEPS
     short = changed(config, {"steps": steps, "warmup": 0, "eval_every": 0, "save_every": 0})
     return replace(short, out=out, resume=AUTO, log_every=WINDOW_STEPS)
 
@@ -228,6 +226,14 @@ def _ended(active: Mapping[int, tuple[Run, Any]]) -> Iterator[None]:
         for _, process in active.values():
             process.join()
         signal.signal(signal.SIGTERM, before)
+
+
+def _is_done_so(folder: Path, config: RunConfig) -> bool:
+    """Whether a run got to its end; ValueError if one with other settings is there."""
+    ended = is_done(folder)
+    if ended or has_state(folder):
+        _check_same(folder, config)
+    return ended
 
 
 def _check_same(folder: Path, config: RunConfig) -> None:

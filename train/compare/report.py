@@ -172,11 +172,14 @@ def speed_text(chosen: Sequence[Record]) -> str:
 def footnote(finished: Sequence[Record]) -> str:
     """Data, machine, versions."""
     first = finished[0]
-    when = ", ".join(sorted({f"{r['date']}, commit {r['commit']}" for r in finished}))
+    # An older throughput of an arm alone has no date.
+    parts = [part for record in finished for part in (record, record.get("alone", {})) if "date" in part]
+    when = ", ".join(sorted({f"{part['date']}, commit {part['commit']}" for part in parts}))
     # Older records do not say.
     leak = any(record.get("tested_on", "test") != "test" for record in finished)
     tested = "; it has no test split, test is the validation split, which picked checkpoints and learning rates"
-    return f"Data: {first['data']}{tested if leak else ''}. {hardware(first)}, {first['dtype']}, torch {first['torch']}, {when}."
+    data = f"{first['data']}{tested if leak else ''}"
+    return f"Data: {data}. {hardware(first)}, {first['dtype']}, torch {first['torch']}, {when}."
 
 
 def by(records: Sequence[Record], key: str) -> dict[Any, list[Record]]:

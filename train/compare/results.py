@@ -57,7 +57,6 @@ def outcome(folder: Path, task: str) -> Record:
     valid = [e for e in events if e["event"] == "valid"]
     shown, unit, config = SHOWN[task][1], UNITS[task], start["config"]
     per_step = config["batch_size"] * config["grad_accum"] * config.get("seq_len", 1)
-    facts = {key: start[key] for key in ("parameters", "commit", "date")}
     return {
         "unit": unit.removesuffix("s"),
         "steps": end["step"],
@@ -78,20 +77,19 @@ def outcome(folder: Path, task: str) -> Record:
         },
         "data": Path(config["data"]).name or config["data"],
         "tested_on": start.get("tested_on", "test"),
-        **facts,
+        "parameters": start["parameters"],
         "dtype": config["dtype"],
-        "device": config["device"],
-        **{key: start["machine"][key] for key in ("cpu", "cpu_capability", "threads", "gpus")},
-        "torch": start["versions"]["torch"],
+        **_origin(start),
     }
 
 
 def alone(folder: Path, task: str) -> Record:
-    """How fast a run was that had the device to itself: the median over its lines."""
+    """How fast a run was that had the device to itself: the median over its lines, but for the first, in which not all
+    steps are timed."""
     start, *_, end = events = read_metrics(folder)
-    rates = [e[f"{UNITS[task]}_per_s"] for e in events if e["event"] == "train"]
+    _, *rates = (e[f"{UNITS[task]}_per_s"] for e in events if e["event"] == "train")
     rate = statistics.median(rate for rate in rates if rate is not None)
-    return {"units_per_s": rate, "steps": end["step"], "threads": start["machine"]["threads"]}
+    return {"units_per_s": rate, "steps": end["step"], **_origin(start)}
 
 
 def done(records: Iterable[Record]) -> list[Record]:
@@ -129,6 +127,13 @@ def mark(records: Iterable[Record], chosen: Mapping[str, Selection]) -> None:
         selection = chosen.get(record["arm"])
         record["chosen"] = selection is not None and selection.lr == record["lr"]
         record["edge"] = record["chosen"] and selection is not None and selection.edge
+
+
+def _origin(start: Record) -> Record:
+    """When, with which code and on which machine a run was made."""
+    machine = {key: start["machine"][key] for key in ("cpu", "cpu_capability", "threads", "gpus")}
+    about = {"commit": start["commit"], "date": start["date"], "torch": start["versions"]["torch"]}
+    return {**about, "device": start["config"]["device"], **machine}
 
 
 def _metrics(event: Record) -> dict[str, float]:
