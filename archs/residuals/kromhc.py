@@ -115,11 +115,12 @@ class KromHC(Manifold):
         if not given:
             self.check(x)
         state = x if given else StreamState(x, self.factors)
+        full = torch.float64 if state.dtype == torch.float64 else torch.float32
         with torch.autocast(state.device.type, enabled=False):
-            u, h = state.read(*self.projection(torch.float64 if state.dtype == torch.float64 else torch.float32))
+            settled, u, h = state.read(*self.projection(full))
 
         def join(y: Tensor) -> Any:
-            following = state.add(y.to(u.dtype) if y.dtype != u.dtype else y, h)
+            following = settled.add(y.to(u.dtype) if y.dtype != u.dtype else y, h)
             return following if given else following.tensor()
 
         return u, join

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ...kernels.kronecker import kronecker_open, kronecker_post, kronecker_step
 
@@ -21,6 +23,7 @@ class Recipe:
 
     def __init__(self, base: Recipe | Tensor, addition: tuple[Tensor, Tensor] | None, factors: tuple[int, ...]) -> None:
         self.base, self.addition, self.factors = base, addition, factors
+        self.dtype: torch.dtype = base.dtype
         self.distance: int = base.distance + 1 if isinstance(base, Recipe) else 0
         self._value: Tensor | None = None
 
@@ -47,6 +50,8 @@ class Request:
         return self.recipe.value().view(self.shape)
 
 
+# FSDP finds the tensors that a layer takes and gives in dataclasses, and before torch 2.14 in pytrees.
+@dataclass(eq=False, repr=False)
 class StreamState:
     """Streams (…, n, C) whose newest addition may be pending. Behaves as the tensor it stands for.
 
@@ -57,39 +62,43 @@ class StreamState:
     stored ones and the branches' outputs. 1 stores all.
     """
 
-    def __init__(self, x: Tensor, factors: tuple[int, ...], keep: int = 1) -> None:
-        self._x = x
-        self._pending: tuple[Tensor, Tensor] | None = None
-        self._factors = factors
-        self._keep = keep
-        self._recipe: Recipe | None = None
+    _x: Tensor
+    _factors: tuple[int, ...]
+    _keep: int = 1
+    _pending: tuple[Tensor, Tensor] | None = None
+    _recipe: Recipe | None = None
+
+    def __post_init__(self) -> None:
+        # Mixed precision casts the streams, and a recipe gives what they were before.
+        if self._recipe is not None and self._recipe.dtype != self._x.dtype:
+            self._recipe = None
 
     def add(self, y: Tensor, h: Tensor) -> StreamState:
         """The state after the sublayer with coefficients h and branch output y; nothing is computed yet."""
-        state = StreamState(self.tensor(), self._factors, self._keep)
-        state._recipe = self._recipe
-        state._pending = (y, h)
-        return state
+        return StreamState(self.tensor(), self._factors, self._keep, (y, h), self._recipe)
 
     def tensor(self) -> Tensor:
         """The streams (…, n, C)."""
         if self._pending is not None:
-            y, h = self._pending
             with self._saving():
-                self._settle(kronecker_post(self._x, y, h, factors=self._factors), y, h)
+                x = kronecker_post(self._x, *self._pending, factors=self._factors)
+            self._become(self._joined(x))
         return self._x
 
-    def read(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Input u (…, C) and coefficients h of a sublayer; a pending addition joins in the same pass."""
-        if self._pending is None:
-            with self._saving():
-                self._x, u, h = kronecker_open(self._x, weight, bias, factors=self._factors)
-            return u, h
-        y, h = self._pending
+    def read(self, weight: Tensor, bias: Tensor) -> tuple[StreamState, Tensor, Tensor]:
+        """The settled state, and input u (…, C) and coefficients h of a sublayer; a pending addition joins in the same
+        pass."""
         with self._saving():
-            x, u, following = kronecker_step(self._x, y, h, weight, bias, factors=self._factors)
-        self._settle(x, y, h)
-        return u, following
+            if self._pending is None:
+                x, u, h = kronecker_open(self._x, weight, bias, factors=self._factors)
+            else:
+                x, u, h = kronecker_step(self._x, *self._pending, weight, bias, factors=self._factors)
+        state = self._joined(x)
+        # A layer that is computed again, by checkpointing, must find the state as it was. Without a backward none is,
+        # and the old streams need not stay.
+        if not torch.is_grad_enabled():
+            self._become(state)
+        return state, u, h
 
     @property
     def shape(self) -> torch.Size:
@@ -119,12 +128,19 @@ class StreamState:
         joined = h[..., n : 2 * n].sum(-1, keepdim=True) * y.to(h.dtype)
         return (self._x.sum(-2, dtype=h.dtype) + joined).to(self._x.dtype)
 
-    def _settle(self, x: Tensor, y: Tensor, h: Tensor) -> None:
-        if self._keep > 1:
-            base = self._recipe or Recipe(self._x.detach(), None, self._factors)
-            recipe = Recipe(base, (y.detach(), h.detach()), self._factors)
-            self._recipe = recipe if recipe.distance < self._keep else None
-        self._x, self._pending = x, None
+    def _joined(self, x: Tensor) -> StreamState:
+        """The state with its addition joined, whose streams are x."""
+        recipe = self._recipe
+        if self._keep > 1 and self._pending is not None:
+            y, h = self._pending
+            recipe = Recipe(
+                recipe or Recipe(self._x.detach(), None, self._factors), (y.detach(), h.detach()), self._factors
+            )
+            recipe = recipe if recipe.distance < self._keep else None
+        return StreamState(x, self._factors, self._keep, None, recipe)
+
+    def _become(self, other: StreamState) -> None:
+        self._x, self._pending, self._recipe = other._x, other._pending, other._recipe
 
     def _saving(self) -> Any:
         """While an op saves the streams for its backward: their recipe is saved in their place."""
@@ -174,3 +190,16 @@ def _operator(name: str) -> Callable[..., Any]:
 # Python looks operators up on the class, past __getattr__.
 for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "neg", "getitem", "len", "iter"):
     setattr(StreamState, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def _flatten(state: StreamState) -> tuple[list[Tensor], tuple[tuple[int, ...], int]]:
+    return [state._x, *(state._pending or ())], (state._factors, state._keep)
+
+
+def _unflatten(tensors: Iterable[Any], context: tuple[tuple[int, ...], int]) -> StreamState:
+    x, *pending = tensors
+    # Without the recipe: it would not know what has been done to the tensors.
+    return StreamState(x, *context, (pending[0], pending[1]) if pending else None)
+
+
+pytree.register_pytree_node(StreamState, _flatten, _unflatten, serialized_type_name=f"{__name__}.StreamState")

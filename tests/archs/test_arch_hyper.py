@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from grassland.archs import (
     MHC,
@@ -293,6 +299,74 @@ def test_recomputed_streams_give_the_same_gradients_in_less_memory(keep):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     # X_0 … X_5: the sum that ends the chain needs no more.
     assert alive == [6, math.ceil(6 / keep)]
+
+
+class Chain(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.layers = randomised(chain("kromhc", **options), std=0.2)
+
+    def forward(self, x, call=lambda layer, streams: layer(streams)):
+        streams = self.layers[0].expand(x)
+        for layer in self.layers:
+            streams = call(layer, streams)
+        return self.layers[-1].reduce(streams)
+
+
+def gradients(model, x, *call):
+    out = model(x, *call)
+    model.zero_grad()
+    out.square().sum().backward()
+    found = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+    return [out.detach(), *found]
+
+
+def sharded(model, mesh, **options):
+    for unit in (*model.layers, model):
+        fully_shard(unit, mesh=mesh, ignored_params={p for p in unit.parameters() if p.ndim == 0}, **options)
+    return model
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def checkpointed(layer, streams):
+    return checkpoint(layer, streams, use_reentrant=False)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+@pytest.mark.parametrize("keep", [1, 3])
+def test_checkpointed_and_sharded_layers_give_the_same_gradients(keep, mesh):
+    model, x = Chain(keep_streams=keep), normal(2, 3, 6)
+    expected = gradients(model, x)
+    runs = [gradients(model, x, checkpointed)]
+    sharded(model, mesh)
+    runs += [gradients(model, x), gradients(model, x, checkpointed)]
+    for found in runs:
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+def test_mixed_precision_may_cast_a_state(mesh):
+    model, x = Chain(keep_streams=3).float(), normal(2, 3, 6, dtype=torch.float32)
+    expected = gradients(model, x)
+    found = gradients(sharded(model, mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)), x)
+    assert found[0].dtype is torch.bfloat16
+    found, expected = (torch.cat([tensor.float().flatten() for tensor in run]) for run in (found, expected))
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_a_state_is_a_pytree():
+    layer = randomised(chain("kromhc", depth=1))[0]
+    state = layer(layer.expand(normal(2, 3, 6)))
+    tensors, spec = pytree.tree_flatten(state)
+    assert len(tensors) == 3 and all(t.requires_grad for t in tensors)
+    again = pytree.tree_unflatten(tensors, spec)
+    assert isinstance(again, StreamState) and torch.equal(again.tensor(), state.tensor())
 
 
 @pytest.mark.parametrize("kind", CLASSES)
