@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& operand, const
                                    const Tensor& bias) {
   const int64_t tokens = x.size(0), dim = x.size(1);
   const Tensor out = empty(x, {tokens, dim}, kDtype<X>), alpha = empty(x, {tokens, dim}, kDtype<T>);
-  if (tokens == 0) return {out, alpha};
+  if (out.numel() == 0) return {out, alpha};
   mm(alpha, operand, torch::stable::transpose(half(weight, 0, dim), 0, 1));
   addmm(alpha, g, torch::stable::transpose(half(weight, 1, dim), 0, 1), 1.0);
   torch::stable::parallel_for(0, tokens, std::max<int64_t>(1, kGrain / dim), [&](int64_t begin, int64_t end) {
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x,
   const int64_t tokens = x.size(0), dim = x.size(1);
   const Tensor dx = empty(x, {tokens, dim}, kDtype<X>), dg = empty(x, {tokens, dim}, kDtype<T>);
   const Tensor dlogit = empty(x, {tokens, dim}, kDtype<T>);
-  if (tokens == 0) return {dx, dg, dlogit};
+  if (dx.numel() == 0) return {dx, dg, dlogit};
   torch::stable::parallel_for(0, tokens * dim, kGrain, [&](int64_t begin, int64_t end) {
     blend_backward_rows(data<X>(grad), data<X>(x), data<T>(g), data<T>(alpha), begin, end, data<X>(dx), data<T>(dg),
                         data<T>(dlogit));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ def triton_kernels() -> Any:
     return fused
 
 
+def rows(t: Tensor) -> Tensor:
+    """(…, d) as (tokens, d); -1 would not do for d = 0."""
+    return t.view(math.prod(t.shape[:-1]), t.shape[-1])
+
+
 OP = dispatch.register("gated_blend", cpp=(torch.float32, torch.bfloat16), triton=(torch.float32, *HALVES))
 
 
@@ -29,12 +35,13 @@ def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, backend: str
     if backend == "eager":
         out, alpha = eager.gated_blend(x, g, weight, bias)
         return out.contiguous(), alpha.contiguous()
-    x, g, weight, bias = (t.contiguous() for t in (x, g, weight, bias))
+    weight, bias = weight.contiguous(), bias.contiguous()
+    xs, gs = rows(x.contiguous()), rows(g.contiguous())
     if backend == "triton":
-        return triton_kernels().gated_blend(x, g, weight, bias)
-    rows = x.flatten(0, -2)
-    found = torch.ops.grassland_cpp.gated_blend(rows, rows.to(g.dtype), g.flatten(0, -2), weight, bias)
-    return found[0].view_as(x), found[1].view_as(x)
+        out, alpha = triton_kernels().gated_blend(xs, gs, weight, bias)
+    else:
+        out, alpha = torch.ops.grassland_cpp.gated_blend(xs, xs.to(g.dtype), gs, weight, bias)
+    return out.view(x.shape), alpha.view(x.shape)
 
 
 @gated_blend.register_fake
@@ -48,9 +55,8 @@ def gated_blend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dg, dweight, dbias)."""
     backend = dispatch.pick(OP, g, backend)
-    grad, x, g, weight = (t.contiguous() for t in (grad, x, g, weight))
-    dim = weight.shape[0]
-    grads, xs, gs, alphas = (t.view(-1, dim) for t in (grad, x, g, alpha))
+    dim, weight = weight.shape[0], weight.contiguous()
+    grads, xs, gs, alphas = (rows(t.contiguous()) for t in (grad, x, g, alpha))
     if backend == "eager":
         dx, dg, dlogit = eager.gated_blend_backward(grads, xs, gs, weight, alphas)
     elif backend == "triton":
@@ -64,7 +70,7 @@ def gated_blend_backward(
     dweight = torch.empty_like(weight)
     torch.mm(dlogit.T, xs.to(g.dtype), out=dweight[:, :dim])
     torch.mm(dlogit.T, gs, out=dweight[:, dim:])
-    return dx.view_as(x), dg.view_as(g), dweight, dbias.to(g.dtype)
+    return dx.view(x.shape), dg.view(g.shape), dweight, dbias.to(g.dtype)
 
 
 @gated_blend_backward.register_fake

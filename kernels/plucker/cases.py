@@ -76,6 +76,8 @@ def blend_strided() -> Tensors:
 BLEND_CASES = [
     Case("small", lambda: blend((2, 5), 4)),
     Case("one-row", lambda: blend((1,), 3)),
+    Case("no-leading", lambda: blend((), 5)),
+    Case("no-width", lambda: blend((3,), 0)),
     Case("empty-batch", lambda: blend((0, 3), 4)),
     Case("odd-sizes", lambda: blend((2, 3, 7), 13)),
     Case("saturated", lambda: {name: t * 30 for name, t in blend((4, 9), 6).items()}),

@@ -352,8 +352,8 @@ def blend_backward_kernel(grad, x, g, alpha, dx, dg, dlogit, total, BLOCK: tl.co
 
 
 def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    dim, rows = weight.shape[0], g.view(-1, weight.shape[0])
-    logit = (x.view(-1, dim).to(g.dtype) @ weight[:, :dim].T).addmm_(rows, weight[:, dim:].T)
+    dim = weight.shape[0]
+    logit = (x.to(g.dtype) @ weight[:, :dim].T).addmm_(g, weight[:, dim:].T)
     out, alpha = torch.empty_like(x), torch.empty_like(g)
     if x.numel():
         blend_kernel[(triton.cdiv(x.numel(), 1024),)](x, g, logit, bias, out, alpha, x.numel(), dim, BLOCK=1024)
