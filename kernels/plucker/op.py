@@ -32,7 +32,7 @@ def unfit(z: Tensor, offsets: list[int]) -> tuple[str, ...]:
 def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: list[int], eps: float, backend: str) -> Tensor:
     backend = dispatch.pick(OP, weight, backend, unfit(z, offsets))
     if backend == "eager":
-        return eager.plucker_mix(z, weight, bias, offsets, eps)
+        return eager.plucker_mix(z, weight, bias, offsets, eps).contiguous()
     if backend == "triton":
         from . import fused
 
@@ -68,14 +68,15 @@ def plucker_mix_backward(
         else:
             found = torch.ops.grassland_cpp.plucker_mix_backward(grad, z32, w, offsets, eps, *mask)
         found = [found[0].to(z.dtype), found[1].to(weight.dtype), found[2].to(weight.dtype)]
-    return [g if needed and g is not None else z.new_empty(0) for g, needed in zip(found, mask, strict=True)]
+    pairs = zip(found, mask, strict=True)
+    return [g.contiguous() if needed and g is not None else z.new_empty(0) for g, needed in pairs]
 
 
 @plucker_mix_backward.register_fake
 def _(
     grad: Tensor, z: Tensor, weight: Tensor, offsets: list[int], eps: float, mask: list[bool], backend: str
 ) -> list[Tensor]:
-    full = [torch.empty_like(z), torch.empty_like(weight), weight.new_empty(weight.shape[0])]
+    full = [z.new_empty(z.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])]
     return [g if needed else z.new_empty(0) for g, needed in zip(full, mask, strict=True)]
 
 

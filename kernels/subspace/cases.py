@@ -131,7 +131,8 @@ def logits_registered(tensors: Tensors, options: dict[str, Any], backend: str) -
 
 
 def loss_registered(tensors: Tensors, options: dict[str, Any], backend: str) -> list[tuple[Any, tuple]]:
-    settings = (options["k"], options["scale"], options["label_smoothing"], -100, [True, True], backend)
+    scale, smoothing = options.get("scale", SCALE), options.get("label_smoothing", 0.0)
+    settings = (options["k"], scale, smoothing, -100, [True, True], backend)
     return [(op.subspace_cross_entropy, (tensors["x"], tensors["weight"], tensors["target"], *settings))]
 
 
