@@ -19,6 +19,8 @@ from .registry import assembly_class
 FORMAT, VERSION = "grassland", 1
 # By which transformers finds `interop.hf`; the folder of a checkpoint is one of Hugging Face's too.
 MODEL_TYPE = "grassland"
+# What `torch.compile` puts before the names of a module's tensors.
+COMPILED = "_orig_mod."
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
@@ -86,10 +88,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def save_model(model: nn.Module, path: str | os.PathLike[str], *, extra: Mapping[str, Any] | None = None) -> None:
-    """Write a model made by `create_model` into the folder `path`; each file atomically, the weights first.
+    """Write a model made by `create_model`, compiled or not, into the folder `path`; each file atomically, the weights
+    first.
 
     `config.json` is {"format": "grassland", "version": 1, "model_type": "grassland", "model": {…}, **extra}; extra must
-    be JSON-safe. Tensors that the model shares between slots are stored once.
+    be JSON-safe. Tensors that the model shares between slots are stored once. ValueError, with nothing written, for a
+    model whose modules are no longer those of its config.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, ModelConfig):
@@ -97,7 +101,10 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, extra: Mapping
     header = {"format": FORMAT, "version": VERSION, "model_type": MODEL_TYPE, "model": config.to_dict()}
     if clash := header.keys() & (extra or {}).keys():
         raise ValueError(f"extra must not contain {sorted(clash)}")
-    write_checkpoint(path, {**header, **(extra or {})}, model.state_dict())
+    tensors = {name.replace(COMPILED, ""): tensor for name, tensor in model.state_dict().items()}
+    if (misfit := _misfit(_expected(config), tensors)) is not None:
+        raise ValueError(f"model is not what its config builds, so that load_model would fail: {misfit}")
+    write_checkpoint(path, {**header, **(extra or {})}, tensors)
 
 
 def write_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -134,8 +141,9 @@ def load_model(
 ) -> Any:
     """Rebuild the model that `save_model` wrote into the folder `path`, in evaluation mode.
 
-    dtype None keeps the stored one. Raises CheckpointError that names the file: missing (MissingCheckpointError, also
-    a FileNotFoundError), corrupt or truncated, or tensors that are missing, unexpected or of the wrong shape.
+    dtype None keeps that of each stored tensor. Raises CheckpointError that names the file: missing
+    (MissingCheckpointError, also a FileNotFoundError), corrupt or truncated, or tensors that are missing, unexpected or
+    of the wrong shape.
     """
     values = read_config(path)["model"]
     file = Path(path) / CONFIG_FILE
@@ -146,9 +154,12 @@ def load_model(
         raise CheckpointError(f"{file}: {error}") from error
     tensors = read_tensors(Path(path) / WEIGHTS_FILE)
     stored = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), None)
-    with torch.device("meta"):
-        check_tensors(cls(config).state_dict(), tensors, Path(path) / WEIGHTS_FILE)
+    check_tensors(_expected(config), tensors, Path(path) / WEIGHTS_FILE)
     model = cls(config, device=device, dtype=dtype or stored)
+    if dtype is None:
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if tensors[name].is_floating_point():
+                tensor.data = tensor.data.to(tensors[name].dtype)
     model.load_state_dict(tensors)
     return model.eval()
 
@@ -170,14 +181,27 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:
     """CheckpointError that names `file` and the tensors if names or shapes differ."""
+    if (misfit := _misfit(expected, found)) is not None:
+        raise CheckpointError(f"{file}: {misfit}")
+
+
+def _expected(config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of the model that a config builds, on the meta device."""
+    with torch.device("meta"):
+        return assembly_class(config.kind)(config).state_dict()
+
+
+def _misfit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
+    """The first difference in names or shapes, in words."""
     if missing := sorted(expected.keys() - found.keys()):
-        raise CheckpointError(f"{file}: {len(missing)} tensors are missing: {_some(missing)}")
+        return f"{len(missing)} tensors are missing: {_some(missing)}"
     if surplus := sorted(found.keys() - expected.keys()):
-        raise CheckpointError(f"{file}: {len(surplus)} unexpected tensors: {_some(surplus)}")
+        return f"{len(surplus)} unexpected tensors: {_some(surplus)}"
     for name, tensor in expected.items():
         if tensor.shape != found[name].shape:
-            shapes = f"{tuple(found[name].shape)}, but {CONFIG_FILE} asks for {tuple(tensor.shape)}"
-            raise CheckpointError(f"{file}: {name} has shape {shapes}")
+            asked = f"{CONFIG_FILE} asks for {tuple(tensor.shape)}"
+            return f"{name} has shape {tuple(found[name].shape)}, but {asked}"
+    return None
 
 
 def _some(names: list[str]) -> str:

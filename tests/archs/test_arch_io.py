@@ -6,7 +6,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grassland.archs import CheckpointError, atomic_write, create_model, load_model, read_config, save_model
+from grassland.archs import (
+    MLP,
+    CheckpointError,
+    SharedMoE,
+    atomic_write,
+    create_model,
+    load_model,
+    read_config,
+    save_model,
+    swap,
+)
+from grassland.archs.registry import slot_choices
 
 SIZES = {"vocab_size": 13, "max_len": 8, "dim": 8, "depth": 2, "ffn_dim": 12, "rank": 4}
 
@@ -45,6 +56,46 @@ def test_dtype_is_kept_unless_asked_otherwise(tmp_path):
     save_model(create_model("lm", dtype=torch.bfloat16, **SIZES), tmp_path)
     assert load_model(tmp_path).embed.weight.dtype is torch.bfloat16
     assert load_model(tmp_path, dtype=torch.float32).embed.weight.dtype is torch.float32
+
+
+def test_every_tensor_keeps_its_own_dtype(tmp_path):
+    model = create_model("lm", head="grassmann", subspace_dim=2, dtype=torch.bfloat16, **SIZES)
+    model.head.float().reset_parameters()
+    model.norm.double()
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path)
+    stored = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in loaded.state_dict().items()} == stored
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    assert loaded.head.orthogonality_error() < 1e-6
+    assert {tensor.dtype for tensor in load_model(tmp_path, dtype=torch.float64).parameters()} == {torch.float64}
+
+
+def test_a_compiled_model_is_stored_under_its_own_names(model, tmp_path):
+    ids = torch.randint(13, (2, 8))
+    expected = model(ids)
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    save_model(torch.compile(model, backend="eager"), tmp_path)
+    assert torch.equal(load_model(tmp_path)(ids), expected)
+
+
+def test_a_model_that_could_not_be_loaded_is_not_written(model, tmp_path):
+    swap(model, {MLP: lambda old: SharedMoE(8, 12)})
+    with pytest.raises(ValueError, match=r"not what its config builds.*8 tensors are missing: blocks.0.ffn"):
+        save_model(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("slot", ["mixer", "residual", "ffn", "head"])
+def test_saving_draws_no_random_numbers(slot, tmp_path):
+    for choice in slot_choices(slot):
+        kind = "mlm" if choice == "bidirectional" else "lm"
+        options = {"subspace_dim": 2} if choice == "grassmann" and slot == "head" else {}
+        sizes = {name: value for name, value in SIZES.items() if name != "rank"}
+        model = create_model(kind, **{slot: choice}, **options, **sizes)
+        random = torch.get_rng_state()
+        save_model(model, tmp_path)
+        assert torch.equal(torch.get_rng_state(), random), choice
 
 
 def edit_config(folder, change):
