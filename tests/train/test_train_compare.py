@@ -3,7 +3,10 @@
 import json
 import math
 import multiprocessing.connection
+import os
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -256,6 +259,50 @@ def test_presets_are_whole(name):
         assert len(plan.arms) >= 2 and len(plan.seeds) >= 3 and plan.describe()
         allowed = {"model", "set", "head", "subspace_dim", "head_lr", "head_dropout", "loss", "bce_threshold"}
         assert all(differs.keys() <= allowed for differs in plan.differing().values())
+
+
+class Process:
+    """Stands in for one of multiprocessing's, for `Runner`; it never ends. seen: what has been called."""
+
+    seen: ClassVar[list[str]] = []
+
+    def __init__(self, target, args):
+        self.name, self.exitcode = f"{args[0].lr:g}", 1
+        self.sentinel, self.other = os.pipe()
+
+    def start(self):
+        self.seen.append(f"start {self.name}")
+        if self.name == "0.02":
+            raise OSError("no more processes")
+
+    def terminate(self):
+        self.seen.append(f"terminate {self.name}")
+
+    def join(self):
+        self.seen.append(f"join {self.name}")
+
+
+@pytest.fixture
+def context(monkeypatch):
+    monkeypatch.setattr(Process, "seen", [])
+    return SimpleNamespace(Process=Process)
+
+
+@pytest.mark.parametrize("name", ["lr0.02-seed0", "lr0.01-seed2", "alone-lr0.02"])
+def test_other_settings_are_told_before_anything_is_run(plan, tmp_path, context, name):
+    plan = replace(plan, lrs=(0.01, 0.02))
+    config = replace(plan.config("b", 0.02 if "0.02" in name else 0.01, 2 if "seed2" in name else 0), batch_size=3)
+    store(tmp_path / "b" / name, in_short(config, "x") if "alone" in name else config, 2.0)
+    with pytest.raises(ValueError, match=rf"{name}: a run with other settings is there: batch_size=3 \(now 4\)"):
+        Runner(plan, tmp_path, context, jobs=2).records()
+    assert not context.Process.seen
+
+
+def test_runs_are_ended_where_the_next_one_fails_to_start(plan, tmp_path, context):
+    plan = replace(plan, lrs=(0.01, 0.02), arms={"a": plan.arms["a"]})
+    with pytest.raises(OSError, match="no more processes"):
+        Runner(plan, tmp_path, context, jobs=2).records()
+    assert context.Process.seen == ["start 0.01", "start 0.02", "terminate 0.01", "join 0.01"]
 
 
 def test_options_narrow_and_change(config, tmp_path):

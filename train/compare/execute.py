@@ -1,5 +1,6 @@
 """Running what a comparison still lacks, each run in a process of its own."""
 
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -43,17 +44,24 @@ class Runner:
 
     A finished run is taken as it is, an interrupted one is resumed, one that failed is tried again. context: what
     `processes` gives; None to run nothing. jobs: how many run at a time. widen: how often a grid is widened.
+
+    Raises ValueError if a run in the folder has other settings than planned.
     """
 
     def __init__(self, plan: Comparison, folder: Path, context: Any, jobs: int = 1, widen: int = 0) -> None:
         self.plan, self.folder, self.context, self.jobs, self.widen = plan, folder, context, jobs, widen
         self.finished: list[Record] = []
+        # Before anything is run, for hours perhaps.
+        for arm, lr in itertools.product(plan.arms, plan.lrs):
+            for run in (Run(arm, lr, seed) for seed in plan.seeds):
+                _is_done_so(self._place(run), plan.config(*run))
+            _is_done_so(self._place_alone(arm, lr), self._config_alone(arm, lr))
 
     def records(self) -> list[Record]:
         """One record a run: the grid with the first seed, wider where an arm is best at an end of it, then the other
         seeds at each arm's best learning rate.
 
-        Raises ValueError if a run in the folder has other settings than planned.
+        Raises ValueError if a run of a wider grid is there with other settings than planned.
         """
         plan, (first, *others) = self.plan, self.plan.seeds
         if len(plan.lrs) == 1:  # nothing to choose
@@ -129,6 +137,13 @@ class Runner:
     def _place(self, run: Run) -> Path:
         return self.folder / run.arm / f"lr{run.lr:g}-seed{run.seed}"
 
+    def _place_alone(self, arm: str, lr: float) -> Path:
+        return self.folder / arm / f"alone-lr{lr:g}"
+
+    def _config_alone(self, arm: str, lr: float) -> RunConfig:
+        # One seed for all: speed does not depend on it.
+        return in_short(self.plan.config(arm, lr, 0), str(self._place_alone(arm, lr)))
+
     def _process(self, run: Run) -> Any:
         """A process that carries the run out; None if it is done, or nothing shall run."""
         config, folder = self.plan.config(*run), self._place(run)
@@ -139,13 +154,11 @@ class Runner:
     def _alone(self, chosen: Mapping[str, Selection]) -> None:
         """Give the chosen runs of every arm its rate with nothing beside it, measured if they shared the device."""
         for arm, selection in chosen.items():
-            # One seed for all: speed does not depend on it.
-            run = Run(arm, selection.lr, 0)
-            folder, name = self.folder / arm / f"alone-lr{run.lr:g}", f"{self.plan.name}/{arm} alone"
-            config = in_short(self.plan.config(*run), str(folder))
+            folder, name = self._place_alone(arm, selection.lr), f"{self.plan.name}/{arm} alone"
+            config = self._config_alone(arm, selection.lr)
             if not _is_done_so(folder, config) and self.context is not None and self.jobs > 1:
                 process = self.context.Process(target=train, args=(config, _log(folder), True))
-                with _ended({0: (run, process)}):
+                with _ended({0: (Run(arm, selection.lr, 0), process)}):
                     process.start()
                     process.join()
                 if not is_done(folder):
@@ -210,18 +223,24 @@ def processes() -> Any:
 
 @contextmanager
 def _ended(active: Mapping[int, tuple[Run, Any]]) -> Iterator[None]:
-    """See the processes end that are in `active`, also when this one is asked to stop: then the runs save themselves
-    first."""
+    """See the processes end that are in `active`, also when this one is asked to stop or fails: then the runs save
+    themselves first."""
+
+    def terminate() -> None:
+        for _, process in active.values():
+            process.terminate()
 
     def stop(number: int, frame: FrameType | None) -> None:
         # Ctrl-C reaches the runs by itself.
-        for _, process in active.values():
-            process.terminate()
+        terminate()
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except Exception:
+        terminate()
+        raise
     finally:
         for _, process in active.values():
             process.join()
