@@ -5,7 +5,7 @@
 //
 // The wedge of a chunk of tokens is written once, meets W in one ATen product and is forgotten; the backward builds it
 // again, so that nothing of size tokens x r(r-1)/2 outlives a chunk.
-#include "common.h"
+#include "vec.h"
 
 namespace grassland {
 namespace {
@@ -18,111 +18,191 @@ struct Shape {
   int64_t tokens, length, rank, pairs, dim;
 };
 
+int64_t whole_vectors(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
+
+// z in rows of `stride` numbers, filled up with zeros to whole vectors; the offsets filled up with ones that reach nowhere.
 struct Wedge {
   const float* z;
   const std::vector<int64_t>& offsets;
   float eps;
   Shape shape;
+  int64_t stride;
+  std::vector<uint32_t> reach;
+
+  Wedge(const float* z, const std::vector<int64_t>& offsets, float eps, const Shape& shape)
+      : z(z), offsets(offsets), eps(eps), shape(shape), stride(whole_vectors(shape.rank)),
+        reach(whole_vectors(offsets.size()), kNowhere) {
+    for (size_t k = 0; k < offsets.size(); ++k) reach[k] = static_cast<uint32_t>(std::min<int64_t>(offsets[k], kNowhere));
+  }
+
+  const float* row(int64_t token) const { return z + token * stride; }
+  int64_t position(int64_t token) const { return token % shape.length; }
+  int64_t slots() const { return static_cast<int64_t>(reach.size()); }
+
+ private:
+  static constexpr uint32_t kNowhere = UINT32_MAX;
 };
 
-GRASSLAND_INLINE float dot(const float* a, const float* b, int64_t n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
-}
+// Working memory for a token: rows and numbers of its pairs, filled up to whole vectors. The coordinates have a vector of
+// slack before and behind them, since rows of the triangle begin and end anywhere.
+struct Token {
+  std::vector<float> z, y, dz, dy, coordinates, along_z, along_y;
+  std::vector<float> ratio, scale, norm, rest, slope;
+  float sums[kLanes * kLanes];
 
-GRASSLAND_INLINE int64_t valid(const std::vector<int64_t>& offsets, int64_t t) {
-  int64_t count = 0;
-  for (const int64_t offset : offsets) count += offset <= t;
-  return count;
-}
+  explicit Token(const Wedge& w)
+      : z(w.stride + kLanes), y(w.stride + kLanes), dz(w.stride), dy(w.stride),
+        coordinates(w.shape.pairs + 2 * kLanes), along_z(w.stride * kLanes), along_y(w.stride * kLanes),
+        ratio(w.slots()), scale(w.slots()), norm(w.slots()), rest(w.slots()), slope(w.slots()) {}
 
-// What a token's pairs leave for the backward: delta = z_s - ratio z_t, the weight 1 / (n max(N, eps)) of delta in y_t,
-// and N.
-struct Terms {
-  float ratio, scale, norm, rest;
+  float* triangle() { return coordinates.data() + kLanes; }
 };
 
-// y_t, and with `terms` (one for each offset) how it came about; a missing partner has scale 0.
-GRASSLAND_INLINE void average(const Wedge& w, int64_t token, float* y, Terms* terms) {
-  const int64_t r = w.shape.rank, t = token % w.shape.length, count = valid(w.offsets, t);
-  const float* zt = w.z + token * r;
-  std::memset(y, 0, r * sizeof(float));
-  const float square = dot(zt, zt, r);
-  for (size_t k = 0; k < w.offsets.size(); ++k) {
-    if (terms != nullptr) terms[k] = {0, 0, 0, 0};
-    if (w.offsets[k] > t) continue;
-    const float* zs = zt - w.offsets[k] * r;
-    const float ratio = square > 0 ? dot(zt, zs, r) / square : 0.0f;
-    float rest = 0;
-#pragma omp simd reduction(+ : rest)
-    for (int64_t i = 0; i < r; ++i) {
-      const float delta = zs[i] - ratio * zt[i];
-      rest += delta * delta;
+GRASSLAND_INLINE float square_norm(const float* row, int64_t stride) {
+  Vec sum = {};
+  for (int64_t c = 0; c < stride; c += kLanes) sum += load_full(row + c) * load_full(row + c);
+  return total(sum);
+}
+
+// Lane k is the total of the vector that f(z_s, slot) returns for the partner of that slot, 0 where there is none.
+template <typename F>
+GRASSLAND_INLINE Vec for_partners(const Wedge& w, int64_t token, int64_t slot, float* sums, F&& f) {
+  const int64_t t = w.position(token);
+  for (int64_t k = 0; k < kLanes; ++k) {
+    const int64_t offset = w.reach[slot + k];
+    store_full(offset <= t ? f(w.row(token - offset), slot + k) : Vec{}, sums + k * kLanes);
+  }
+  return totals(sums);
+}
+
+// y_t, and how each pair came about: delta = z_s - ratio z_t, rest = |delta|^2, norm = N, and the weight
+// scale = 1 / (n max(N, eps)) of delta in y_t; a missing partner has scale 0.
+GRASSLAND_INLINE void average(const Wedge& w, int64_t token, Token& p) {
+  const float* zt = w.row(token);
+  const int64_t t = w.position(token);
+  const float square = square_norm(zt, w.stride);
+  float count = 0;
+  for (const int64_t offset : w.offsets) count += offset <= t;
+  for (int64_t slot = 0; slot < w.slots(); slot += kLanes) {
+    const Vec inner = for_partners(w, token, slot, p.sums, [&](const float* zs, int64_t) GRASSLAND_INLINE_LAMBDA {
+      Vec sum = {};
+      for (int64_t c = 0; c < w.stride; c += kLanes) sum += load_full(zt + c) * load_full(zs + c);
+      return sum;
+    });
+    store_full(square > 0 ? inner / square : Vec{}, p.ratio.data() + slot);
+    const Vec rest = for_partners(w, token, slot, p.sums, [&](const float* zs, int64_t k) GRASSLAND_INLINE_LAMBDA {
+      Vec sum = {};
+      for (int64_t c = 0; c < w.stride; c += kLanes) {
+        const Vec delta = load_full(zs + c) - p.ratio[k] * load_full(zt + c);
+        sum += delta * delta;
+      }
+      return sum;
+    });
+    const Vec norm = std::sqrt(square) * square_root(rest), least = Vec{} + w.eps;
+    VecBits reach;
+    std::memcpy(&reach, w.reach.data() + slot, sizeof(reach));
+    const VecBits there = (VecBits)(reach <= static_cast<uint32_t>(t));
+    store_full(rest, p.rest.data() + slot);
+    store_full(norm, p.norm.data() + slot);
+    store_full(keep(1.0f / ((norm < least ? least : norm) * count), there), p.scale.data() + slot);
+  }
+  for (int64_t c = 0; c < w.stride; c += kLanes) {
+    const Vec z = load_full(zt + c);
+    Vec y = {};
+    for (size_t k = 0; k < w.offsets.size(); ++k) {
+      if (w.offsets[k] <= t) y += p.scale[k] * (load_full(w.row(token - w.offsets[k]) + c) - p.ratio[k] * z);
     }
-    const float norm = std::sqrt(square) * std::sqrt(rest);
-    const float scale = 1.0f / (std::max(norm, w.eps) * static_cast<float>(count));
-    if (terms != nullptr) terms[k] = {ratio, scale, norm, rest};
-#pragma omp simd
-    for (int64_t i = 0; i < r; ++i) y[i] += scale * (zs[i] - ratio * zt[i]);
+    store_full(z, p.z.data() + c);
+    store_full(y, p.y.data() + c);
   }
 }
 
-// z and y with kLanes zeros behind them, so that a row of pairs may run over its end.
-struct Padded {
-  std::vector<float> z, y, pairs;
-  explicit Padded(const Shape& s) : z(s.rank + kLanes), y(s.rank + kLanes), pairs(s.pairs + kLanes) {}
-};
-
-// pairs (i, j), i < j, in lexicographic order; each row overwrites the overrun of the row before it.
+// Pairs (i, j), i < j, in lexicographic order; each row overwrites what the one before it wrote past its end.
 template <typename T>
-GRASSLAND_INLINE void wedge(Padded& p, int64_t r, int64_t pairs, T* out) {
-  float* row = p.pairs.data();
+GRASSLAND_INLINE void wedge(Token& p, int64_t r, int64_t pairs, T* out) {
+  float* row = p.triangle();
   for (int64_t i = 0; i + 1 < r; ++i) {
     const float zi = p.z[i], yi = p.y[i];
-    for (int64_t j = i + 1; j < r; j += kLanes) {
-      const float *zj = p.z.data() + j, *yj = p.y.data() + j;
-      float* o = row + (j - i - 1);
-#pragma omp simd
-      for (int64_t v = 0; v < kLanes; ++v) o[v] = zi * yj[v] - zj[v] * yi;
-    }
+    for (int64_t j = i + 1; j < r; j += kLanes)
+      store_full(zi * load_full(p.y.data() + j) - yi * load_full(p.z.data() + j), row + j - i - 1);
     row += r - 1 - i;
   }
+  row = p.triangle();
 #pragma omp simd
-  for (int64_t k = 0; k < pairs; ++k) from_float(p.pairs[k], out[k]);
+  for (int64_t k = 0; k < pairs; ++k) from_float(row[k], out[k]);
 }
+
+// V vectors of columns of the antisymmetric D, from column `begin` on; its upper triangle is in the coordinates. They give
+// dz and dy their columns' part at once. What a row gives stays in along_y and along_z, a vector whose lanes are to be summed.
+template <int V>
+struct Columns {
+  Token& p;
+  int64_t r, begin;
+  Vec z[V], y[V], dz[V], dy[V];
+
+  // Row i from the vector `first` on, where the diagonal is if `diagonal`.
+  template <int first, bool diagonal>
+  GRASSLAND_INLINE_LAMBDA void row(int64_t i) {
+    constexpr VecBits lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const float* grad = p.triangle() + i * r - i * (i + 1) / 2 + begin - i - 1;
+    float *sum_y = p.along_y.data() + i * kLanes, *sum_z = p.along_z.data() + i * kLanes;
+    const float zi = p.z[i], yi = p.y[i];
+    Vec along_y = {}, along_z = {};
+    if (!diagonal) {
+      along_y = load_full(sum_y);
+      along_z = load_full(sum_z);
+    }
+    for (int v = first; v < V; ++v) {
+      Vec g = load_full(grad + v * kLanes);
+      if (diagonal && v == first) g = keep(g, (VecBits)(lane > static_cast<uint32_t>(i - begin - v * kLanes)));
+      along_y += g * y[v];
+      along_z += g * z[v];
+      dz[v] -= g * yi;
+      dy[v] += g * zi;
+    }
+    store_full(along_y, sum_y);
+    store_full(along_z, sum_z);
+  }
+
+  template <int first>
+  GRASSLAND_INLINE_LAMBDA void diagonal() {
+    const int64_t end = std::min(begin + (first + 1) * kLanes, r - 1);
+    for (int64_t i = begin + first * kLanes; i < end; ++i) row<first, true>(i);
+    if constexpr (first + 1 < V) diagonal<first + 1>();
+  }
+
+  GRASSLAND_INLINE_LAMBDA void run() {
+    for (int v = 0; v < V; ++v) {
+      z[v] = load_full(p.z.data() + begin + v * kLanes);
+      y[v] = load_full(p.y.data() + begin + v * kLanes);
+      dz[v] = dy[v] = Vec{};
+    }
+    for (int64_t i = 0; i < begin; ++i) row<0, false>(i);
+    diagonal<0>();
+    for (int v = 0; v < V; ++v) {
+      store_full(dz[v], p.dz.data() + begin + v * kLanes);
+      store_full(dy[v], p.dy.data() + begin + v * kLanes);
+    }
+  }
+};
 
 // dz = D y and dy = -D z for the antisymmetric D whose upper triangle is `grad`.
 template <typename T>
-GRASSLAND_INLINE void wedge_backward(Padded& p, int64_t r, int64_t pairs, const T* grad, float* dz, float* dy) {
-  for (int64_t k = 0; k < pairs; ++k) p.pairs[k] = to_float(grad[k]);
-  std::memset(dz, 0, (r + kLanes) * sizeof(float));
-  std::memset(dy, 0, (r + kLanes) * sizeof(float));
-  const float* row = p.pairs.data();
-  for (int64_t i = 0; i + 1 < r; ++i) {
-    const float zi = p.z[i], yi = p.y[i];
-    float along_y[kLanes] = {}, along_z[kLanes] = {};
-    for (int64_t j = i + 1; j < r; j += kLanes) {
-      const float *zj = p.z.data() + j, *yj = p.y.data() + j, *g = row + (j - i - 1);
-      float *dzj = dz + j, *dyj = dy + j;
+GRASSLAND_INLINE void wedge_backward(Token& p, int64_t r, int64_t pairs, const T* grad) {
+  float* upper = p.triangle();
 #pragma omp simd
-      for (int64_t v = 0; v < kLanes; ++v) {
-        along_y[v] += g[v] * yj[v];
-        along_z[v] += g[v] * zj[v];
-        dzj[v] -= g[v] * yi;
-        dyj[v] += g[v] * zi;
-      }
-    }
-    float sum_y = 0, sum_z = 0;
-#pragma omp simd reduction(+ : sum_y, sum_z)
-    for (int64_t v = 0; v < kLanes; ++v) {
-      sum_y += along_y[v];
-      sum_z += along_z[v];
-    }
-    dz[i] += sum_y;
-    dy[i] -= sum_z;
-    row += r - 1 - i;
+  for (int64_t k = 0; k < pairs; ++k) upper[k] = to_float(grad[k]);
+  int64_t begin = 0;
+  for (; r - begin > 3 * kLanes; begin += 4 * kLanes) Columns<4>{p, r, begin}.run();
+  if (r - begin > 2 * kLanes)
+    Columns<3>{p, r, begin}.run();
+  else if (r - begin > kLanes)
+    Columns<2>{p, r, begin}.run();
+  else if (r > begin)
+    Columns<1>{p, r, begin}.run();
+  for (int64_t i = 0; i < r; i += kLanes) {
+    store_full(load_full(p.dz.data() + i) + totals(p.along_y.data() + i * kLanes), p.dz.data() + i);
+    store_full(load_full(p.dy.data() + i) - totals(p.along_z.data() + i * kLanes), p.dy.data() + i);
   }
 }
 
@@ -134,53 +214,62 @@ struct Link {
 // The pairs of token t as targets. With h = dy_t / n, sigma = 1 / max(N, eps), kappa = -sigma^2 <h, delta> / N, which is 0
 // where the norm is clamped:
 //   dz_t += kappa (|delta|^2 z_t - <t,s> delta) - sigma c h        dz_s += sigma h + kappa |z_t|^2 delta
-GRASSLAND_INLINE void targets_backward(const Wedge& w, int64_t token, const Terms* terms, const float* dy, float* dz,
-                                       Link* links) {
-  const int64_t r = w.shape.rank;
-  const float* zt = w.z + token * r;
-  const float square = dot(zt, zt, r);
-  for (size_t k = 0; k < w.offsets.size(); ++k) {
-    const Terms& p = terms[k];
-    links[k] = {p.ratio, p.scale, 0};
-    if (p.scale == 0) continue;
-    const float* zs = zt - w.offsets[k] * r;
-    float kappa = 0;
-    if (p.norm > w.eps) {
-      float along = 0;
-#pragma omp simd reduction(+ : along)
-      for (int64_t i = 0; i < r; ++i) along += dy[i] * (zs[i] - p.ratio * zt[i]);
-      kappa = -p.scale * along / (p.norm * p.norm);
-    }
-    links[k].slope = kappa * square;
-    const float inner = p.ratio * square, shrink = p.scale * p.ratio;
-#pragma omp simd
-    for (int64_t i = 0; i < r; ++i)
-      dz[i] += kappa * (p.rest * zt[i] - inner * (zs[i] - p.ratio * zt[i])) - shrink * dy[i];
+GRASSLAND_INLINE void targets_backward(const Wedge& w, int64_t token, Token& p, Link* links) {
+  const float *zt = w.row(token), *dy = p.dy.data();
+  const int64_t t = w.position(token);
+  const float square = square_norm(zt, w.stride);
+  Vec ahead = {}, back = {};
+  for (int64_t slot = 0; slot < w.slots(); slot += kLanes) {
+    const Vec along = for_partners(w, token, slot, p.sums, [&](const float* zs, int64_t k) GRASSLAND_INLINE_LAMBDA {
+      Vec sum = {};
+      for (int64_t c = 0; c < w.stride; c += kLanes)
+        sum += load_full(dy + c) * (load_full(zs + c) - p.ratio[k] * load_full(zt + c));
+      return sum;
+    });
+    const Vec scale = load_full(p.scale.data() + slot), norm = load_full(p.norm.data() + slot);
+    const Vec kappa = keep(-scale * along / (norm * norm), (VecBits)(norm > Vec{} + w.eps));
+    ahead += kappa * load_full(p.rest.data() + slot);
+    back += scale * load_full(p.ratio.data() + slot);
+    store_full(kappa * square, p.slope.data() + slot);
   }
+  const float along_z = total(ahead), along_dy = total(back);
+  for (int64_t c = 0; c < w.stride; c += kLanes) {
+    const Vec z = load_full(zt + c);
+    Vec sum = load_full(p.dz.data() + c) + along_z * z - along_dy * load_full(dy + c);
+    for (size_t k = 0; k < w.offsets.size(); ++k) {
+      if (w.offsets[k] > t) continue;
+      const Vec delta = load_full(w.row(token - w.offsets[k]) + c) - p.ratio[k] * z;
+      sum -= p.slope[k] * p.ratio[k] * delta;
+    }
+    store_full(sum, p.dz.data() + c);
+  }
+  for (size_t k = 0; k < w.offsets.size(); ++k) links[k] = {p.ratio[k], p.scale[k], p.slope[k]};
 }
 
-// What flows into a token as the source of later ones, gathered in the order of the offsets.
-GRASSLAND_INLINE void sources_backward(const Wedge& w, int64_t token, const float* dy, const Link* links, float* dz) {
-  const int64_t r = w.shape.rank, length = w.shape.length, t = token % length;
-  const int64_t many = static_cast<int64_t>(w.offsets.size());
-  const float* zs = w.z + token * r;
-  for (int64_t k = 0; k < many; ++k) {
-    const int64_t offset = w.offsets[k];
-    if (t + offset >= length) continue;
-    const float *zt = zs + offset * r, *h = dy + (token + offset) * r;
-    const Link& link = links[(token + offset) * many + k];
-#pragma omp simd
-    for (int64_t i = 0; i < r; ++i) dz[i] += link.scale * h[i] + link.slope * (zs[i] - link.ratio * zt[i]);
-  }
+// dz of a token and what flows into it as the source of later ones, gathered in the order of the offsets.
+GRASSLAND_INLINE void sources_backward(const Wedge& w, int64_t token, const float* dy, const Link* links, const float* dz,
+                                       float* out) {
+  const int64_t t = w.position(token), many = static_cast<int64_t>(w.offsets.size());
+  for_each_vector(w.shape.rank, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+    const Vec zs = load_full(w.row(token) + c);
+    Vec sum = load_full(dz + c);
+    for (int64_t k = 0; k < many; ++k) {
+      if (w.offsets[k] >= w.shape.length - t) continue;
+      const int64_t target = token + w.offsets[k];
+      const Link& link = links[target * many + k];
+      const Vec delta = zs - link.ratio * load_full(w.row(target) + c);
+      sum += link.scale * load_full(dy + target * w.stride + c) + link.slope * delta;
+    }
+    store(sum, out + c, live);
+  });
 }
 
 template <typename T>
 GRASSLAND_INLINE void wedge_rows_body(const Wedge& w, int64_t begin, int64_t end, int64_t base, T* out) {
   const Shape& s = w.shape;
-  Padded p(s);
+  Token p(w);
   for (int64_t token = begin; token < end; ++token) {
-    std::memcpy(p.z.data(), w.z + token * s.rank, s.rank * sizeof(float));
-    average(w, token, p.y.data(), nullptr);
+    average(w, token, p);
     wedge(p, s.rank, s.pairs, out + (token - base) * s.pairs);
   }
 }
@@ -193,7 +282,8 @@ GRASSLAND_MULTIARCH void wedge_rows(const Wedge& w, int64_t begin, int64_t end, 
   wedge_rows_body(w, begin, end, base, out);
 }
 
-// Gradients with respect to z (as far as the tokens' own pairs go), y and the links, tokens x rank and tokens x offsets.
+// Gradients with respect to z (as far as the tokens' own pairs go) and y, in rows like those of z, and the links, tokens x
+// offsets.
 struct Gradients {
   float *dz, *dy;
   Link* links;
@@ -203,18 +293,15 @@ template <typename T>
 GRASSLAND_INLINE void wedge_rows_backward_body(const Wedge& w, int64_t begin, int64_t end, int64_t base, const T* grad,
                                                T* wedges, const Gradients& out) {
   const Shape& s = w.shape;
-  Padded p(s);
-  std::vector<float> dz_row(s.rank + kLanes), dy_row(s.rank + kLanes);
-  std::vector<Terms> terms(w.offsets.size());
+  Token p(w);
   for (int64_t token = begin; token < end; ++token) {
-    std::memcpy(p.z.data(), w.z + token * s.rank, s.rank * sizeof(float));
-    average(w, token, p.y.data(), terms.data());
+    average(w, token, p);
     if (wedges != nullptr) wedge(p, s.rank, s.pairs, wedges + (token - base) * s.pairs);
     if (grad == nullptr) continue;
-    wedge_backward(p, s.rank, s.pairs, grad + (token - base) * s.pairs, dz_row.data(), dy_row.data());
-    targets_backward(w, token, terms.data(), dy_row.data(), dz_row.data(), out.links + token * terms.size());
-    std::memcpy(out.dz + token * s.rank, dz_row.data(), s.rank * sizeof(float));
-    std::memcpy(out.dy + token * s.rank, dy_row.data(), s.rank * sizeof(float));
+    wedge_backward(p, s.rank, s.pairs, grad + (token - base) * s.pairs);
+    targets_backward(w, token, p, out.links + token * w.offsets.size());
+    std::memcpy(out.dz + token * w.stride, p.dz.data(), w.stride * sizeof(float));
+    std::memcpy(out.dy + token * w.stride, p.dy.data(), w.stride * sizeof(float));
   }
 }
 
@@ -228,13 +315,32 @@ GRASSLAND_MULTIARCH void wedge_rows_backward(const Wedge& w, int64_t begin, int6
   wedge_rows_backward_body(w, begin, end, base, grad, wedges, out);
 }
 
-GRASSLAND_MULTIARCH void source_rows_backward(const Wedge& w, int64_t begin, int64_t end, const Gradients& out) {
-  for (int64_t token = begin; token < end; ++token)
-    sources_backward(w, token, out.dy, out.links, out.dz + token * w.shape.rank);
+GRASSLAND_MULTIARCH void source_rows_backward(const Wedge& w, int64_t begin, int64_t end, const Gradients& found,
+                                              float* out) {
+  for (int64_t token = begin; token < end; ++token) {
+    const float* dz = found.dz + token * w.stride;
+    sources_backward(w, token, found.dy, found.links, dz, out + token * w.shape.rank);
+  }
 }
 
 Shape shape_of(const Tensor& z, const Tensor& weight) {
   return {z.size(0) * z.size(1), z.size(1), z.size(2), weight.size(1), weight.size(0)};
+}
+
+// z with rows filled up to whole vectors, itself where they are.
+Tensor filled(const Tensor& z, const Shape& s) {
+  const int64_t stride = whole_vectors(s.rank);
+  if (stride == s.rank) return z;
+  const Tensor out = empty(z, {s.tokens, stride}, ScalarType::Float);
+  const float* from = data<float>(z);
+  float* to = data<float>(out);
+  torch::stable::parallel_for(0, s.tokens, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      std::memcpy(to + token * stride, from + token * s.rank, s.rank * sizeof(float));
+      std::memset(to + token * stride + s.rank, 0, (stride - s.rank) * sizeof(float));
+    }
+  });
+  return out;
 }
 
 // Adds the bias where at least one offset is valid; elsewhere the wedge is zero and so is the output.
@@ -254,7 +360,8 @@ template <typename T>
 Tensor forward(const Tensor& z, const Tensor& weight, const std::optional<Tensor>& bias,
                const std::vector<int64_t>& offsets, float eps) {
   const Shape s = shape_of(z, weight);
-  const Wedge w{data<float>(z), offsets, eps, s};
+  const Tensor rows_of_z = filled(z, s);
+  const Wedge w(data<float>(rows_of_z), offsets, eps, s);
   Tensor out = empty(z, {s.tokens, s.dim}, kDtype<T>);
   const Tensor transposed = torch::stable::transpose(weight, 0, 1);
   const int64_t chunk = std::min(kChunk, s.tokens);
@@ -326,12 +433,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& z,
                                             const std::vector<int64_t>& offsets, float eps, bool need_z, bool need_weight,
                                             bool need_bias) {
   const Shape s = shape_of(z, weight);
-  const Wedge w{data<float>(z), offsets, eps, s};
+  const Tensor rows_of_z = filled(z, s);
+  const Wedge w(data<float>(rows_of_z), offsets, eps, s);
   const Tensor flat = torch::stable::view(grad, {s.tokens, s.dim});
   Tensor dz = empty(z, {need_z ? s.tokens : 0, s.rank}, ScalarType::Float);
-  const Tensor dy = empty(z, {need_z ? s.tokens : 0, s.rank}, ScalarType::Float);
+  const Tensor own = w.stride == s.rank ? dz : empty(z, {need_z ? s.tokens : 0, w.stride}, ScalarType::Float);
+  const Tensor dy = empty(z, {need_z ? s.tokens : 0, w.stride}, ScalarType::Float);
   std::vector<Link> links(need_z ? s.tokens * offsets.size() : 0);
-  const Gradients out{data<float>(dz), data<float>(dy), links.data()};
+  const Gradients found{data<float>(own), data<float>(dy), links.data()};
   Tensor dweight = need_weight && s.tokens > 0 ? empty(z, {s.dim, s.pairs}, ScalarType::Float)
                                                : zeros(z, {need_weight ? s.dim : 0, s.pairs}, ScalarType::Float);
   const Tensor part = empty(z, {std::is_same_v<T, float> || !need_weight ? 0 : s.dim, s.pairs}, kDtype<T>);
@@ -344,13 +453,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& z,
     if (need_z) mm(rows(dwedges, 0, stop - base), g, weight);
     torch::stable::parallel_for(base, stop, kGrain, [&](int64_t begin, int64_t end) {
       wedge_rows_backward(w, begin, end, base, need_z ? data<T>(dwedges) : nullptr,
-                          need_weight ? data<T>(wedges) : nullptr, out);
+                          need_weight ? data<T>(wedges) : nullptr, found);
     });
     if (need_weight) accumulate_weight<T>(dweight, part, g, rows(wedges, 0, stop - base), base == 0);
   }
   if (need_z) {
     torch::stable::parallel_for(0, s.tokens, kGrain, [&](int64_t begin, int64_t end) {
-      source_rows_backward(w, begin, end, out);
+      source_rows_backward(w, begin, end, found, data<float>(dz));
     });
   }
   const int64_t first_valid = *std::min_element(offsets.begin(), offsets.end());

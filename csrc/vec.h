@@ -4,6 +4,8 @@
 
 #include "common.h"
 
+#include <utility>
+
 // Nothing here is called across a function boundary, so that the ABI of vector arguments does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
@@ -85,6 +87,45 @@ GRASSLAND_INLINE float total(const Vec& v) {
   for (int64_t half = kLanes / 2; half >= 1; half /= 2)
     for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
   return part[0];
+}
+
+// x where `mask` has all bits of a lane, 0 where it has none.
+GRASSLAND_INLINE Vec keep(const Vec& x, const VecBits& mask) {
+  VecBits bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  bits &= mask;
+  Vec kept;
+  __builtin_memcpy(&kept, &bits, sizeof(kept));
+  return kept;
+}
+
+GRASSLAND_INLINE Vec square_root(const Vec& v) {
+  float part[kLanes];
+  store_full(v, part);
+#pragma omp simd
+  for (int64_t i = 0; i < kLanes; ++i) part[i] = std::sqrt(part[i]);
+  return load_full(part);
+}
+
+template <size_t step, size_t... lane>
+GRASSLAND_INLINE void fold(Vec (&m)[kLanes], std::index_sequence<lane...>) {
+  for (size_t i = 0; i < step; ++i) {
+    const Vec low = m[i], high = m[i + step];
+    m[i] = shuffled<(lane & step ? lane + kLanes : lane)...>(low, high) +
+           shuffled<(lane & step ? lane + kLanes - step : lane + step)...>(low, high);
+  }
+}
+
+// Lane i is the total of the i-th of sixteen vectors that lie one behind the other.
+GRASSLAND_INLINE Vec totals(const float* rows) {
+  constexpr auto lanes = std::make_index_sequence<kLanes>{};
+  Vec m[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) m[i] = load_full(rows + i * kLanes);
+  fold<8>(m, lanes);
+  fold<4>(m, lanes);
+  fold<2>(m, lanes);
+  fold<1>(m, lanes);
+  return m[0];
 }
 
 }  // namespace grassland

@@ -91,6 +91,24 @@ def test_repeated_token_gives_nothing(backend):
     assert g.abs().max() == 0
 
 
+@pytest.mark.skipif(dispatch.extension_error() is not None, reason="the extension is not built")
+@pytest.mark.parametrize("rank", [3, 15, 16, 17, 33, 48, 49, 64, 81])
+def test_cpp_rows_that_fill_vectors_or_do_not(rank):
+    """More offsets than lanes, ranks about the multiples of a vector and of the columns held in registers."""
+    offsets = list(range(1, 20))
+    tensors = {name: t.requires_grad_() for name, t in make(2, 24, rank, 5).items()}
+    exact = plucker_mix(**tensors, offsets=offsets, backend="eager")
+    found = plucker_mix(**{k: t.float() for k, t in tensors.items()}, offsets=offsets, backend="cpp")
+    grad = normal(*exact.shape, seed=7)
+    close = {"rtol": 1e-4, "atol": 2e-6, "check_dtype": False}
+    torch.testing.assert_close(found, exact, **close)
+    inputs = list(tensors.values())
+    for ours, theirs in zip(
+        torch.autograd.grad(found, inputs, grad.float()), torch.autograd.grad(exact, inputs, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, **close)
+
+
 def test_backward_keeps_the_reduced_tokens_alone():
     """O(T r) and the weight, not O(T m K): the wedge is built again."""
     tensors = {name: t.float().requires_grad_() for name, t in make(2, 64, 32, 16).items()}
