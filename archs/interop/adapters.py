@@ -9,6 +9,7 @@ Nothing here imports those libraries.
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -165,18 +166,23 @@ class MoEMlp(nn.Module):
         y, self.balance = self.experts(x)
         return y
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles get: a loss that belongs to a graph is neither."""
+        return {**self.__dict__, "balance": None}
 
-def moe_mlp(share: bool = False, **options: Any) -> Callable[[Any], MoEMlp]:
+
+def moe_mlp(share: bool = False, **options: Any) -> Callable[[Any, nn.Module], MoEMlp]:
     """A factory for `swap`: an MLP with linear layers fc1 and fc2, such as timm's, to `SharedMoE` experts of its size.
 
-    share: one router and one set of experts for all places, as in WideNet. options: of `SharedMoE`.
+    share: one router and one set of experts for all places of a model, as in WideNet. options: of `SharedMoE`.
     """
-    made: list[SharedMoE] = []
+    shared: WeakKeyDictionary[nn.Module, SharedMoE] = WeakKeyDictionary()
 
-    def make(old: Any) -> MoEMlp:
-        if not made or not share:
-            made.append(SharedMoE(old.fc1.in_features, old.fc1.out_features, **options))
-        return MoEMlp(made[-1])
+    def make(old: Any, model: nn.Module) -> MoEMlp:
+        experts = shared.get(model) if share else None
+        if experts is None:
+            experts = shared[model] = SharedMoE(old.fc1.in_features, old.fc1.out_features, **options)
+        return MoEMlp(experts)
 
     return make
 

@@ -112,6 +112,7 @@ def swap(
 
     replacements: class (with its subclasses) or glob of qualified names ("layers.*.mlp") to a factory of the new
     module, called as `factory(old)` or, if it has a second required parameter or one called name, `factory(old, name)`.
+    A parameter called model gets the model.
     The first key that fits counts. The new module may contain the old one. where: glob or predicate of qualified names
     that narrows all keys.
 
@@ -198,7 +199,7 @@ def _factory(replacements: Mapping[Key, Factory], where: Where | None, name: str
 def _build(model: nn.Module, sites: list[Site], old: nn.Module, factory: Factory) -> Replacement:
     name = sites[0].names[0]
     existing = {id(module) for module in model.modules()}
-    new = _call(factory, old, name)
+    new = _call(factory, old, name, model)
     if not isinstance(new, nn.Module):
         raise TypeError(f"the factory for {name} must return a module, got {type(new).__name__}")
     _adapt(model, old, new, existing)
@@ -227,13 +228,14 @@ def _outside(model: nn.Module) -> dict[Reference, str]:
     return {reference: name for name, reference in _references(model) if reference.module not in inside}
 
 
-def _call(factory: Factory, old: nn.Module, name: str) -> Any:
+def _call(factory: Factory, old: nn.Module, name: str, model: nn.Module) -> Any:
     try:
         parameters = inspect.signature(factory).parameters
     except ValueError:  # a builtin without a signature
         return factory(old)
-    if "name" in parameters and next(iter(parameters)) != "name":
-        return factory(old, name=name)
+    asked = {key: value for key, value in (("name", name), ("model", model)) if key in [*parameters][1:]}
+    if asked:
+        return factory(old, **asked)
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     required = [p for p in parameters.values() if p.kind in positional and p.default is inspect.Parameter.empty]
     return factory(old, name) if len(required) > 1 else factory(old)

@@ -9,7 +9,6 @@ timm's own optimiser factory knows no manifold: use `grassland.train.optim.build
 the head.
 """
 
-import types
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -118,12 +117,12 @@ def _replace(model: nn.Module, name: str, head: nn.Module) -> None:
 
 
 def _remember(model: Any, names: list[str], again: Callable[..., nn.Module]) -> None:
-    """Shadow the methods with bound ones: they survive deepcopy, and the class stays as it is."""
+    """Shadow the methods; the class stays as it is. A bound method would be pickled as an attribute of the model."""
     model._head_names, model._put_head = names, again
-    model.forward = types.MethodType(_forward, model)
+    model.forward = partial(_forward, model)
     if callable(getattr(model, "reset_classifier", None)):
-        model.reset_classifier = types.MethodType(_reset_classifier, model)
-    model.no_weight_decay = types.MethodType(_no_weight_decay, model)
+        model.reset_classifier = partial(_reset_classifier, model)
+    model.no_weight_decay = partial(_no_weight_decay, model)
 
 
 def _forward(

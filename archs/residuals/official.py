@@ -8,11 +8,44 @@ from typing import Any
 
 from torch import Tensor
 
-from .hyper import Hyper, HyperConnection
+from .hyper import Hyper, HyperConnection, Opened
 from .kromhc import KromHC
 from .manifold import MHC, MHCLite
 
-KINDS: dict[str, type[Hyper]] = {"kromhc": KromHC, "mhc": MHC, "mhc_lite": MHCLite, "hc": HyperConnection}
+
+class Packed(Hyper):
+    """A hyper-connection on streams `(b s) … d`."""
+
+    def open(self, x: Tensor) -> Opened:
+        if self.disabled:
+            return super().open(x)
+        # (b s) … d to b … s d
+        u, join = super().open(_rows(x, self.num_streams).movedim(1, -2).contiguous())
+        return u, lambda y: join(y).movedim(-2, 1).flatten(0, 1)
+
+
+class PackedKromHC(Packed, KromHC):
+    pass
+
+
+class PackedMHC(Packed, MHC):
+    pass
+
+
+class PackedMHCLite(Packed, MHCLite):
+    pass
+
+
+class PackedHyperConnection(Packed, HyperConnection):
+    pass
+
+
+KINDS: dict[str, type[Packed]] = {
+    "kromhc": PackedKromHC,
+    "mhc": PackedMHC,
+    "mhc_lite": PackedMHCLite,
+    "hc": PackedHyperConnection,
+}
 Functions = tuple[Callable[..., Hyper], Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
@@ -53,7 +86,7 @@ def get_init_and_expand_reduce_stream_functions(
         if value not in allowed:
             raise ValueError(f"{name} must be one of {allowed} for packed streams, got {value!r}")
     off = num_streams == 1 if disable is None else disable
-    count, packed = itertools.count(), _packed(KINDS[kind])
+    count = itertools.count()
 
     def init(
         branch: Callable[..., Any] | None = None,
@@ -69,7 +102,7 @@ def get_init_and_expand_reduce_stream_functions(
                 raise ValueError(f"{name} must be given to get_init_and_expand_reduce_stream_functions, not to init")
         index = next(count) if layer_index is None else layer_index
         chosen = {"transposed": kind != "hc", **defaults, **options}
-        return packed(branch, dim, index, num_streams=num_streams, disable=off, **chosen)
+        return KINDS[kind](branch, dim, index, num_streams=num_streams, disable=off, **chosen)
 
     def expand(x: Tensor) -> Tensor:
         return x if off else x.repeat_interleave(num_streams, 0)
@@ -88,16 +121,3 @@ def _rows(x: Tensor, streams: int) -> Tensor:
     if x.dim() < 2 or x.shape[0] % streams:
         raise ValueError(f"x must be (batch · {streams} streams, …, dim), got {tuple(x.shape)}")
     return x.unflatten(0, (-1, streams))
-
-
-def _packed(cls: type[Hyper]) -> type[Hyper]:
-    class Packed(cls):
-        def open(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-            if self.disabled:
-                return super().open(x)
-            # (b s) … d to b … s d
-            u, join = super().open(_rows(x, self.num_streams).movedim(1, -2).contiguous())
-            return u, lambda y: join(y).movedim(-2, 1).flatten(0, 1)
-
-    Packed.__name__ = Packed.__qualname__ = cls.__name__
-    return Packed

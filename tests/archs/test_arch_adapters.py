@@ -1,5 +1,8 @@
 """The layers in other people's models, with random weights: forward, backward, shapes, undo."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -177,6 +180,29 @@ def test_shared_experts_in_a_vit(vit, share):
         with pytest.raises(ValueError, match="no MoEMlp of VisionTransformer has run"):
             balance_loss(vit)
     assert torch.equal(vit.eval()(images), before)
+
+
+def test_a_model_with_experts_is_copied_and_pickled_between_forward_and_backward(vit):
+    from timm.layers import Mlp
+
+    swap(vit, {Mlp: moe_mlp(share=True, num_experts=3)}, "blocks.*.mlp")
+    images = torch.randn(2, 3, 32, 32)
+    expected = vit(images)
+    for twin in (copy.deepcopy(vit), pickle.loads(pickle.dumps(vit))):
+        assert torch.equal(twin(images), expected)
+        assert twin.blocks[0].mlp.experts is twin.blocks[1].mlp.experts is not vit.blocks[0].mlp.experts
+    balance_loss(vit).backward()
+
+
+def test_models_share_no_experts_with_one_another(vit):
+    from timm.layers import Mlp
+
+    other, make = copy.deepcopy(vit), moe_mlp(share=True, num_experts=3)
+    for model in (vit, other):
+        swap(model, {Mlp: make}, "blocks.0.mlp")
+        swap(model, {Mlp: make}, "blocks.[12].mlp")
+    used = [{id(m.experts) for m in model.modules() if isinstance(m, MoEMlp)} for model in (vit, other)]
+    assert [len(experts) for experts in used] == [1, 1] and not used[0] & used[1]
 
 
 @pytest.mark.parametrize(

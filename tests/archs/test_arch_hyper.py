@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -518,6 +519,14 @@ def test_wrapping_a_transformer_layer_of_torch():
     x = normal(2, 5, 8, dtype=torch.float32)
     streams = feed(attend(expand(x)))
     torch.testing.assert_close(reduce(streams), encoder(x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_layers_of_the_official_interface_are_pickled(kind):
+    init, expand, _ = get_init_and_expand_reduce_stream_functions(4, dim=6, kind=kind, **FLOAT64)
+    layer = randomised(init(branch=nn.Linear(6, 6, **FLOAT64)))
+    twin, streams = pickle.loads(pickle.dumps(layer)), expand(normal(2, 3, 6))
+    assert isinstance(twin, CLASSES[kind]) and torch.equal(twin(streams), layer(streams))
 
 
 @pytest.mark.parametrize(

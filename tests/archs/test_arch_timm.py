@@ -1,6 +1,7 @@
 """A Grassmann head on models of timm's and torchvision's: the classifier replaced, and trained by the fused loss."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -152,7 +153,8 @@ def test_the_classifier_is_replaced_and_survives_reset_classifier():
     ]
     assert id(model.get_submodule(name).weight) not in decayed
 
-    twin = copy.deepcopy(model)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert model.forward.args == (model,) and twin.forward.args == (twin,)
     twin.reset_classifier(3)
     assert twin(torch.randn(2, 3, 32, 32)).shape == (2, 3)
     assert twin(torch.randn(2, 3, 32, 32), labels=torch.tensor([0, 2])).shape == ()
