@@ -15,6 +15,8 @@
 #include <tuple>
 #include <vector>
 
+#include "check.h"
+
 // One function body, compiled for AVX-512, AVX2 and the baseline; the loader picks what the CPU has.
 // Compilers before GCC 12 and clang 18 do not clone for the levels of x86-64; their AVX2 has no fused multiply-add.
 #if defined(__clang__) ? __clang_major__ >= 18 : __GNUC__ >= 12
@@ -26,10 +28,6 @@
 #define GRASSLAND_MULTIARCH __attribute__((target_clones(GRASSLAND_LEVELS, "default")))
 #else
 #define GRASSLAND_MULTIARCH
-#endif
-// Before torch 2.13 a failed call has no message to pass on.
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK
-#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 #endif
 // A clone inherits vectorisation only from what is inlined into it.
 #define GRASSLAND_INLINE __attribute__((always_inline)) static inline
