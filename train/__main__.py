@@ -82,7 +82,7 @@ def finetune(arguments: list[str]) -> int:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--model", *arguments]
     recipe, model, data = (_argument(arguments, name) for name in ("--recipe", "--model", "--data"))
-    settings = _lengths(finetune_settings(recipe, model or "", data or ""), arguments)
+    settings = finetune_settings(recipe, model or "", data or "")
     config = read_run_config(FinetuneConfig, settings, arguments, "finetune")
     if not config.model or not config.data:
         raise ValueError("finetune takes the folder of a trained encoder and data: finetune RUN --data DATA")
@@ -102,7 +102,7 @@ def nli(arguments: list[str]) -> int:
     """train a head for sentence pairs on an encoder's features"""
     from .nli_config import NLIConfig
 
-    config = read_run_config(NLIConfig, _lengths(NLIConfig(), arguments), arguments, "nli")
+    config = read_run_config(NLIConfig, NLIConfig(), arguments, "nli")
     from .start import run
     from .tasks.nli import NaturalLanguageInference
 
@@ -249,10 +249,8 @@ def read_run_config(kind: type[C], default: C, arguments: list[str], command: st
         folder = _started_run(_argument(arguments, "--out"))
     stored = None if folder is None else _stored_config(kind, Path(folder))
     if stored is not None:
-        # What is given on the command line counts over what is stored: steps over stored epochs, too.
-        epochs = stored.epochs if _argument(arguments, "--steps") is None or stored.steps is None else None
-        default = replace(stored, resume=folder, epochs=epochs)
-    config: C = _parse(kind, arguments, command, default)
+        default = replace(stored, resume=folder)
+    config: C = _parse(kind, arguments, command, _lengths(default, arguments))
     if stored is not None and (changed := stored.changed(config)):
         raise ValueError(f"{folder}: a resumed run keeps its {', '.join(changed)}; start a new one with --out instead")
     return config
@@ -305,15 +303,13 @@ def _vision_recipe(arguments: list[str]) -> VisionConfig:
     name = _argument(arguments, "--recipe")
     if name is not None:
         head = _argument(arguments, "--head")
-        chosen = recipe(name) if head is None else recipe(name, head=head)
-    else:
-        model = _argument(arguments, "--model")
-        chosen = default_vision() if model is None else named_vision(model)
-    return _lengths(chosen, arguments)
+        return recipe(name) if head is None else recipe(name, head=head)
+    model = _argument(arguments, "--model")
+    return default_vision() if model is None else named_vision(model)
 
 
 def _lengths(chosen: C, arguments: list[str]) -> C:
-    """A length given in steps counts over a recipe's own in epochs."""
+    """A length given in steps counts over one in epochs, of a recipe or a run to be resumed."""
     lengths = (("--steps", "epochs"), ("--warmup", "warmup_epochs"), ("--eval-every", "eval_epochs"))
     dropped: dict[str, Any] = {name: None for option, name in lengths if _argument(arguments, option) is not None}
     return replace(chosen, steps=chosen.steps or 1, **dropped)
@@ -321,10 +317,13 @@ def _lengths(chosen: C, arguments: list[str]) -> C:
 
 def _argument(arguments: list[str], name: str) -> str | None:
     for index, argument in enumerate(arguments):
-        if argument == name and index + 1 < len(arguments):
+        option, equals, value = argument.partition("=")
+        if option.replace("_", "-") != name:
+            continue
+        if equals:
+            return value
+        if index + 1 < len(arguments):
             return arguments[index + 1]
-        if argument.startswith(f"{name}="):
-            return argument.partition("=")[2]
     return None
 
 

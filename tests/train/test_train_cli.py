@@ -107,6 +107,21 @@ def test_settings_come_from_the_command_line():
     assert LMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+@pytest.mark.parametrize("option", ["--eval-every", "--eval_every"])
+def test_a_length_in_steps_counts_over_one_in_epochs(trained, option):
+    from grassland.train.checkpoint import save_run_config
+
+    arguments = [option, "50", "--steps", "9"]
+    fresh = read_run_config(LMConfig, LMConfig(epochs=3, eval_epochs=1.0), arguments, "lm")
+    stored = LMConfig.from_dict(json.loads((trained / "config.json").read_text())["run"])
+    save_run_config(trained, replace(stored, steps=None, epochs=3, eval_epochs=1.0))
+    resumed = read_run_config(LMConfig, default_lm(), ["--resume", str(trained), *arguments], "lm")
+    for config in (fresh, resumed):
+        assert (config.eval_epochs, config.eval_every, config.epochs, config.steps) == (None, 50, None, 9)
+    again = read_run_config(LMConfig, default_lm(), ["--resume", str(trained)], "lm")
+    assert (again.eval_epochs, again.epochs) == (1.0, 3)
+
+
 def test_a_model_that_is_named_is_the_preset_and_not_the_small_default(fail, monkeypatch):
     seen = []
     monkeypatch.setattr("grassland.train.start.run", lambda task, config: seen.append(config) or 0)
