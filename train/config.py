@@ -80,10 +80,10 @@ class RunConfig:
     """Steps between validations; 0 validates only at the end."""
     valid_batches: int | None = None
     """Batches that a validation judges, the first ones of the split; by default all. Testing always sees all."""
-    save_every: int = 200
-    """Steps between resumable checkpoints; 0 saves only at the end and on a signal."""
+    save_every: int | None = None
+    """Steps between resumable checkpoints, by default 200; 0 saves only at the end and on a signal."""
     eval_epochs: float | None = None
-    """Passes between validations and checkpoints; counts in place of --eval-every and --save-every."""
+    """Passes between validations; counts in place of --eval-every, and for checkpoints if --save-every is not given."""
     log_every: int = 10
     """Steps between lines of the log."""
     samples: int = 2

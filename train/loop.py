@@ -28,6 +28,9 @@ from .spread import Spread, gathered, load_into, shard_state
 from .tasks.base import Task
 from .watch import MAX_SKIPS, Buffers, Watch
 
+# Steps between checkpoints, where neither they nor epochs are given.
+SAVE_EVERY = 200
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says where it stopped and what is saved."""
@@ -51,7 +54,9 @@ class Trainer:
         self.steps = total_steps(config, task.batches_per_epoch)
         self.warmup = in_steps(config, config.warmup_epochs, task.batches_per_epoch, config.warmup)
         self.eval_every = in_steps(config, config.eval_epochs, task.batches_per_epoch, config.eval_every)
-        self.save_every = in_steps(config, config.eval_epochs, task.batches_per_epoch, config.save_every)
+        self.save_every = config.save_every
+        if self.save_every is None:
+            self.save_every = in_steps(config, config.eval_epochs, task.batches_per_epoch, SAVE_EVERY)
         peak = peak_flops(task.device, config.dtype)
         # Counted before the model is spread: counting runs it.
         self.flops_per_unit = task.flops_per_unit

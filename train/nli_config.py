@@ -25,7 +25,7 @@ class NLIConfig(RunConfig):
     epochs: float | None = 20
     """Passes over the training data; counts in place of --steps."""
     eval_epochs: float | None = 1
-    """Passes between validations and checkpoints; counts in place of --eval-every and --save-every."""
+    """Passes between validations; counts in place of --eval-every, and for checkpoints if --save-every is not given."""
     lr: float = 3e-4
     """Peak learning rate."""
 

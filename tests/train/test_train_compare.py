@@ -314,6 +314,10 @@ def test_options_narrow_and_change(config, tmp_path):
     assert (chosen.epochs, chosen.clip, chosen.lr, chosen.seed) == (2, 0.5, 0.5, 7)
     (shorter,) = CompareOptions("x", settings=("steps=3",)).applied_to([plan])
     assert shorter.arms["grassmann"].epochs is None
+    # Checkpoints are no part of what is compared.
+    validated = replace(plan, arms={"grassmann": replace(plan.arms["grassmann"], eval_epochs=5.0)})
+    (saved,) = CompareOptions("x", settings=("save_every=500",)).applied_to([validated])
+    assert (saved.arms["grassmann"].eval_epochs, saved.arms["grassmann"].save_every) == (5.0, 500)
 
 
 @pytest.mark.parametrize(

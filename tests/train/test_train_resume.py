@@ -46,6 +46,16 @@ def resume(folder, **changes):
     return run(LanguageModeling, replace(stored, resume=str(folder), **changes))
 
 
+@pytest.mark.parametrize("given, saved", [({}, 10), ({"save_every": 3}, 3), ({"eval_epochs": None}, 200)])
+def test_checkpoints_are_made_with_validations_or_as_often_as_told(variant, tmp_path, given, saved):
+    config = variant(**{"eval_epochs": 0.5, "save_every": None, **given})
+    task = LanguageModeling(config, torch.device("cpu"))
+    task.order.blocks = 20 * config.batch_size
+    trainer = Trainer(task, config, tmp_path)
+    trainer.log.close()
+    assert (trainer.save_every, trainer.eval_every) == (saved, config.eval_every if "eval_epochs" in given else 10)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

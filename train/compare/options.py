@@ -10,7 +10,7 @@ from ..config import RunConfig, parse_setting
 from .plan import Comparison
 
 # A length given in one unit replaces the one given in the other.
-REPLACES = {"steps": "epochs", "warmup": "warmup_epochs", "eval_every": "eval_epochs", "save_every": "eval_epochs"}
+REPLACES = {"steps": "epochs", "warmup": "warmup_epochs", "eval_every": "eval_epochs"}
 # Settings that the comparison itself decides.
 DECIDED = {"model", "set", "lr", "seed", "out", "resume"}
 

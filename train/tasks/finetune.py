@@ -57,7 +57,7 @@ class FinetuneConfig(RunConfig):
     warmup_epochs: float | None = 0.3
     """Warm-up in passes over the training data; counts in place of --warmup."""
     eval_epochs: float | None = 1.0
-    """Passes between validations and checkpoints; counts in place of --eval-every and --save-every."""
+    """Passes between validations; counts in place of --eval-every, and for checkpoints if --save-every is not given."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's moments; the first one is also the momentum of SGD."""
 
