@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from grassland.train.data import BlockOrder, block_batch, load_corpus, load_text, load_tokenizer
-from grassland.train.data.corpus import encode
+from grassland.train.data.corpus import _build, encode
 from grassland.train.data.sources import pydoc_text
 from grassland.train.data.tokenizer import train_bpe
 
@@ -48,6 +48,14 @@ def test_a_second_load_reads_the_cache_and_a_changed_text_does_not(text_file, mo
     assert first.key == second.key and np.array_equal(first.train.tokens, second.train.tokens)
     text_file.write_text(text_file.read_text() + " one more word")
     assert load_corpus(str(text_file), "bpe:300").key != first.key
+
+
+def test_an_entry_that_another_process_has_built_in_the_meantime_stays(text_file, cache):
+    first = load_corpus(str(text_file), "bpe:300")
+    entry = cache / "tokens" / first.key
+    before = (entry / "header.json").stat().st_ino
+    _build(entry, load_text(str(text_file)), first.tokenizer, ["train", "valid", "test"])
+    assert (entry / "header.json").stat().st_ino == before and list(entry.parent.iterdir()) == [entry]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "header", "missing", "tokenizer"])

@@ -140,15 +140,24 @@ def _build(entry: Path, texts: dict[str, str], tokenizer: "Tokenizer", files: li
         for split in SPLITS:
             header |= _write_split(work, split, texts[split], tokenizer, f"{split}-marks" in files)
         (work / HEADER).write_text(json.dumps(header))
-        shutil.rmtree(entry, ignore_errors=True)
-        try:
-            work.replace(entry)
-        except OSError:
-            # Another process may have built the same entry in the meantime; anything else is an error.
-            if _read_header(entry, files) is None:
-                raise
+        _put(work, entry, files)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _put(work: Path, entry: Path, files: list[str]) -> None:
+    """Rename `work` to `entry`, in place of a damaged one; a sound one, which another process has put there in the
+    meantime and may be reading, stays."""
+    for last in (False, True):
+        try:
+            work.replace(entry)
+            return
+        except OSError:
+            if _read_header(entry, files) is not None:
+                return
+            if last:
+                raise
+        shutil.rmtree(entry, ignore_errors=True)
 
 
 def _write_split(folder: Path, split: str, text: str, tokenizer: "Tokenizer", marked: bool) -> dict[str, dict]:
