@@ -53,7 +53,8 @@ inline bool use_onednn(ScalarType dtype) {
 inline Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias = nullptr) {
   if (skinny_fits(x, w)) return skinny(x, w, bias);
 #ifdef GRASSLAND_HAS_ONEDNN
-  if (use_onednn(x.scalar_type())) {
+  // It has no sums of no terms.
+  if (x.numel() > 0 && use_onednn(x.scalar_type())) {
     AtenTensorHandle out, added = bias == nullptr ? nullptr : bias->get();
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
         x.get(), w.get(), bias == nullptr ? nullptr : &added, "none", nullptr, 0, nullptr, &out));

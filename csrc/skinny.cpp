@@ -266,7 +266,7 @@ void outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add) {
 }  // namespace
 
 bool skinny_fits(const Tensor& x, const Tensor& w) {
-  return x.scalar_type() == ScalarType::Float && x.size(0) > 0 && x.size(0) <= kSkinny && x.stride(1) == 1 &&
+  return x.scalar_type() == ScalarType::Float && x.numel() > 0 && x.size(0) <= kSkinny && x.stride(1) == 1 &&
          (w.stride(1) == 1 || w.stride(0) == 1);
 }
 

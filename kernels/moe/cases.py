@@ -60,6 +60,8 @@ CASES = [
     Case("one-expert", lambda: make(5, 4, 6, 1, top_k=1)),
     Case("one-token", lambda: make(1, 24, 40, 4)),
     Case("empty-batch", lambda: make(0, 4, 6, 4)),
+    Case("no-inner-width", lambda: make(7, 6, 0, 3)),
+    Case("no-width", lambda: make(70, 0, 5, 1, top_k=1)),
     Case("odd-sizes", lambda: make(37, 19, 23, 5, capacity=14)),
     Case("dropout", lambda: make(12, 6, 8, 3, capacity=7, seed=123456789), {"dropout": 0.25}),
     Case("gelu-out", lambda: make(12, 6, 8, 3, capacity=7), {"gelu_out": True}),
