@@ -1,5 +1,5 @@
-"""Calls of any size agree with the reference. With one argument of any shape, dtype and value: ValueError, TypeError or a
-result of the right shape; never a crash."""
+"""Calls of any size agree with the reference. With one argument of any shape, dtype and value: ValueError or TypeError,
+or a result of the right shape; never a crash."""
 
 import math
 
