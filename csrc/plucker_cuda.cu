@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
@@ -23,6 +24,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
 
 constexpr int kWarps = 8, kWarp = 32;
 // A lane holds PL = 1, 2 or 4 numbers of z.
@@ -346,6 +348,7 @@ bool is_half(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; 
 
 Tensor plucker_mix(const Tensor& z, const Tensor& weight, std::optional<Tensor> bias, std::vector<int64_t> offsets,
                    double eps) {
+  const DeviceGuard guard(z.get_device());
   return is_half(weight) ? forward<__nv_bfloat16>(z, weight, bias, offsets, eps)
                          : forward<float>(z, weight, bias, offsets, eps);
 }
@@ -353,6 +356,7 @@ Tensor plucker_mix(const Tensor& z, const Tensor& weight, std::optional<Tensor> 
 std::tuple<Tensor, Tensor> plucker_mix_backward(const Tensor& grad, const Tensor& z, const Tensor& weight,
                                                 std::vector<int64_t> offsets, double eps, bool need_z,
                                                 bool need_weight) {
+  const DeviceGuard guard(z.get_device());
   return is_half(weight) ? backward<__nv_bfloat16>(grad, z, weight, offsets, eps, need_z, need_weight)
                          : backward<float>(grad, z, weight, offsets, eps, need_z, need_weight);
 }

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
+from ..guard import on_its_device
 
 # Programs wanted in flight for the weight gradient: four for each multiprocessor of the largest chips.
 SPLITS = 528
@@ -484,6 +485,7 @@ def tile(x: Tensor, kernel: str) -> dict[str, int]:
     return {"BM": tokens, "BC": width, "num_warps": warps, "num_stages": STAGES.get(kernel, 3)}
 
 
+@on_its_device
 def forward(
     x: Tensor, y: Tensor | None, h: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -500,6 +502,7 @@ def forward(
     return out, u, after, saved
 
 
+@on_its_device
 def backward(
     dx: Tensor | None, du: Tensor, dafter: Tensor, x: Tensor, y: Tensor | None, h: Tensor | None, weight: Tensor,
     after: Tensor, saved: Tensor, eps: float,
@@ -539,6 +542,7 @@ def kronecker_step(
     return forward(x, y, h, weight, bias, eps)
 
 
+@on_its_device
 def kronecker_post(x: Tensor, y: Tensor, h: Tensor) -> Tensor:
     tokens, _, dim = x.shape
     out, block = torch.empty_like(x), tile(x, "post")
@@ -555,6 +559,7 @@ def kronecker_pre_backward(
     return dx, dweight, dbias
 
 
+@on_its_device
 def kronecker_post_backward(grad: Tensor, x: Tensor, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tokens, _, dim = x.shape
     dx, dy, dh, block = torch.empty_like(x), torch.empty_like(y), torch.empty_like(h), tile(x, "post_backward")

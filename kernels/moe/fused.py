@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
+from ..guard import on_its_device
 from ..rounding import store
 from .fused_route import route, route_backward
 
@@ -352,6 +353,7 @@ def combine(rows: Tensor, gates: Tensor | None, slots: Tensor, drop: dict, gelu:
     return out
 
 
+@on_its_device
 def moe_ffn(
     x: Tensor, gates: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, w_up: Tensor, b_up: Tensor,
     w_down: Tensor, b_down: Tensor, rate: float, seed: Tensor | None, gelu_out: bool, save: bool,
@@ -392,6 +394,7 @@ def bias_gradient(x: Tensor, gates: Tensor | None, order: Tensor, offsets: Tenso
     return out[0] if splits == 1 else out.sum(0)
 
 
+@on_its_device
 def moe_ffn_backward(
     grad: Tensor, x: Tensor, gates: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, w_up: Tensor,
     w_down: Tensor, b_down: Tensor, h: Tensor, o: Tensor, rate: float, seed: Tensor | None, gelu_out: bool,

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..guard import on_its_device
+
 BLOCK = 128
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -155,6 +157,7 @@ def sizes(experts: int, top_k: int, mask: Tensor | None) -> dict:
     return {"E": experts, "EP": triton.next_power_of_2(experts), "TOP_K": top_k, "MASKED": mask is not None}
 
 
+@on_its_device
 def route(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renormalize: bool) -> Parts:
     tokens, count = logits.shape
     index: Any = {"dtype": torch.int64, "device": logits.device}
@@ -179,6 +182,7 @@ def route(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renorm
     return gates, balance, experts, slots, order, offsets, counts, probabilities
 
 
+@on_its_device
 def route_backward(
     grad_gates: Tensor, grad_balance: Tensor, probabilities: Tensor, experts: Tensor, counts: Tensor,
     mask: Tensor | None, renormalize: bool,

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..guard import on_its_device
 from ..rounding import store
 
 SIZES = ["tokens", "length"]
@@ -254,6 +255,7 @@ def wedges(z: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+@on_its_device
 def column_sum(x: Tensor, length: int = 1, first: int = 0) -> Tensor:
     """Sum of the rows of x (tokens, d) that stand at `first` or later in their text, in float32."""
     tokens, dim = x.shape
@@ -264,6 +266,7 @@ def column_sum(x: Tensor, length: int = 1, first: int = 0) -> Tensor:
     return partial.sum(0)
 
 
+@on_its_device
 def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], eps: float) -> Tensor:
     batch, length, rank = z.shape
     out = weight.new_empty(batch, length, weight.shape[0])
@@ -283,6 +286,7 @@ def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequenc
     return out
 
 
+@on_its_device
 def plucker_mix_backward(
     grad: Tensor, z: Tensor, weight: Tensor, offsets: Sequence[int], eps: float, mask: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -351,6 +355,7 @@ def blend_backward_kernel(grad, x, g, alpha, dx, dg, dlogit, total, BLOCK: tl.co
     tl.store(dlogit + at, through * (1 - a) * (xv - gv), mask=keep)
 
 
+@on_its_device
 def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     dim = weight.shape[0]
     logit = (x.to(g.dtype) @ weight[:, :dim].T).addmm_(g, weight[:, dim:].T)
@@ -360,6 +365,7 @@ def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> tuple[Ten
     return out, alpha
 
 
+@on_its_device
 def gated_blend_backward(
     grad: Tensor, x: Tensor, g: Tensor, weight: Tensor, alpha: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
+from ..guard import on_its_device
 from ..rounding import store
 from . import chunked, eager
 from .chunked import Loss, accumulation
@@ -366,6 +367,7 @@ def step_kernel(
 class Unit(chunked.Unit):
     """Each way in one kernel."""
 
+    @on_its_device
     def __init__(self, x: Tensor) -> None:
         self.wide = x.contiguous()
         self.hat = torch.empty_like(self.wide)
@@ -374,6 +376,7 @@ class Unit(chunked.Unit):
         if x.shape[0]:
             unit_kernel[(x.shape[0],)](self.wide, self.hat, self.norm, x.shape[1], **self.tile)
 
+    @on_its_device
     def backward(self, grad: Tensor) -> Tensor:
         dx = torch.empty_like(self.wide)
         if dx.shape[0]:
@@ -388,6 +391,7 @@ def grouping(z: Tensor, k: int) -> dict[str, int]:
     return {"K": k, "KP": padded, "BC": min(max(2048 // padded, 1), max(classes, 2))}
 
 
+@on_its_device
 def logits(z: Tensor, k: int, scale: float) -> Tensor:
     rows, classes = z.shape[0], z.shape[1] // k
     out = torch.empty(rows, classes, dtype=accumulation(z.dtype), device=z.device)
@@ -396,12 +400,14 @@ def logits(z: Tensor, k: int, scale: float) -> Tensor:
     return out
 
 
+@on_its_device
 def logits_backward(z: Tensor, grad: Tensor, k: int, scale: float) -> Tensor:
     if z.shape[0]:
         logits_backward_kernel[(z.shape[0],)](z, grad.contiguous(), z.shape[1] // k, scale, **grouping(z, k))
     return z
 
 
+@on_its_device
 def loss(z: Tensor, target: Tensor, k: int, settings: Loss) -> tuple[Tensor, Tensor]:
     rows, classes = z.shape[0], z.shape[1] // k
     losses = torch.empty(rows, dtype=accumulation(z.dtype), device=z.device)
@@ -414,6 +420,7 @@ def loss(z: Tensor, target: Tensor, k: int, settings: Loss) -> tuple[Tensor, Ten
     return losses, z
 
 
+@on_its_device
 def grassmann_step_(
     weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, mode: str
 ) -> None:

@@ -1,5 +1,6 @@
 """Rungs 3 and 4: the Triton kernels in the interpreter, and compiled ahead of time for chips that are not here."""
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -47,6 +48,24 @@ for capacity in (None, 2):
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_launches_on_the_device_of_the_tensors(spec, monkeypatch):
+    within, guarded = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        within.append(tensor)
+        yield
+        within.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr("grassland.kernels.dispatch.missing", lambda *_: None)
+    monkeypatch.setattr("grassland.kernels.testing.describe_launch", lambda *_: guarded.append(bool(within)))
+    case = spec.cases[0]
+    record_launches(lambda: run(spec, case.tensors(torch.float32), case.options, "triton"))
+    assert guarded and all(guarded)
 
 
 @functools.cache
