@@ -111,10 +111,9 @@ def swap(
     """Replace modules inside `model`, in place and reversibly.
 
     replacements: class (with its subclasses) or glob of qualified names ("layers.*.mlp") to a factory of the new
-    module, called as `factory(old)` or, if it has a second required parameter or one called name, `factory(old, name)`.
-    A parameter called model gets the model.
-    The first key that fits counts. The new module may contain the old one. where: glob or predicate of qualified names
-    that narrows all keys.
+    module, called as `factory(old)` or, if it has a second required parameter or one called name, `factory(old, name)`;
+    a parameter called model gets the model. The first key that fits counts. The new module may contain the old one.
+    where: glob or predicate of qualified names that narrows all keys.
 
     Of modules inside one another the outermost is replaced. A module that several places share is replaced once, and
     the new one is shared by those of them that match; blocks that share another block's weights follow that block, and

@@ -64,6 +64,7 @@ class Hyper(nn.Module):
     Raises ValueError that names the argument.
     """
 
+    norm: StreamNorm
     decayed = ("dynamic_alpha_fn", "dynamic_beta_fn")
     # Vectors need no entry: they are not decayed anywhere.
     optim_groups: ClassVar[dict[str, str]] = {
@@ -118,10 +119,6 @@ class Hyper(nn.Module):
         if dynamic:
             self.norm.reset_parameters()
         self.reset_parameters()
-
-    @property
-    def norm(self) -> StreamNorm:
-        return self._modules["norm"]  # type: ignore[return-value]
 
     @abstractmethod
     def make_parameters(self, dd: dict[str, Any]) -> None:
@@ -252,7 +249,7 @@ class HyperConnection(Hyper):
         self.static_alpha = nn.Parameter(torch.empty(n, n + 1, **dd))
         self.static_beta = nn.Parameter(torch.empty(n, **dd))
         if self.dynamic:
-            self._modules["norm"] = StreamNorm(self.dim, **dd)
+            self.norm = StreamNorm(self.dim, **dd)
             self.dynamic_alpha_fn = nn.Parameter(torch.empty(self.dim, n + 1, **dd))
             self.dynamic_alpha_scale = nn.Parameter(torch.empty((), **dd))
             self.dynamic_beta_fn = nn.Parameter(torch.empty(self.dim, **dd))

@@ -40,7 +40,7 @@ class Manifold(Hyper):
         self.static_alpha = nn.Parameter(torch.empty(self.alpha_shape(), **dd))
         self.static_beta = nn.Parameter(torch.empty(n, **dd))
         if self.dynamic:
-            self._modules["norm"] = StreamNorm(width, **dd)
+            self.norm = StreamNorm(width, **dd)
             self.dynamic_alpha_fn = nn.Parameter(torch.empty(width, n + self.mixing_logits(), **dd))
             self.dynamic_beta_fn = nn.Parameter(torch.empty(width, n, **dd))
             self.pre_branch_scale = nn.Parameter(torch.empty(1, **dd))

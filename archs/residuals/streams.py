@@ -56,7 +56,8 @@ class StreamState:
     """Streams (…, n, C) whose newest addition may be pending. Behaves as the tensor it stands for.
 
     `KromHC.expand` makes one, `KromHC.forward` takes and gives one, `KromHC.reduce` ends it. `tensor()` is the
-    streams; any torch function, operator, method or attribute of a tensor also works on it, and settles the addition.
+    streams; any torch function, operator, comparison, method or public attribute of a tensor also works on it, and
+    settles the addition. What writes in place is for tensors alone.
 
     keep: how many additions apart the streams are stored for the backward; those between are computed again from the
     stored ones and the branches' outputs. 1 stores all.
@@ -181,14 +182,18 @@ def _settled(value: Any) -> Any:
 
 
 def _operator(name: str) -> Callable[..., Any]:
-    def call(self: StreamState, *args: Any) -> Any:
-        return getattr(self.tensor(), name)(*_settled(args))
+    def call(self: StreamState, *args: Any, **options: Any) -> Any:
+        return getattr(self.tensor(), name)(*_settled(args), **options)
 
     return call
 
 
-# Python looks operators up on the class, past __getattr__.
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "neg", "getitem", "len", "iter"):
+# Python looks operators up on the class, past __getattr__. The hash stays that of the object, as with tensors.
+_OPERATORS = """
+    abs add array bool complex contains eq float floordiv ge getitem gt int iter le len lt matmul mod mul ne neg pos pow
+    radd reversed rfloordiv rmatmul rmod rmul rpow rsub rtruediv sub truediv
+"""
+for _name in _OPERATORS.split():
     setattr(StreamState, f"__{_name}__", _operator(f"__{_name}__"))
 
 

@@ -5,6 +5,7 @@ import itertools
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,6 +26,7 @@ from grassland.archs import (
     StreamState,
     create_model,
     get_init_and_expand_reduce_stream_functions,
+    swap,
 )
 from grassland.train.optim import parameter_groups
 
@@ -287,6 +289,43 @@ def test_state_behaves_as_its_tensor():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and len(state) == 2
 
 
+OPERATORS = {
+    "pow": lambda s: s**2,
+    "rpow": lambda s: 2**s,
+    "rtruediv": lambda s: 1 / s,
+    "rsub": lambda s: 1 - s,
+    "floordiv": lambda s: s // 2,
+    "rfloordiv": lambda s: 2 // s,
+    "mod": lambda s: s % 2,
+    "rmod": lambda s: 2 % s,
+    "abs": abs,
+    "pos": lambda s: +s,
+    "lt": lambda s: s < 0,
+    "le": lambda s: s <= 0,
+    "gt": lambda s: s > 0,
+    "ge": lambda s: s >= 0,
+    "eq": lambda s: s == 0,
+    "ne": lambda s: s != 0,
+    "eq_itself": lambda s: s == s,
+    "in": lambda s: torch.tensor(1.0 in s),
+    "rmatmul": lambda s: torch.ones(4, 4, **FLOAT64) @ s,
+    "reversed": lambda s: reversed(s),
+    "numpy": lambda s: torch.from_numpy(np.asarray(s.detach() if isinstance(s, torch.Tensor) else s)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_on_a_state(name):
+    layers = randomised(chain("kromhc"))
+    with torch.no_grad():
+        state = layers[0](layers[0].expand(normal(2, 3, 6)))
+        x = layers[0](layers[0].expand(normal(2, 3, 6)).tensor())
+        found, expected = OPERATORS[name](state), OPERATORS[name](x)
+    assert isinstance(found, torch.Tensor) and torch.equal(found, expected) and {state: 1}[state] == 1
+    with pytest.raises(TypeError, match="item assignment"):
+        state[0] = 1
+
+
 @pytest.mark.parametrize("keep", [2, 3, 10])
 def test_recomputed_streams_give_the_same_gradients_in_less_memory(keep):
     results, alive = [], []
@@ -421,6 +460,14 @@ def test_expand_and_reduce(kind, reduce):
     weight = layers[-1].reduce_weight if reduce == "learned" else weights[reduce]
     expected = (torch.clone(streams) * weight[:, None]).sum(-2)
     torch.testing.assert_close(layers[-1].reduce(streams), expected, atol=1e-13, rtol=0)
+
+
+def test_what_has_no_norm_has_no_attribute_norm():
+    for options in ({"dynamic": False}, {"disable": True}):
+        assert not any(hasattr(cls(None, 6, **options), "norm") for cls in CLASSES.values())
+    model = nn.Sequential(PlainResidual(nn.Linear(6, 6), 6))
+    swap(model, {PlainResidual: lambda old: KromHC(old.branch, 6, disable=True)})
+    assert isinstance(model[0], KromHC)
 
 
 def test_static_coefficients_do_not_see_the_streams():
