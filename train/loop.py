@@ -54,9 +54,8 @@ class Trainer:
         self.steps = total_steps(config, task.batches_per_epoch)
         self.warmup = in_steps(config, config.warmup_epochs, task.batches_per_epoch, config.warmup)
         self.eval_every = in_steps(config, config.eval_epochs, task.batches_per_epoch, config.eval_every)
-        self.save_every = config.save_every
-        if self.save_every is None:
-            self.save_every = in_steps(config, config.eval_epochs, task.batches_per_epoch, SAVE_EVERY)
+        save_every = in_steps(config, config.eval_epochs, task.batches_per_epoch, SAVE_EVERY)
+        self.save_every = save_every if config.save_every is None else config.save_every
         peak = peak_flops(task.device, config.dtype)
         # Counted before the model is spread: counting runs it.
         self.flops_per_unit = task.flops_per_unit

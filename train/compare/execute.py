@@ -54,8 +54,8 @@ class Runner:
         # Before anything is run, for hours perhaps.
         for arm, lr in itertools.product(plan.arms, plan.lrs):
             for run in (Run(arm, lr, seed) for seed in plan.seeds):
-                _is_done_so(self._place(run), plan.config(*run))
-            _is_done_so(self._place_alone(arm, lr), self._config_alone(arm, lr))
+                _is_done_as(self._place(run), plan.config(*run))
+            _is_done_as(self._place_alone(arm, lr), self._config_alone(arm, lr))
 
     def records(self) -> list[Record]:
         """One record a run: the grid with the first seed, wider where an arm is best at an end of it, then the other
@@ -80,14 +80,12 @@ class Runner:
         for _ in range(self.widen):
             beyond = {arm: selection.beyond for arm, selection in select(self.finished, seed).items()}
             wider = [Run(arm, lr, seed) for arm in self.plan.arms if (lr := beyond.get(arm)) is not None]
-            # One that failed without telling anything of its rate is not run twice.
-            runs = [run for run in wider if run not in self._seen() and self._is_worth(run)]
+            # A run that was killed has told nothing of its rate, and is not run twice.
+            seen = {Run(record["arm"], record["lr"], record["seed"]) for record in self.finished}
+            runs = [run for run in wider if run not in seen and self._is_worth(run)]
             if not runs:
                 return
             self._round(runs)
-
-    def _seen(self) -> set[Run]:
-        return {Run(record["arm"], record["lr"], record["seed"]) for record in self.finished}
 
     def _is_worth(self, run: Run) -> bool:
         """Whether it will tell something of its rate: where nothing is run, only what has been can."""
@@ -147,7 +145,7 @@ class Runner:
     def _process(self, run: Run) -> Any:
         """A process that carries the run out; None if it is done, or nothing shall run."""
         config, folder = self.plan.config(*run), self._place(run)
-        if _is_done_so(folder, config) or self.context is None:
+        if _is_done_as(folder, config) or self.context is None:
             return None
         return self.context.Process(target=train, args=(replace(config, out=str(folder), resume=AUTO), _log(folder)))
 
@@ -156,7 +154,7 @@ class Runner:
         for arm, selection in chosen.items():
             folder, name = self._place_alone(arm, selection.lr), f"{self.plan.name}/{arm} alone"
             config = self._config_alone(arm, selection.lr)
-            if not _is_done_so(folder, config) and self.context is not None and self.jobs > 1:
+            if not _is_done_as(folder, config) and self.context is not None and self.jobs > 1:
                 process = self.context.Process(target=train, args=(config, _log(folder), True))
                 with _ended({0: (Run(arm, selection.lr, 0), process)}):
                     process.start()
@@ -247,7 +245,7 @@ def _ended(active: Mapping[int, tuple[Run, Any]]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _is_done_so(folder: Path, config: RunConfig) -> bool:
+def _is_done_as(folder: Path, config: RunConfig) -> bool:
     """Whether a run got to its end; ValueError if one with other settings is there."""
     ended = is_done(folder)
     if ended or has_state(folder):
