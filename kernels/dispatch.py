@@ -9,9 +9,11 @@ import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("reference", "eager", "cpp", "triton", "cuda")
 # The compiled ones of a device, the fastest first.
@@ -104,13 +106,29 @@ def fastest(op: Op, device: str, dtype: torch.dtype, unfit: Collection[str] = ()
     return next(ready, choices[-1] if choices else "eager")
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work: an opaque op would drop its
+    derivatives without a word, or fail."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
 def requested(backend: str | None) -> str:
-    """The backend asked for by argument or by $GRASSLAND_BACKEND, "" for none. Safe to trace."""
+    """The backend asked for by argument or by $GRASSLAND_BACKEND, "" for none; the reference where `transformed`.
+
+    Safe to trace.
+    """
     name = backend or os.environ.get(ENVIRONMENT, "")
     if name and name not in BACKENDS:
         source = "backend" if backend else f"${ENVIRONMENT}"
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
-    return name
+    if name == "reference" or not transformed():
+        return name
+    if name:
+        raise BackendError(f"backend {name!r} takes no transform of torch.func and no forward mode; 'reference' does")
+    return "reference"
 
 
 def pick(op: Op, tensor: Tensor, backend: str = "", unfit: Collection[str] = ()) -> str:

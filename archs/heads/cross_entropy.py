@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import dispatch
-from ...kernels.autograd import scaled
+from ...kernels.autograd import once, scaled
+from ...kernels.products import boost, product
 
 # Logits alive at a time: 2²⁴ float32 are 64 MiB, enough rows of a 30 k vocabulary for an efficient matrix product. A
 # GPU, which has more to fill, gets four times as many.
@@ -32,8 +33,8 @@ def linear_cross_entropy(
     x (…, D), weight (V, D), labels (…) int64 with −100 ignored; reduction "mean" (over labels that count; NaN if none
     does) or "sum"; label_smoothing in [0, 1] as in PyTorch. Gradients are computed chunk by chunk in the forward pass.
     Products run in x's dtype, or in autocast's; softmax, loss and the weight's gradient in float32 (float64 for
-    float64). Deterministic. Not differentiable twice. ValueError for another reduction or smoothing, or shapes that do
-    not fit.
+    float64). Deterministic. A second derivative raises RuntimeError; the transforms of torch.func and forward mode get
+    the whole logits. ValueError for another reduction or smoothing, or shapes that do not fit.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
@@ -43,6 +44,9 @@ def linear_cross_entropy(
         shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}"
         raise ValueError(f"x (…, D), weight (V, D) and labels (…) must fit, got {shapes}")
     labels = labels.reshape(-1)
+    if dispatch.transformed():
+        logits = F.linear(x.reshape(-1, x.shape[-1]), weight)
+        return F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
     device = x.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     compute = torch.float64 if x.dtype is torch.float64 else compute
@@ -55,10 +59,11 @@ def linear_cross_entropy(
 def _summed(
     x: Tensor, weight: Tensor, labels: Tensor, smoothing: float, compute: torch.dtype, differentiate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss of x (N, D) and its gradients by x and weight (empty unless `differentiate`)."""
+    """The summed loss of x (N, D) and its gradients by x and weight, float32 or wider; empty unless `differentiate`."""
     accumulate = torch.float64 if x.dtype is torch.float64 else torch.float32
     total = x.new_zeros((), dtype=accumulate)
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if differentiate else x.new_empty(0)
+    grad_x = x.new_empty(x.shape if differentiate else 0, dtype=accumulate)
+    larger = boost(compute, 1.0)
     matrix = _padded(weight.to(compute))
     grad_weight = weight.new_zeros(weight.shape if differentiate else 0, dtype=accumulate)
     fused = dispatch.requested(None) not in PLAIN and dispatch.pick(ROWS, matrix) == "triton"
@@ -68,15 +73,19 @@ def _summed(
             features = x[rows].to(compute)
             logits = features @ matrix.t()
             if fused:
-                losses, grad = _fused_chunk(logits, labels[rows], weight.shape[0], smoothing, differentiate)
+                losses, grad = _fused_chunk(logits, labels[rows], weight.shape[0], smoothing, larger, differentiate)
             else:
                 losses, grad = _chunk(logits.to(accumulate), labels[rows], weight.shape[0], smoothing, differentiate)
+                grad = grad if larger == 1 else grad.mul_(larger)
             total += losses.sum()
             if differentiate:
                 grad = grad.to(compute)
-                grad_x[rows] = grad @ matrix
+                grad_x[rows] = product(grad, matrix)
                 _add_product(grad_weight, grad[:, : weight.shape[0]].t(), features)
-    return total, grad_x, grad_weight.to(weight.dtype)
+    if larger != 1:
+        grad_x /= larger
+        grad_weight /= larger
+    return total, grad_x, grad_weight
 
 
 def _padded(matrix: Tensor) -> Tensor:
@@ -89,7 +98,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
-        total += a @ b
+        total += product(a, b)
 
 
 def _chunks(tokens: int, matrix: Tensor) -> list[slice]:
@@ -119,35 +128,36 @@ def _chunk(whole: Tensor, labels: Tensor, vocab: int, smoothing: float, differen
 
 
 def _fused_chunk(
-    logits: Tensor, labels: Tensor, vocab: int, smoothing: float, differentiate: bool
+    logits: Tensor, labels: Tensor, vocab: int, smoothing: float, larger: float, differentiate: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `_chunk`; the gradient is in the dtype of the logits."""
+    """As `_chunk`; the gradient is in the dtype of the logits, and `larger` by that factor."""
     from .fused_cross_entropy import row_losses
 
-    return row_losses(logits[:, :vocab], labels, smoothing, IGNORE, differentiate), logits
+    return row_losses(logits[:, :vocab], labels, smoothing, IGNORE, larger, differentiate), logits
 
 
 @_summed.register_fake
 def _(
     x: Tensor, weight: Tensor, labels: Tensor, smoothing: float, compute: torch.dtype, differentiate: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    total = x.new_empty((), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
-    if not differentiate:
-        return total, x.new_empty(0), weight.new_empty(0)
-    return total, x.new_empty(x.shape), weight.new_empty(weight.shape)
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    shapes = ((), x.shape, weight.shape) if differentiate else ((), 0, 0)
+    total, grad_x, grad_weight = (x.new_empty(shape, dtype=wide) for shape in shapes)
+    return total, grad_x, grad_weight
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     # Without this, autograd would write zeros of the weight's size for the two outputs that nobody uses.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
+    ctx.dtypes = [t.dtype for t in inputs[:2]]
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None, None, None, None
-    grad_x, grad_weight = ctx.saved_tensors
-    return scaled(grad_x, grad), scaled(grad_weight, grad), None, None, None, None
+    found = (scaled(saved, grad, dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+    return (*once("linear_cross_entropy", *found), None, None, None, None)
 
 
 _summed.register_autograd(_backward, setup_context=_save)

@@ -18,9 +18,10 @@ BLOCK = 4096
 
 @triton.jit(do_not_specialize=["vocab"])
 def rows_kernel(
-    logits, labels, losses, vocab, stride, smoothing, ignore, DIFFERENTIATE: tl.constexpr, BLOCK: tl.constexpr
+    logits, labels, losses, vocab, stride, smoothing, ignore, larger, DIFFERENTIATE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    # loss = log sum exp(l) - (1 - s) l_target - s mean(l), dl = softmax(l) - (1 - s) onehot - s / V; 0 if ignored
+    # loss = log sum exp(l) - (1 - s) l_target - s mean(l), dl = softmax(l) - (1 - s) onehot - s / V; 0 if ignored;
+    # what is stored is `larger` times dl
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * stride
     label = tl.load(labels + row)
@@ -46,15 +47,17 @@ def rows_kernel(
             at = start + tl.arange(0, BLOCK)
             value = tl.load(base + at, mask=at < vocab, other=0.0).to(tl.float32)
             slope = tl.exp(value - normaliser) - smoothing / vocab - tl.where(at == label, 1 - smoothing, 0.0)
-            store(base + at, tl.where(counted, slope, 0.0), mask=at < vocab)
+            store(base + at, tl.where(counted, larger * slope, 0.0), mask=at < vocab)
 
 
-def row_losses(logits: Tensor, labels: Tensor, smoothing: float, ignore: int, differentiate: bool) -> Tensor:
-    """Losses (n,) in float32 of logits (n, V); with `differentiate` the logits become their gradient."""
+def row_losses(
+    logits: Tensor, labels: Tensor, smoothing: float, ignore: int, larger: float, differentiate: bool
+) -> Tensor:
+    """Losses (n,) in float32 of logits (n, V); with `differentiate` the logits become `larger` times their gradient."""
     losses = torch.empty(len(labels), dtype=torch.float32, device=logits.device)
     if len(labels):
         rows_kernel[(len(labels),)](
-            logits, labels, losses, logits.shape[1], logits.stride(0), smoothing, ignore, DIFFERENTIATE=differentiate,
-            BLOCK=BLOCK, num_warps=8,
+            logits, labels, losses, logits.shape[1], logits.stride(0), smoothing, ignore, larger,
+            DIFFERENTIATE=differentiate, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
     return losses

@@ -61,7 +61,7 @@ def subspace_cross_entropy(
 
     Neither the projections (…, K, k) nor the logits (…, K) of the whole batch are ever in memory: a chunk of rows is
     projected, and its losses and gradients computed at once, in the forward pass. Accumulates in float32,
-    deterministic, not differentiable twice.
+    deterministic. A second derivative raises RuntimeError, except with `backend="reference"`.
 
     Args:
         x, weight, k, scale, backend: as for `subspace_logits`.

@@ -2,7 +2,8 @@
 
 The products are PyTorch's; what happens to a chunk's projections z between them comes as `rows`, an object with
 `logits(z, k, scale)`, `logits_backward(z, grad, k, scale)` and `loss(z, target, k, settings)`; the last two may
-overwrite z with dz = scale dl z/|z|. `eager` and `fused` are such modules; one may have its own `Unit`.
+overwrite z with dz = scale dl z/|z|, in the loss times `settings.boost`. `eager` and `fused` are such modules; one may
+have its own `Unit`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..products import boost, product
 from .reference import EPS
 
 # Projections alive at a time: 2^24 float32 are 64 MiB, or more where that is less than an efficient product's rows.
@@ -21,11 +23,12 @@ CHUNK_ROWS = 128
 
 
 class Loss(NamedTuple):
-    """The settings of the cross entropy."""
+    """The settings of the cross entropy; boost: what its dz are multiplied with."""
 
     scale: float
     smoothing: float
     ignore_index: int
+    boost: float = 1.0
 
 
 class Rows(Protocol):
@@ -48,14 +51,6 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, of half operands in float32 where cuBLAS can write it."""
-    cublas = a.is_cuda and torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
-    if cublas and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
-
-
 class Unit:
     """x^ = x / max(|x|, eps), and the way back through it."""
 
@@ -68,7 +63,7 @@ class Unit:
     def backward(self, grad: Tensor) -> Tensor:
         # dx = (d - x^ <x^, d>) / |x|; a norm that is clamped is a constant
         along = (self.wide * grad).sum(-1, keepdim=True) * (self.norm > EPS)
-        return ((grad - self.wide * along) / self.norm.clamp_min(EPS)).to(self.hat.dtype)
+        return (grad - self.wide * along) / self.norm.clamp_min(EPS)
 
 
 def unit(kernels: Rows, x: Tensor) -> Unit:
@@ -77,33 +72,39 @@ def unit(kernels: Rows, x: Tensor) -> Unit:
 
 
 class Gradients:
-    """Collects dx and dweight from the chunks' dz; `mask` says which of them are wanted."""
+    """Collects dx and dweight, float32 or wider, from the chunks' dz; `mask` says which of them are wanted."""
 
     def __init__(self, unit: Unit, weight: Tensor, mask: Sequence[bool]) -> None:
         self.unit, self.weight, self.mask = unit, weight, mask
-        self.x = torch.empty_like(unit.hat, memory_format=torch.contiguous_format) if mask[0] else None
+        self.dtype = accumulation(weight.dtype)
+        self.x = unit.hat.new_empty(unit.hat.shape, dtype=self.dtype) if mask[0] else None
         self.total: Tensor | None = None
 
     def add(self, rows: slice, dz: Tensor) -> None:
         if self.x is not None:
-            torch.mm(dz, self.weight, out=self.x[rows])
+            if dz.dtype == self.dtype:
+                torch.mm(dz, self.weight, out=self.x[rows])
+            else:
+                self.x[rows] = product(dz, self.weight)
         if self.mask[1]:
             hat = self.unit.hat[rows]
             if self.total is None:
-                # a single chunk's sum needs no more digits than its result
-                single = hat.shape[0] == self.unit.hat.shape[0]
-                self.total = dz.T @ hat if single else product(dz.T, hat).to(accumulation(dz.dtype))
-            elif dz.dtype == self.total.dtype:
+                self.total = product(dz.T, hat).to(self.dtype)
+            elif dz.dtype == self.dtype:
                 self.total.addmm_(dz.T, hat)
             else:
                 self.total += product(dz.T, hat)
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        nothing = self.weight.new_empty(0)
-        dx = nothing if self.x is None else self.unit.backward(self.x)
-        if not self.mask[1]:
-            return dx, nothing.clone()
-        return dx, torch.zeros_like(self.weight) if self.total is None else self.total.to(self.weight.dtype)
+    def result(self, boost: float = 1.0) -> tuple[Tensor, Tensor]:
+        """dx and dweight from dz that were multiplied with `boost`; empty (0,) where not wanted."""
+        dx = self.weight.new_empty(0, dtype=self.dtype)
+        dweight = dx.clone()
+        if self.x is not None:
+            dx = self.unit.backward(self.x if boost == 1 else self.x.div_(boost))
+        if self.mask[1]:
+            dweight = torch.zeros_like(self.weight, dtype=self.dtype) if self.total is None else self.total
+            dweight = dweight if boost == 1 else dweight.div_(boost)
+        return dx, dweight
 
 
 def logits(kernels: Rows, x: Tensor, weight: Tensor, k: int, scale: float) -> Tensor:
@@ -124,17 +125,19 @@ def logits_backward(
     gradients = Gradients(hats, weight, mask)
     for rows in chunks(x.shape[0], weight.shape[0]):
         gradients.add(rows, kernels.logits_backward(hats.hat[rows] @ weight.T, grad[rows], k, scale))
-    return gradients.result()
+    dx, dweight = gradients.result()
+    return dx.to(x.dtype), dweight.to(weight.dtype)
 
 
 def cross_entropy(
     kernels: Rows, x: Tensor, weight: Tensor, target: Tensor, k: int, settings: Loss, mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss, dx and dweight (empty where `mask` says that it is not wanted)."""
+    """The summed loss, and dx and dweight, float32 or wider (empty where `mask` says that it is not wanted)."""
+    settings = settings._replace(boost=boost(x.dtype, 2 * settings.scale))
     hats = unit(kernels, x)
     gradients = Gradients(hats, weight, mask)
     losses = x.new_empty(x.shape[0], dtype=accumulation(x.dtype))
     for rows in chunks(x.shape[0], weight.shape[0]):
         losses[rows], dz = kernels.loss(hats.hat[rows] @ weight.T, target[rows], k, settings)
         gradients.add(rows, dz)
-    return losses.sum(), *gradients.result()
+    return losses.sum(), *gradients.result(settings.boost)

@@ -60,7 +60,7 @@ def loss(z: Tensor, target: Tensor, k: int, settings: Loss) -> tuple[Tensor, Ten
     q = distribution(target, values.shape[-1], settings, values.dtype)
     mass = q.sum(-1, keepdim=True)
     logp = values.log_softmax(-1)
-    return -(q * logp).sum(-1), pull_back(z, norms, mass * logp.exp() - q, k, settings.scale)
+    return -(q * logp).sum(-1), pull_back(z, norms, mass * logp.exp() - q, k, settings.scale * settings.boost)
 
 
 def trigonometry(h: Tensor) -> tuple[Tensor, Tensor]:

@@ -123,10 +123,11 @@ def logits_backward_kernel(z, grad, classes, scale, K: tl.constexpr, KP: tl.cons
 
 @triton.jit(do_not_specialize=SIZES)
 def loss_kernel(
-    z, target, losses, classes, scale, smoothing, ignore_index,
+    z, target, losses, classes, scale, smoothing, ignore_index, boost,
     SOFT: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    # loss = mass log sum exp(l) - <q, l> with q = (1 - smoothing) target + smoothing / K, then dl = mass softmax(l) - q
+    # loss = mass log sum exp(l) - <q, l> with q = (1 - smoothing) target + smoothing / K, then boost times
+    # dl = mass softmax(l) - q
     row = tl.program_id(0).to(tl.int64)
     uniform = tl.div_rn(smoothing, classes.to(tl.float32))
     label = ignore_index
@@ -170,7 +171,7 @@ def loss_kernel(
         else:
             q = tl.where(c == label, 1.0, 0.0)
         dl = tl.div_rn(mass * tl.exp(scale * norm - peak), total) - ((1 - smoothing) * q + uniform)
-        factor = tl.where(norm > 0, tl.div_rn(scale * dl, tl.where(norm > 0, norm, 1.0)), 0.0)
+        factor = tl.where(norm > 0, tl.div_rn(scale * boost * dl, tl.where(norm > 0, norm, 1.0)), 0.0)
         store(at, tile * tl.where(counted > 0, factor, 0.0)[:, None], keep)
 
 
@@ -378,7 +379,7 @@ class Unit(chunked.Unit):
 
     @on_its_device
     def backward(self, grad: Tensor) -> Tensor:
-        dx = torch.empty_like(self.wide)
+        dx = torch.empty_like(self.wide, dtype=torch.float32)
         if dx.shape[0]:
             unit_backward_kernel[(dx.shape[0],)](self.wide, grad, self.norm, dx, dx.shape[1], **self.tile)
         return dx
@@ -412,7 +413,7 @@ def loss(z: Tensor, target: Tensor, k: int, settings: Loss) -> tuple[Tensor, Ten
     rows, classes = z.shape[0], z.shape[1] // k
     losses = torch.empty(rows, dtype=accumulation(z.dtype), device=z.device)
     if rows:
-        numbers = (classes, settings.scale, settings.smoothing, settings.ignore_index)
+        numbers = (classes, *settings)
         soft = target.is_floating_point()
         # scale |z| - peak without fma: 0 at the peak
         options = {"SOFT": soft, "enable_fp_fusion": False, **grouping(z, k)}

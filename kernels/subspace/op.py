@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..autograd import scaled
+from ..autograd import once, scaled
 from . import chunked, eager
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -99,17 +99,17 @@ def subspace_cross_entropy(
     mask: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss, and its gradients by x and weight, empty (0,) where `mask` says that they are not needed."""
+    """The summed loss, and its gradients by x and weight, float32 or wider: empty (0,) where `mask` says that they are
+    not needed."""
     backend = dispatch.pick(CROSS_ENTROPY, weight, backend)
     _check_labels(target, weight.shape[0] // k, ignore_index)
     if backend != "cpp":
         settings = chunked.Loss(scale, smoothing, ignore_index)
         return chunked.cross_entropy(rows_of(backend), x, weight, target, k, settings, mask)
     target = target.float().contiguous() if target.is_floating_point() else target.contiguous()
-    loss, dx, dweight = torch.ops.grassland_cpp.subspace_cross_entropy(
+    return torch.ops.grassland_cpp.subspace_cross_entropy(
         *plain(x, weight), target, k, scale, smoothing, ignore_index, *mask
     )
-    return loss, dx.to(x.dtype), dweight.to(weight.dtype)
 
 
 def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
@@ -133,21 +133,23 @@ def _(
     mask: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty((), dtype=chunked.accumulation(x.dtype)), _like(x, mask[0]), _like(weight, mask[1])
+    wide = chunked.accumulation(x.dtype)
+    return x.new_empty((), dtype=wide), _like(x, mask[0]).to(wide), _like(weight, mask[1]).to(wide)
 
 
 def _setup_loss(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     # Without this, autograd would write zeros of the weight's size for the two outputs that nobody uses.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
+    ctx.dtypes = [t.dtype for t in inputs[:2]]
 
 
 def _backward_loss(ctx: Any, grad: Tensor | None, *_: object) -> tuple:
     found: list[Tensor | None] = [None, None]
     if grad is not None:
-        pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
-        found = [scaled(saved, grad) if needed else None for saved, needed in pairs]
-    return (*found, *[None] * 7)
+        saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
+        found = [scaled(gradient, grad, dtype) if needed else None for gradient, dtype, needed in saved]
+    return (*once("subspace_cross_entropy", *found), *[None] * 7)
 
 
 subspace_cross_entropy.register_autograd(_backward_loss, setup_context=_setup_loss)
@@ -160,7 +162,8 @@ def grassmann_step(
     """The next weight and momentum buffer."""
     backend = dispatch.pick(STEP, weight, backend)
     if backend == "eager":
-        return eager.grassmann_step(weight, buffer, grad, k, lr, momentum, carry)
+        moved, stored = eager.grassmann_step(weight, buffer, grad, k, lr, momentum, carry)
+        return moved.contiguous(), stored.contiguous()
     weight, buffer = (t.clone(memory_format=torch.contiguous_format) for t in (weight, buffer))
     _step(weight, buffer, grad, k, lr, momentum, carry, backend)
     return weight, buffer

@@ -16,8 +16,8 @@ def check(logits, labels, smoothing):
     slope = torch.autograd.grad(truth.sum(), wide)[0]
     losses, grad = _chunk(logits.float().clone(), labels, logits.shape[1], smoothing, True)
     mine = logits.clone()
-    found = row_losses(mine, labels, smoothing, IGNORE, True)
-    torch.testing.assert_close(row_losses(logits, labels, smoothing, IGNORE, False), found, rtol=1e-6, atol=1e-6)
+    found = row_losses(mine, labels, smoothing, IGNORE, 1.0, True)
+    torch.testing.assert_close(row_losses(logits, labels, smoothing, IGNORE, 1.0, False), found, rtol=1e-6, atol=1e-6)
     for name, exact, eager, ours in (("loss", truth, losses, found), ("gradient", slope, grad.to(mine.dtype), mine)):
         allowed = 2 * (eager.double() - exact).norm() + torch.finfo(ours.dtype).eps / 2 * exact.norm()
         error = (ours.double() - exact).norm()
@@ -40,5 +40,5 @@ if __name__ == "__main__":
     for case in cases(sys.argv[1]):
         check(*case)
     unknown = torch.tensor([4], device=sys.argv[1])
-    assert row_losses(torch.zeros(1, 4, device=sys.argv[1]), unknown, 0.0, IGNORE, False).isnan().all()
+    assert row_losses(torch.zeros(1, 4, device=sys.argv[1]), unknown, 0.0, IGNORE, 1.0, False).isnan().all()
     print("ok")

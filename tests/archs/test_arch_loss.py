@@ -84,6 +84,39 @@ def test_autocast_multiplies_in_bfloat16_and_sums_in_float32():
     torch.testing.assert_close(weight.grad, rounded_w.grad, atol=2e-3, rtol=2e-2)
 
 
+def test_float16_gradients_survive_until_they_are_scaled():
+    """Rows that are nearly certain have gradients below float16's smallest number before the loss scale comes."""
+    x, weight, labels = inputs(64, 16, 50, torch.float16)
+    with torch.no_grad():
+        labels = (x @ weight.T).float().argmax(-1)
+        x *= 4
+    exact_x, exact_w = (t.detach().double().requires_grad_() for t in (x, weight))
+    (65536 * F.cross_entropy(exact_x @ exact_w.T, labels)).backward()
+    (65536 * linear_cross_entropy(x, weight, labels)).backward()
+    for found, wanted in ((x.grad, exact_x.grad), (weight.grad, exact_w.grad)):
+        assert torch.linalg.vector_norm(found.double() - wanted) < 0.02 * torch.linalg.vector_norm(wanted)
+
+
+def test_bfloat16_gradients_of_a_mean_are_divided_by_the_number_of_rows():
+    """1 / 900 in bfloat16 is 1.0025 / 900: it must not be rounded before it meets the gradients."""
+    x, weight, _ = inputs(900, 64, 20, torch.bfloat16)
+    labels = torch.arange(900) % 20
+    summed, mean = (
+        torch.autograd.grad(linear_cross_entropy(x, weight, labels, reduction=reduction), weight)[0].double()
+        for reduction in ("sum", "mean")
+    )
+    assert abs(900 * (mean * summed).sum() / summed.square().sum() - 1) < 1e-3
+
+
+def test_second_derivatives_are_refused_and_transforms_work():
+    x, weight, labels = inputs()
+    (gradient,) = torch.autograd.grad(linear_cross_entropy(x, weight, labels), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy cannot be differentiated twice"):
+        gradient.square().sum().backward()
+    found = torch.func.grad(lambda x: linear_cross_entropy(x, weight.detach(), labels))(x.detach())
+    torch.testing.assert_close(found, gradient.detach())
+
+
 def test_two_runs_agree_bitwise():
     runs = []
     for _ in range(2):
@@ -154,6 +187,6 @@ def test_rows_compile_for_nvidia(chip):
     from grassland.kernels.testing import record_launches, resource_usage
 
     logits, labels = torch.zeros(8, 30522, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.int64)
-    for launch in record_launches(lambda: row_losses(logits, labels, 0.1, -100, True)):
+    for launch in record_launches(lambda: row_losses(logits, labels, 0.1, -100, 1.0, True)):
         usage = resource_usage(launch.compile("cuda", chip, 32).asm["cubin"])
         assert usage["LOCAL"] == usage["STACK"] == 0, usage

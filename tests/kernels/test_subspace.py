@@ -107,6 +107,41 @@ def test_a_retained_graph_gives_its_gradients_again(backend):
         torch.testing.assert_close(leaf.grad, expected * 5 / 3)
 
 
+def confident(dtype, rows=48):
+    """Features in the subspace of their class: probabilities so near to one that their gradients are tiny."""
+    weight = orthonormal(6, 4, 40).to(dtype)
+    labels = torch.arange(rows) % 6
+    mixed = torch.einsum("rk,rkn->rn", normal(rows, 4, seed=3), blocks(weight.double(), 4)[labels])
+    x = (mixed + 0.02 * normal(rows, 40, seed=4)).to(dtype)
+    return x.requires_grad_(), weight.requires_grad_(), labels
+
+
+def test_float16_gradients_survive_until_they_are_scaled():
+    """The loss scale comes after the op: what float16 cannot hold before must not be lost."""
+    x, weight, labels = confident(torch.float16)
+    exact_x, exact_w = (t.detach().double().requires_grad_() for t in (x, weight))
+    (65536 * subspace_cross_entropy(exact_x, exact_w, labels, 4, backend="reference")).backward()
+    (65536 * subspace_cross_entropy(x, weight, labels, 4)).backward()
+    for found, wanted in ((x.grad, exact_x.grad), (weight.grad, exact_w.grad)):
+        assert torch.linalg.vector_norm(found.double() - wanted) < 0.05 * torch.linalg.vector_norm(wanted)
+
+
+def test_float16_sums_over_many_rows_stay_finite():
+    x, weight, _ = confident(torch.float16)
+    labels = torch.zeros(20000, dtype=torch.int64)
+    subspace_cross_entropy(x[:1].detach().expand(20000, -1) * 3, weight, labels + 1, 4).backward()
+    assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_derivative_of_the_loss_is_refused(backend):
+    x, weight, labels = confident(torch.float32)
+    loss = subspace_cross_entropy(x, weight, labels, 4, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="subspace_cross_entropy cannot be differentiated twice"):
+        gradient.square().sum().backward()
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("classes", "k", "n"), SIZES)
 def test_gauge_equivariance(classes, k, n, mode):

@@ -1,0 +1,24 @@
+"""Products of half matrices whose results must not lose what a half dtype cannot hold."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, of half operands in float32 where cuBLAS can write it; of float16 in float32 in any case."""
+    if a.dtype not in (torch.bfloat16, torch.float16):
+        return a @ b
+    cublas = a.is_cuda and torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
+    if cublas:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float() if a.dtype == torch.float16 else a @ b
+
+
+def boost(dtype: torch.dtype, bound: float) -> float:
+    """What to multiply numbers up to `bound` with before they are rounded to `dtype`: a power of two in float16, whose
+    smallest number is 6e-8, else 1. A gradient that has no loss scale yet needs it."""
+    return 2.0 ** math.floor(math.log2(2.0**15 / bound)) if dtype == torch.float16 else 1.0
