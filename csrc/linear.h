@@ -41,7 +41,8 @@ bool skinny_outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add);
 inline bool use_onednn(ScalarType dtype) {
 #ifdef GRASSLAND_HAS_ONEDNN
 #if defined(__x86_64__)
-  if (dtype == ScalarType::Float && __builtin_cpu_is("intel")) return false;
+  // In bfloat16 it needs AVX-512.
+  if (dtype == ScalarType::Float ? __builtin_cpu_is("intel") : !__builtin_cpu_supports("avx512bw")) return false;
 #endif
   return aoti_torch_cpu__linear_pointwise != nullptr;
 #else
