@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_input
 from ..registry import register_slot
 
 INITS = ("paper", "identity")
@@ -157,6 +158,7 @@ class Hyper(nn.Module):
     def open(self, x: Any) -> Opened:
         """The branch's input, and the function that takes the branch's output to the new streams."""
         if self.disabled:
+            check_input(x, self.dim)
             return x, lambda y: x + y
         self.check(x)
         h_pre, h_post, mixing = self.coefficients(x)
@@ -165,25 +167,26 @@ class Hyper(nn.Module):
             u = (h_pre.unsqueeze(-2) @ x.to(h_pre.dtype)).squeeze(-2).to(x.dtype)
 
         def join(y: Tensor) -> Tensor:
+            if y.shape != u.shape:
+                raise ValueError(f"y must be {tuple(u.shape)}, as the branch's input, got {tuple(y.shape)}")
             with torch.autocast(x.device.type, enabled=False):
                 mixed = mixing @ x.to(mixing.dtype) + h_post.unsqueeze(-1) * y.to(mixing.dtype).unsqueeze(-2)
                 return mixed.to(x.dtype)
 
         return u, join
 
-    def check(self, x: Tensor) -> None:
-        if x.dim() < 2 or x.shape[-2] != self.num_streams or x.shape[-1] != self.dim:
+    def check(self, x: Any) -> None:
+        if len(x.shape) < 2 or x.shape[-2] != self.num_streams or x.shape[-1] != self.dim:
             wanted = f"(…, num_streams={self.num_streams}, dim={self.dim})"
             raise ValueError(f"x must be streams {wanted}, got {tuple(x.shape)}; expand(x) makes them of (…, dim)")
-        if not x.is_floating_point():
+        if not x.dtype.is_floating_point:
             raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
 
     def expand(self, x: Tensor) -> Any:
         """(…, dim) to n streams (…, n, dim); (…, dim) itself if this is the plain residual."""
         if self.disabled:
             return x
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"x must be (…, dim={self.dim}), got {tuple(x.shape)}")
+        check_input(x, self.dim)
         if "stream_embed" in self._parameters:
             return x.unsqueeze(-2) + self.stream_embed
         return x.unsqueeze(-2).expand(*x.shape[:-1], self.num_streams, self.dim)
@@ -192,6 +195,7 @@ class Hyper(nn.Module):
         """Streams (…, n, dim) to (…, dim)."""
         if self.disabled:
             return x
+        self.check(x)
         if self.reduce_kind == "learned":
             if "reduce_weight" not in self._parameters:
                 raise ValueError(f"reduce='learned' is the last sublayer's, layer_index={self.layer_index} is not")

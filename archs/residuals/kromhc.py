@@ -111,9 +111,8 @@ class KromHC(Manifold):
     def open(self, x: Any) -> Opened:
         if self.disabled:
             return super().open(x)
+        self.check(x)
         given = isinstance(x, StreamState)
-        if not given:
-            self.check(x)
         state = x if given else StreamState(x, self.factors)
         full = torch.float64 if state.dtype == torch.float64 else torch.float32
         with torch.autocast(state.device.type, enabled=False):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_input
 from ..registry import register_slot
 
 
@@ -36,13 +37,14 @@ class PlainResidual(nn.Module):
         super().__init__()
         if norm not in ("pre", "post"):
             raise ValueError(f"norm must be 'pre' or 'post', got {norm!r}")
-        self.branch = branch
+        self.dim, self.branch = dim, branch
         self.norm_first = norm == "pre"
         self.norm = nn.LayerNorm(dim, eps=norm_eps, device=device, dtype=dtype)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, *args: Any) -> Any:
         """The stream after the branch, or `(stream, *rest)` if the branch returns a tuple."""
+        check_input(x, self.dim)
         out = self.branch(self.norm(x) if self.norm_first else x, *args)
         if isinstance(out, tuple):
             return (self._join(x, out[0]), *out[1:])

@@ -50,7 +50,7 @@ class Request:
         return self.recipe.value().view(self.shape)
 
 
-# FSDP finds the tensors that a layer takes and gives in dataclasses, and before torch 2.14 in pytrees.
+# FSDP looks for the tensors that a layer takes and gives in dataclasses, and in older torches in pytrees.
 @dataclass(eq=False, repr=False)
 class StreamState:
     """Streams (…, n, C) whose newest addition may be pending. Behaves as the tensor it stands for.

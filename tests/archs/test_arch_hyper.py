@@ -605,7 +605,14 @@ def test_the_official_interface_reduces_as_it_is_told(options, kind):
         (lambda: KromHC(None, 8)(torch.zeros(2, 8)), ("x", "num_streams=4", "(2, 8)")),
         (lambda: KromHC(None, 8)(torch.zeros(2, 4, 7)), ("x", "dim=8", "(2, 4, 7)")),
         (lambda: MHC(None, 8)(torch.zeros(2, 3, 8)), ("x", "(2, 3, 8)")),
-        (lambda: KromHC(None, 8).expand(torch.zeros(2, 7)), ("x", "dim=8", "7")),
+        (lambda: KromHC(None, 8)(KromHC(None, 6).expand(torch.zeros(2, 6))), ("x", "dim=8", "(2, 4, 6)")),
+        (lambda: KromHC(None, 8).reduce(torch.zeros(2, 3, 8)), ("x", "num_streams=4", "(2, 3, 8)")),
+        (lambda: KromHC(None, 8).expand(torch.zeros(2, 7)), ("x", "8", "(2, 7)")),
+        (lambda: KromHC(None, 8).expand(torch.zeros(())), ("x", "8", "()")),
+        (lambda: KromHC(torch.tanh, 8, disable=True)(torch.zeros(2, 7)), ("x", "8", "(2, 7)")),
+        (lambda: PlainResidual(torch.tanh, 8)(torch.zeros(2, 7)), ("x", "8", "(2, 7)")),
+        (lambda: MHC(lambda u: u[:1], 8)(torch.zeros(2, 4, 8)), ("y", "(2, 8)", "(1, 8)")),
+        (lambda: KromHC(lambda u: u[:1], 8)(torch.zeros(2, 4, 8)), ("y", "(2, 8)", "(1, 8)")),
         (lambda: KromHC(None, 8, reduce="learned", num_layers=2).reduce(torch.zeros(2, 4, 8)), ("learned", "0")),
         (lambda: get_init_and_expand_reduce_stream_functions(4, kind="mhd"), ("kind", "mhd")),
         (lambda: get_init_and_expand_reduce_stream_functions(4, reduce="learned"), ("reduce", "learned", "mean")),
@@ -627,6 +634,8 @@ def test_integer_streams_are_refused():
     for cls in CLASSES.values():
         with pytest.raises(TypeError, match="x must be"):
             cls(None, 8)(torch.zeros(2, 4, 8, dtype=torch.int64))
+        with pytest.raises(TypeError, match="x must be"):
+            cls(None, 8).expand(torch.zeros(2, 8, dtype=torch.int64))
 
 
 def test_inverse_permutations():
