@@ -19,6 +19,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "check.h"
+
 namespace grassland::cuda {
 namespace {
 
