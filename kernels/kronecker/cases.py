@@ -43,11 +43,12 @@ def make_step(*leading: int, streams: int, dim: int) -> Tensors:
     return make_post(*leading, streams=streams, dim=dim) | projection(streams, dim)
 
 
-def zeros(make: Any) -> Tensors:
-    """Some tokens whose streams and branch are zero."""
+def short(make: Any) -> Tensors:
+    """Some tokens whose streams and branch are zero, and some shorter than eps."""
     tensors = make(6, streams=4, dim=5)
     for name in tensors.keys() & {"x", "y"}:
         tensors[name][2:4] = 0
+        tensors[name][4:] *= 1e-5
     return tensors
 
 
@@ -65,7 +66,7 @@ def build(make: Any) -> list[Case]:
         Case("one-channel", partial(make, 9, streams=4, dim=1)),
         Case("empty", partial(make, 0, streams=4, dim=8)),
         Case("no-leading", partial(make, streams=4, dim=8)),
-        Case("zero-tokens", partial(zeros, make), {"eps": 1e-3} if make is not make_post else {}),
+        Case("short-tokens", partial(short, make), {"eps": 1e-3} if make is not make_post else {}),
         Case("strided", partial(strided, make)),
         Case("ragged", partial(make, 2, 37, streams=4, dim=150)),
         Case("many-tokens", partial(make, 301, streams=4, dim=16)),

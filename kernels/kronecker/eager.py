@@ -87,7 +87,8 @@ def pre_backward(
     z, r = saved[:, :-1], saved[:, -1:]
     dpre = (wide * du[:, None]).sum(-1)
     g = logit_gradient(torch.cat([dh[:, :n] + dpre, dh[:, n:]], -1), h, n)
-    shrink = torch.where(r < 1 / eps, -r * r * (g * z).sum(-1, keepdim=True), 0)
+    # The limit as `project` rounds it.
+    shrink = torch.where(r < 1 / r.new_full((), eps), -r * r * (g * z).sum(-1, keepdim=True), 0)
     dx = ((r * g) @ weight).view_as(wide) + shrink[..., None] * wide + h[:, :n, None] * du[:, None]
     return dx if extra is None else dx + extra, (r * g).T @ wide.flatten(1), g.sum(0)
 

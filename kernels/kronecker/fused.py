@@ -306,7 +306,7 @@ def post_backward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def pre_backward_kernel(
-    dfollowing, du, dafter, x, y, h, weight, after, saved, dx, dy, dh, logits, tokens, dim: tl.constexpr, limit,
+    dfollowing, du, dafter, x, y, h, weight, after, saved, dx, dy, dh, logits, tokens, dim: tl.constexpr, eps,
     POST: tl.constexpr, JOIN: tl.constexpr, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
     DTYPE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -336,7 +336,8 @@ def pre_backward_kernel(
     r = tl.load(saved + rows * (M + 1) + M, mask=keep, other=0.0)
     half = tl.where((j >= N) & (j < 2 * N), 0.5, 1.0)
     g = dcoef * coefficients * (1.0 - coefficients * half[None, :])
-    shrink = tl.where(r < limit, -r * r * tl.sum(g * z, 1), 0.0)[:, None]
+    # the limit as pre_kernel rounds it
+    shrink = tl.where(r < tl.div_rn(1.0, eps), -r * r * tl.sum(g * z, 1), 0.0)[:, None]
     tl.store(logits + rows[:, None] * M + j[None, :], g, mask=live)
     scaled = take_columns(g * r[:, None], 0, M, MP)
     pre = load_columns(after, rows, keep, 0, N, M)
@@ -518,7 +519,7 @@ def backward(
     block = tile(x, "pre_backward")
     pre_backward_kernel[(triton.cdiv(tokens, block["BM"]),)](
         joined, du, dafter, x, branch, before, weight, after, saved, grad, dy, dh, logits, tokens, dim,
-        1 / eps, JOIN=dx is not None, **common, **block,
+        eps, JOIN=dx is not None, **common, **block,
     )  # fmt: skip
     block = tile(x, "weight_gradient")
     columns = triton.cdiv(dim, block["BC"])

@@ -213,3 +213,16 @@ def test_results_do_not_depend_on_the_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("eps", [1e-3, 1e-4, 1e-6])
+def test_a_norm_below_eps_is_a_constant(backend, eps):
+    """Whether it was is decided as it was clamped, in float32."""
+    tensors = make_pre(1, streams=4, dim=8)
+    tensors["x"] *= 0.01 * eps
+    grads = []
+    for dtype, name in ((torch.float64, "reference"), (torch.float32, backend)):
+        t = {n: v.to(dtype).requires_grad_() for n, v in tensors.items()}
+        grads.append(torch.autograd.grad(kronecker_pre(**t, eps=eps, backend=name)[1].sum(), t["x"])[0])
+    assert (grads[1] - grads[0]).norm() < 1e-5 * grads[0].norm()
