@@ -164,8 +164,10 @@ def describe_launch(kernel: Any, args: tuple, kwargs: dict[str, Any]) -> Launch:
     signature, constexprs, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        signature[parameter.name] = "constexpr" if parameter.is_constexpr else argument_type(value)
-        if parameter.is_constexpr:
+        # As Triton does: an integer 1 is a constant too.
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        signature[parameter.name] = "constexpr" if parameter.is_constexpr or one else argument_type(value)
+        if parameter.is_constexpr or one:
             constexprs[(index,)] = value
         elif isinstance(value, Tensor) or (not parameter.do_not_specialize and multiple_of_16(value)):
             attributes[(index,)] = [["tt.divisibility", 16]]

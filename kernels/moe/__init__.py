@@ -76,8 +76,8 @@ def moe_ffn(
 
     GELU is the tanh form. The sum over k runs in a fixed order. The backward keeps x, the weights, the rows before
     their GELU, and nothing of the experts' outputs (except with `gelu_out`). However many calls share w_up and w_down,
-    one backward sums their gradients in one float32 buffer each (autograd does so in a copy a call under torch.compile
-    and torch.func). A second derivative is that of the eager form. Source: arXiv 2107.11817, section 3.1.
+    one backward sums their gradients in one float32 buffer each (under torch.compile, autograd in a copy a call). A
+    second derivative is that of the eager form. Source: arXiv 2107.11817, section 3.1.
 
     Args:
         x: (T, H); float32, bfloat16, float16 or float64, any layout.

@@ -231,7 +231,7 @@ def weight_gradient_kernel(
     store(at, acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def bias_gradient_kernel(
     x, gates, order, offsets, out, width, splits, E: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
@@ -257,7 +257,7 @@ def bias_gradient_kernel(
     store(out + (split * E + expert) * width + n, tl.sum(total, 0), mask=n < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def combine_kernel(
     rows, gates, slots, seed, threshold, scale, out, tokens, width,
     TOP_K: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr, DROP: tl.constexpr, BT: tl.constexpr,

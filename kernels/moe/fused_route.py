@@ -16,10 +16,11 @@ from torch import Tensor
 from ..guard import on_its_device
 
 BLOCK = 128
+SIZES = ["tokens", "blocks", "capacity"]
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def choose_kernel(
     logits, mask, probabilities, gates, experts, histogram, sums, tokens,
     E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, MASKED: tl.constexpr, NORMAL: tl.constexpr,
@@ -64,7 +65,7 @@ def choose_kernel(
     tl.store(sums + at, tl.sum(tl.where(live[:, None], precise, 0.0), 0), mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def scan_kernel(
     histogram, sums, start, offsets, counts, balance, blocks, capacity,
     E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr,
@@ -88,7 +89,7 @@ def scan_kernel(
     tl.store(balance, (E * TOP_K * tl.sum(before.to(tl.float64) * mass, 0) / (routed * routed)).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def slot_kernel(
     experts, mask, start, offsets, slots, order, tokens, capacity,
     E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, MASKED: tl.constexpr, BT: tl.constexpr,
@@ -117,7 +118,7 @@ def slot_kernel(
         tl.store(order + slot, t * TOP_K + k, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def route_backward_kernel(
     grad_gates, grad_balance, probabilities, experts, counts, mask, out, tokens,
     E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, MASKED: tl.constexpr, NORMAL: tl.constexpr,

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..guard import on_its_device
 from ..rounding import store
 
-SIZES = ["tokens", "length"]
+SIZES = ["tokens", "length", "total"]
 # Bytes of a chunk's wedges, less than a large GPU's cache, and tokens of a chunk at least, for efficient products.
 CHUNK_BYTES, CHUNK_ROWS = 1 << 25, 4096
 # Tile of the kernel that writes wedges.
@@ -327,7 +327,7 @@ def products_backward(
     return dz, None if total is None else unpack(total, weight, rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def blend_kernel(x, g, logit, bias, out, alpha, total, dim, BLOCK: tl.constexpr):
     # alpha = sigmoid(logit + b), out = g + alpha (x - g)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -340,7 +340,7 @@ def blend_kernel(x, g, logit, bias, out, alpha, total, dim, BLOCK: tl.constexpr)
     tl.store(out + at, gv + a * (xv - gv), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def blend_backward_kernel(grad, x, g, alpha, dx, dg, dlogit, total, BLOCK: tl.constexpr):
     # dx = alpha dout, dg = (1 - alpha) dout, dlogit = dout (x - g) alpha (1 - alpha)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -9,7 +9,7 @@ from grassland.kernels import dispatch
 from grassland.kernels.plucker import gated_blend, op, plucker_coordinates, plucker_mix
 from grassland.kernels.plucker.cases import PAPER_OFFSETS, make
 from grassland.kernels.plucker.eager import antisymmetric, average
-from grassland.kernels.testing import normal, record_launches
+from grassland.kernels.testing import normal
 
 BACKENDS = ["reference", "eager"] + ([] if dispatch.extension_error() else ["cpp"])
 
@@ -193,19 +193,6 @@ def test_compiled_backend_refuses_float64_by_name():
     with pytest.raises(dispatch.BackendError, match="takes float32, bfloat16, got float64"):
         plucker_mix(**tensors, offsets=(1,), backend="cpp")
     plucker_mix(**tensors, offsets=(1,))
-
-
-def test_a_new_sequence_length_compiles_nothing(monkeypatch):
-    """The launches of two lengths have one signature: Triton's cache key."""
-    pytest.importorskip("triton")
-    monkeypatch.setattr("grassland.kernels.dispatch.missing", lambda *_: None)
-
-    def keys(length):
-        tensors = {name: t.float().requires_grad_() for name, t in make(2, length, 32, 64).items()}
-        call = lambda: plucker_mix(**tensors, offsets=(1, 2), backend="triton").sum().backward()  # noqa: E731
-        return [(x.name, x.signature, x.constexprs, x.attributes) for x in record_launches(call)]
-
-    assert keys(64) == keys(77) == keys(200)
 
 
 def test_cuda_is_the_first_choice_for_the_sizes_it_takes(monkeypatch):

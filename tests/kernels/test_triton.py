@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from grassland.kernels.testing import Launch, record_launches, resource_usage, run, specs
+from grassland.kernels.kronecker import cases as kronecker
+from grassland.kernels.moe import cases as moe
+from grassland.kernels.plucker import cases as plucker
+from grassland.kernels.subspace import cases as subspace
+from grassland.kernels.testing import Case, Launch, normal, record_launches, resource_usage, run, specs
 
 pytest.importorskip("triton")
 SPECS = [pytest.param(spec, id=spec.name) for spec in specs() if "triton" in spec.backends]
@@ -66,6 +70,35 @@ def test_launches_on_the_device_of_the_tensors(spec, monkeypatch):
     case = spec.cases[0]
     record_launches(lambda: run(spec, case.tensors(torch.float32), case.options, "triton"))
     assert guarded and all(guarded)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "options"),
+    [
+        ("plucker_mix", lambda tokens: plucker.make(2, tokens, 32, 64), lambda _: {"offsets": [1, 2]}),
+        ("gated_blend", lambda tokens: plucker.blend((tokens,), 65), None),
+        ("kronecker_pre", lambda tokens: kronecker.make_pre(tokens, streams=4, dim=64), None),
+        ("kronecker_post", lambda tokens: kronecker.make_post(tokens, streams=4, dim=64), None),
+        ("kronecker_step", lambda tokens: kronecker.make_step(tokens, streams=4, dim=64), None),
+        ("moe_route", lambda tokens: {"logits": normal(tokens, 4)}, lambda tokens: {"capacity": tokens}),
+        ("moe_ffn", lambda tokens: moe.make(tokens, 64, 96, 1, top_k=1), None),
+        ("subspace_logits", lambda tokens: subspace.head((tokens,), 10, 4, 32), lambda _: {"k": 4}),
+        ("subspace_cross_entropy", lambda tokens: subspace.labelled((tokens,), 10, 4, 32), lambda _: {"k": 4}),
+    ],
+)
+def test_a_new_sequence_length_compiles_nothing(name, inputs, options, monkeypatch):
+    """The launches of all lengths have one signature: Triton's cache key."""
+    # KromHC sums its weight's gradient in as many parts as there are 256 tokens, up to a limit.
+    longest = 200 if name.startswith("kronecker") else 600
+    monkeypatch.setattr("grassland.kernels.dispatch.missing", lambda *_: None)
+    spec = next(spec for spec in specs() if spec.name == name)
+
+    def keys(tokens):
+        case = Case("", lambda: inputs(tokens), options(tokens) if options else {})
+        recorded = record_launches(lambda: run(spec, case.tensors(torch.float32), case.options, "triton"))
+        return [(x.name, x.signature, x.constexprs, x.attributes) for x in recorded]
+
+    assert keys(1) == keys(64) == keys(77) == keys(longest)
 
 
 @functools.cache
