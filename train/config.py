@@ -73,7 +73,8 @@ class RunConfig:
     compile: bool = False
     """torch.compile the model."""
     cuda_graph: bool = False
-    """Record forward and backward once and replay them, so that launches cost nothing: train lm, on one GPU."""
+    """Record forward, backward and AdamW's step once and replay them, so that launches cost nothing: train lm, on one
+    GPU."""
     seed: int = 0
     """Seeds initial weights, data order, dropout and samples."""
     eval_every: int = 200

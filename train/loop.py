@@ -20,7 +20,7 @@ from .experts import ExpertLoad
 from .log import Meter, MetricsLog, NoLog, ProgressLine, duration
 from .optim import build_optimizer, parts
 from .plot import try_plot
-from .record import Recorded
+from .record import Recorded, RecordedUpdate, recordable
 from .schedule import in_steps, multiplier, total_steps
 from .seeds import rng_state, seed_everything, set_rng_state
 from .signals import StopSignals
@@ -72,8 +72,12 @@ class Trainer:
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.model: Any = torch.compile(self.spread.module) if config.compile else self.spread.module
         self._gradients: Callable[[Any], torch.Tensor] = self._backward
+        self._update: RecordedUpdate | None = None
         if config.cuda_graph:
             self._gradients = Recorded(self._backward, task.model, accumulate=config.grad_accum > 1)
+            # Skipping a step is decided on the host.
+            if config.on_nan == "stop" and recordable(self.optimizer):
+                self._update = RecordedUpdate(self._clip, self.optimizer)
         self.experts = ExpertLoad(task.model)
         self.meter, self.line = Meter(), ProgressLine(silent=not parallel.is_main())
         self.watch, self.agreement = Watch(config.on_nan), parallel.Agreement()
@@ -130,10 +134,11 @@ class Trainer:
         for index in range(config.grad_accum):
             with self.spread.backward_of(last=index == config.grad_accum - 1):
                 total += self._gradients(next(self.stream))
-        norm = self.spread.clip(config.clip or math.inf)
+        norm = self._clip() if self._update is None else self._update()
         bad = self.watch.skips(total, norm)
         if bad is None:
-            self.optimizer.step()
+            if self._update is None:
+                self.optimizer.step()
             self.spread.after_step()
             self.task.after_step()
             self.watch.add(total, norm)
@@ -147,6 +152,9 @@ class Trainer:
         self.meter.step()
         if bad is not None:
             self._skipped(*bad)
+
+    def _clip(self) -> torch.Tensor:
+        return self.spread.clip(self.config.clip or math.inf)
 
     def _backward(self, batch: Any) -> torch.Tensor:
         """A micro-batch's share of the step's loss; its gradients are added to the parameters'."""

@@ -1,10 +1,12 @@
-"""Forward and backward recorded as a CUDA graph: what Python does for every kernel is done once."""
+"""A training step recorded as CUDA graphs: what Python does for every kernel is done once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from .optim import parts
 from .watch import Buffers
 
 # Calls before the recording, in which libraries set themselves up.
@@ -64,3 +66,58 @@ class Recorded:
                 parameter.grad = None
             elif parameter.grad is not None:
                 parameter.grad.zero_()
+
+
+class RecordedUpdate:
+    """Clipping and the optimiser's step, recorded at the second call and replayed from then on.
+
+    clip: scales the gradients, which stay where they are, and returns their norm. optimizer: one that `recordable`
+    says yes to. Its groups keep their learning rates as plain numbers, which may change from call to call.
+    """
+
+    def __init__(self, clip: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
+        self.clip, self.optimizer = clip, optimizer
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.rates: list[Tensor] = []
+
+    def __call__(self) -> Tensor:
+        """The gradients' norm before clipping."""
+        groups = self.optimizer.param_groups
+        first = not self.rates
+        if first:
+            self.rates = [torch.zeros((), device=group["params"][0].device) for group in groups]
+        for rate, group in zip(self.rates, groups, strict=True):
+            rate.fill_(group["lr"])
+        if first:  # makes the state, and loads the kernels
+            with self._rates_on_device():
+                return self._update()
+        if self.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with self._rates_on_device(), torch.cuda.graph(graph):
+                self.norm = self._update()
+            self.graph = graph
+        self.graph.replay()
+        return self.norm.clone()
+
+    def _update(self) -> Tensor:
+        norm = self.clip()
+        self.optimizer.step()
+        return norm
+
+    @contextmanager
+    def _rates_on_device(self) -> Iterator[None]:
+        """A checkpoint never sees them."""
+        groups = self.optimizer.param_groups
+        before = [(group["lr"], group["capturable"]) for group in groups]
+        for group, rate in zip(groups, self.rates, strict=True):
+            group.update(lr=rate, capturable=True)
+        try:
+            yield
+        finally:
+            for group, (rate, capturable) in zip(groups, before, strict=True):
+                group.update(lr=rate, capturable=capturable)
+
+
+def recordable(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step is kernels alone: AdamW's, fused. The others decide in Python."""
+    return all(type(part) is torch.optim.AdamW and part.defaults["fused"] for part in parts(optimizer))

@@ -65,7 +65,7 @@ def _summed(
     grad_x = x.new_empty(x.shape if differentiate else 0, dtype=accumulate)
     larger = boost(compute, 1.0)
     matrix = _padded(weight.to(compute))
-    grad_weight = weight.new_zeros(weight.shape if differentiate else 0, dtype=accumulate)
+    grad_matrix: Tensor | None = None
     fused = dispatch.requested(None) not in PLAIN and dispatch.pick(ROWS, matrix) == "triton"
     # The op's own dtypes hold inside it, not autocast's.
     with torch.autocast(x.device.type, enabled=False):
@@ -81,11 +81,15 @@ def _summed(
             if differentiate:
                 grad = grad.to(compute)
                 grad_x[rows] = product(grad, matrix)
-                _add_product(grad_weight, grad[:, : weight.shape[0]].t(), features)
+                grad_matrix = _plus_product(grad_matrix, grad.t(), features, accumulate)
+    if not differentiate:
+        return total, grad_x, weight.new_empty(0, dtype=accumulate)
+    if grad_matrix is None:  # no tokens
+        grad_matrix = torch.zeros_like(matrix, dtype=accumulate)
     if larger != 1:
         grad_x /= larger
-        grad_weight /= larger
-    return total, grad_x, grad_weight
+        grad_matrix /= larger
+    return total, grad_x, grad_matrix.resize_(weight.shape)  # without the padding
 
 
 def _padded(matrix: Tensor) -> Tensor:
@@ -94,11 +98,11 @@ def _padded(matrix: Tensor) -> Tensor:
     return matrix if matrix.device.type == "cpu" or not missing else F.pad(matrix, (0, 0, 0, missing))
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += product(a, b)
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + a @ b in `dtype`, in place but for the first one."""
+    if total is None:
+        return product(a, b).to(dtype)
+    return total.addmm_(a, b) if a.dtype == dtype else total.add_(product(a, b))
 
 
 def _chunks(tokens: int, matrix: Tensor) -> list[slice]:
@@ -133,7 +137,7 @@ def _fused_chunk(
     """As `_chunk`; the gradient is in the dtype of the logits, and `larger` by that factor."""
     from .fused_cross_entropy import row_losses
 
-    return row_losses(logits[:, :vocab], labels, smoothing, IGNORE, larger, differentiate), logits
+    return row_losses(logits, labels, vocab, smoothing, IGNORE, larger, differentiate), logits
 
 
 @_summed.register_fake

@@ -1,4 +1,8 @@
-"""Rows of logits to losses and gradients in Triton: two passes over a row, the second of which overwrites it."""
+"""Rows of logits to losses and gradients in Triton: two passes over a row, the second of which overwrites it.
+
+A thread keeps the peak and the sum of its own columns to the end of the first pass. The columns that pad the matrix
+are read and written, too, so that a mask never cuts through a thread's vector, whatever the size of the vocabulary.
+"""
 
 # Triton's constexpr parameters take plain values, and its language is not quite Python's.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportOperatorIssue=false
@@ -11,53 +15,74 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...kernels.guard import on_its_device
 from ...kernels.rounding import store
 
-BLOCK = 4096
+# Vectors of a program, and numbers in a vector.
+VECTORS, EACH, WARPS = 512, 8, 8
+
+
+@triton.jit
+def load_logits(base, at, vocab, width):
+    value = tl.load(base + at, mask=at < width, other=0.0).to(tl.float32)
+    return tl.where(at < vocab, value, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["vocab"])
 def rows_kernel(
-    logits, labels, losses, vocab, stride, smoothing, ignore, larger, DIFFERENTIATE: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits, labels, losses, vocab, width, stride, smoothing, ignore, larger,
+    DIFFERENTIATE: tl.constexpr, SMOOTHED: tl.constexpr, VECTORS: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
     # loss = log sum exp(l) - (1 - s) l_target - s mean(l), dl = softmax(l) - (1 - s) onehot - s / V; 0 if ignored;
     # what is stored is `larger` times dl
-    row = tl.program_id(0).to(tl.int64)
-    base = logits + row * stride
-    label = tl.load(labels + row)
-    peak = tl.full((), -3e38, tl.float32)
-    total = tl.full((), 0.0, tl.float32)
-    mean = tl.full((), 0.0, tl.float32)
-    for start in range(0, vocab, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        value = tl.load(base + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(peak, tl.max(value, 0))
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(value - higher), 0)
-        peak = higher
-        mean += tl.sum(tl.where(at < vocab, value, 0.0), 0)
+    base = logits + tl.program_id(0).to(tl.int64) * stride
+    label = tl.load(labels + tl.program_id(0))
     counted = label != ignore
     known = (label >= 0) & (label < vocab)
     target = tl.load(base + tl.where(known, label, 0)).to(tl.float32)
+    at = tl.arange(0, VECTORS)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    # Finite, so that a row of -inf alone is NaN, as in PyTorch.
+    peaks = tl.full((VECTORS,), -3e38, tl.float32)
+    totals = tl.zeros((VECTORS,), tl.float32)
+    sums = tl.zeros((VECTORS,), tl.float32)
+    for start in range(0, width, VECTORS * EACH):
+        value = load_logits(base, start + at, vocab, width)
+        higher = tl.maximum(peaks, tl.max(value, 1))
+        totals = totals * tl.exp(peaks - higher) + tl.sum(tl.exp(value - higher[:, None]), 1)
+        peaks = higher
+        if SMOOTHED:
+            sums += tl.sum(tl.where(start + at < vocab, value, 0.0), 1)
+    peak = tl.max(peaks, 0)
+    total = tl.sum(totals * tl.exp(peaks - peak), 0)
     # a label that is no token: neither found nor ignored
-    normaliser = tl.where(known | (label == ignore), peak + tl.log(total), float("nan"))
-    loss = normaliser - (1 - smoothing) * target - smoothing * (mean / vocab)
-    tl.store(losses + row, tl.where(counted, loss, 0.0))
+    total = tl.where(known | (label == ignore), total, float("nan"))
+    loss = peak + tl.log(total) - (1 - smoothing) * target - smoothing * (tl.sum(sums, 0) / vocab)
+    tl.store(losses + tl.program_id(0), tl.where(counted, loss, 0.0))
     if DIFFERENTIATE:
-        for start in range(0, vocab, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            value = tl.load(base + at, mask=at < vocab, other=0.0).to(tl.float32)
-            slope = tl.exp(value - normaliser) - smoothing / vocab - tl.where(at == label, 1 - smoothing, 0.0)
-            store(base + at, tl.where(counted, larger * slope, 0.0), mask=at < vocab)
+        # Other threads may still have the target to read.
+        tl.debug_barrier()
+        scale = larger / total
+        shift = larger * smoothing / vocab
+        drop = shift + larger * (1 - smoothing)
+        last = tl.where(counted, vocab, 0)
+        for start in range(0, width, VECTORS * EACH):
+            power = tl.exp(load_logits(base, start + at, vocab, width) - peak)
+            slope = power * scale - tl.where(start + at == label, drop, shift)
+            store(base + start + at, tl.where(start + at < last, slope, 0.0), mask=start + at < width)
 
 
+@on_its_device
 def row_losses(
-    logits: Tensor, labels: Tensor, smoothing: float, ignore: int, larger: float, differentiate: bool
+    logits: Tensor, labels: Tensor, vocab: int, smoothing: float, ignore: int, larger: float, differentiate: bool
 ) -> Tensor:
-    """Losses (n,) in float32 of logits (n, V); with `differentiate` the logits become `larger` times their gradient."""
+    """Losses (n,) in float32 of logits (n, W), of whose columns the first `vocab` count.
+
+    With `differentiate` the logits become `larger` times their gradient, zero in the other columns.
+    """
     losses = torch.empty(len(labels), dtype=torch.float32, device=logits.device)
     if len(labels):
         rows_kernel[(len(labels),)](
-            logits, labels, losses, logits.shape[1], logits.stride(0), smoothing, ignore, larger,
-            DIFFERENTIATE=differentiate, BLOCK=BLOCK, num_warps=8,
+            logits, labels, losses, vocab, logits.shape[1], logits.stride(0), smoothing, ignore, larger,
+            DIFFERENTIATE=differentiate, SMOOTHED=smoothing != 0, VECTORS=VECTORS, EACH=EACH, num_warps=WARPS,
         )  # fmt: skip
     return losses

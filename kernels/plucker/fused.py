@@ -21,13 +21,15 @@ from torch import Tensor
 from ..guard import on_its_device
 from ..rounding import store
 
-SIZES = ["tokens", "length", "total"]
+SIZES = ["tokens", "length"]
 # Bytes of a chunk's wedges, less than a large GPU's cache, and tokens of a chunk at least, for efficient products.
 CHUNK_BYTES, CHUNK_ROWS = 1 << 25, 4096
 # Tile of the kernel that writes wedges.
 WEDGES = {"BM": 4, "BQ": 512, "num_warps": 4}
+# Numbers of a program that blends.
+BLEND = 2048
 # Programs that add up columns, in each block of them.
-PARTS = 256
+PARTS = 128
 
 
 @triton.jit
@@ -205,9 +207,20 @@ def column_sum_kernel(
     total = tl.zeros((BN,), tl.float32)
     for start in range(part * BM, tokens, PARTS * BM):
         rows = start + tl.arange(0, BM).to(tl.int64)
-        mask = ((rows < tokens) & (rows % length >= FIRST))[:, None] & (n < dim)[None, :]
+        keep = rows < tokens
+        if FIRST:
+            keep = keep & (rows % length >= FIRST)
+        mask = keep[:, None] & (n < dim)[None, :]
         total += tl.sum(tl.load(x + rows[:, None] * dim + n[None, :], mask=mask, other=0.0).to(tl.float32), 0)
     tl.store(partial + part * dim + n, total, mask=n < dim)
+
+
+@triton.jit
+def add_parts_kernel(partial, out, dim, PARTS: tl.constexpr, BN: tl.constexpr):
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    mask = (n < dim)[None, :]
+    parts = tl.load(partial + tl.arange(0, PARTS)[:, None] * dim + n[None, :], mask=mask, other=0.0)
+    tl.store(out + n, tl.sum(parts, 0), mask=n < dim)
 
 
 def rows_block(rank: int) -> dict[str, int]:
@@ -259,11 +272,12 @@ def wedges(z: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 def column_sum(x: Tensor, length: int = 1, first: int = 0) -> Tensor:
     """Sum of the rows of x (tokens, d) that stand at `first` or later in their text, in float32."""
     tokens, dim = x.shape
-    partial = x.new_empty(PARTS, dim, dtype=torch.float32)
+    partial, out = (x.new_empty(*shape, dim, dtype=torch.float32) for shape in ((PARTS,), ()))
     column_sum_kernel[(PARTS, triton.cdiv(dim, 128))](
         x, partial, tokens, length, dim, FIRST=first, PARTS=PARTS, BM=32, BN=128
     )
-    return partial.sum(0)
+    add_parts_kernel[(triton.cdiv(dim, 16),)](partial, out, dim, PARTS=PARTS, BN=16)
+    return out
 
 
 @on_its_device
@@ -327,32 +341,44 @@ def products_backward(
     return dz, None if total is None else unpack(total, weight, rank)
 
 
+@triton.jit
+def blend_tile(tokens, dim, BM: tl.constexpr, BN: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    return n, rows[:, None] * dim + n[None, :], (rows < tokens)[:, None] & (n < dim)[None, :]
+
+
 @triton.jit(do_not_specialize=SIZES)
-def blend_kernel(x, g, logit, bias, out, alpha, total, dim, BLOCK: tl.constexpr):
+def blend_kernel(x, g, logit, bias, out, alpha, tokens, dim, BM: tl.constexpr, BN: tl.constexpr):
     # alpha = sigmoid(logit + b), out = g + alpha (x - g)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    keep = at < total
-    b = tl.load(bias + at % dim, mask=keep, other=0.0).to(tl.float32)
-    a = tl.sigmoid(tl.load(logit + at, mask=keep, other=0.0).to(tl.float32) + b)
-    xv = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
-    gv = tl.load(g + at, mask=keep, other=0.0).to(tl.float32)
-    tl.store(alpha + at, a, mask=keep)
-    tl.store(out + at, gv + a * (xv - gv), mask=keep)
+    n, at, mask = blend_tile(tokens, dim, BM, BN)
+    b = tl.load(bias + n, mask=n < dim, other=0.0).to(tl.float32)
+    a = tl.sigmoid(tl.load(logit + at, mask=mask, other=0.0).to(tl.float32) + b[None, :])
+    xv = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    gv = tl.load(g + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(alpha + at, a, mask=mask)
+    tl.store(out + at, gv + a * (xv - gv), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def blend_backward_kernel(grad, x, g, alpha, dx, dg, dlogit, total, BLOCK: tl.constexpr):
+def blend_backward_kernel(grad, x, g, alpha, dx, dg, dlogit, tokens, dim, BM: tl.constexpr, BN: tl.constexpr):
     # dx = alpha dout, dg = (1 - alpha) dout, dlogit = dout (x - g) alpha (1 - alpha)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    keep = at < total
-    d = tl.load(grad + at, mask=keep, other=0.0).to(tl.float32)
-    a = tl.load(alpha + at, mask=keep, other=0.0).to(tl.float32)
-    xv = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
-    gv = tl.load(g + at, mask=keep, other=0.0).to(tl.float32)
+    _, at, mask = blend_tile(tokens, dim, BM, BN)
+    d = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(alpha + at, mask=mask, other=0.0).to(tl.float32)
+    xv = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    gv = tl.load(g + at, mask=mask, other=0.0).to(tl.float32)
     through = a * d
-    tl.store(dx + at, through, mask=keep)
-    tl.store(dg + at, d - through, mask=keep)
-    tl.store(dlogit + at, through * (1 - a) * (xv - gv), mask=keep)
+    tl.store(dx + at, through, mask=mask)
+    tl.store(dg + at, d - through, mask=mask)
+    tl.store(dlogit + at, through * (1 - a) * (xv - gv), mask=mask)
+
+
+def blend_block(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and tile: BLEND numbers of at most 256 columns."""
+    width = min(256, triton.next_power_of_2(x.shape[1]))
+    block = {"BM": BLEND // width, "BN": width}
+    return (triton.cdiv(x.shape[0], block["BM"]), triton.cdiv(x.shape[1], width)), block
 
 
 @on_its_device
@@ -361,7 +387,8 @@ def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> tuple[Ten
     logit = (x.to(g.dtype) @ weight[:, :dim].T).addmm_(g, weight[:, dim:].T)
     out, alpha = torch.empty_like(x), torch.empty_like(g)
     if x.numel():
-        blend_kernel[(triton.cdiv(x.numel(), 1024),)](x, g, logit, bias, out, alpha, x.numel(), dim, BLOCK=1024)
+        grid, block = blend_block(x)
+        blend_kernel[grid](x, g, logit, bias, out, alpha, len(x), dim, **block)
     return out, alpha
 
 
@@ -371,8 +398,8 @@ def gated_blend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dg, dlogit = torch.empty_like(x), torch.empty_like(g), torch.empty_like(g)
     if x.numel():
-        grid = (triton.cdiv(x.numel(), 1024),)
-        blend_backward_kernel[grid](grad, x, g, alpha, dx, dg, dlogit, x.numel(), BLOCK=1024)
+        grid, block = blend_block(x)
+        blend_backward_kernel[grid](grad, x, g, alpha, dx, dg, dlogit, len(x), x.shape[1], **block)
     from_x, from_g = weight.chunk(2, dim=1)
     dx = dx.addmm_(dlogit, from_x) if dx.dtype == dlogit.dtype else dx + dlogit @ from_x
     return dx, dg.addmm_(dlogit, from_g), dlogit
