@@ -258,13 +258,18 @@ def missing():
             f"{op}-cpu-float32-scaling.jsonl" for op in OPS
         ],
         "profile of a training step on a GPU": ["profile-cuda.jsonl"],
-        **{f"comparison `{name}` in full": [f"compare/{name}/report.jsonl"] for name in FULL},
     }
     lines = []
     for what, files in wanted.items():
         absent = [name for name in files if not (RESULTS / name).exists()]
         if absent:
             lines.append(f"- {what}{'' if len(absent) == len(files) else ': ' + ', '.join(absent)}")
+    for name in FULL:
+        wanted_parts = [plan.name for plan in PRESETS[name]()]
+        absent = [part for part in wanted_parts if part not in comparisons(name)]
+        if absent:
+            parts = "" if len(absent) == len(wanted_parts) else ": " + ", ".join(absent)
+            lines.append(f"- comparison `{name}` in full{parts}")
     if alone := without_rivals():
         lines.insert(0, f"- rivals of the kernels on a GPU: {', '.join(alone)}")
     text = "Not run, or run and not kept here:\n\n" + "\n".join(lines) if lines else "Everything has been run."

@@ -48,9 +48,12 @@ def test_comparisons_in_short_and_in_full(tables, tmp_path):
 def test_what_is_missing_is_found_by_its_files(tables, tmp_path):
     assert "comparison `imagenet-r50d` in full" in tables.missing() and "none has been at hand" in tables.missing()
     assert "`smoke`" not in tables.missing() and "`wikitext2-cpu`" not in tables.missing()
-    (tmp_path / "compare" / "heads").mkdir(parents=True)
-    (tmp_path / "compare" / "heads" / "report.jsonl").write_text("")
+    for preset, name in (("heads", "heads"), ("wikitext2-paper", "wikitext2-6l")):
+        (tmp_path / "compare" / preset).mkdir(parents=True)
+        record = finished("base", 0, 10.0) | {"comparison": name}
+        (tmp_path / "compare" / preset / "report.jsonl").write_text(json.dumps(record) + "\n")
     (tmp_path / "moe-cuda-float32.jsonl").write_text("")
+    assert "- comparison `wikitext2-paper` in full: wikitext2-12l\n" in tables.missing()
     assert "comparison `heads` in full" not in tables.missing() and "none has been at hand" not in tables.missing()
     assert "moe-cuda-bfloat16.jsonl" in tables.missing() and "moe-cuda-float32.jsonl" not in tables.missing()
 
