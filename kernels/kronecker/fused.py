@@ -5,9 +5,11 @@ needs them (u, dX); its reads come out of the L2 cache. The n streams of a tile 
 the mixing is a butterfly. Weight gradients are partial sums over fixed splits of the tokens, added up in order.
 
 The projection is float32, so the tensor cores take w = w_0 + w_1 + w_2, three bfloat16 numbers of 8 bits each, stored
-as the rows [w_0 | w_1 | w_2] of one thin matrix, and streams x = x_0 + x_1 + x_2 if they are float32. In the weight
-gradient r g is three numbers too, but float32 streams get float32 arithmetic there. The channels are a constant of a
-compilation: addresses are offsets.
+as the rows [w_0 | w_1 | w_2] of one thin matrix, and streams x = x_0 + x_1 + x_2 if they are float32. r g, which goes
+back through that matrix and into the weight gradient, is three numbers too, but float32 streams get float32 arithmetic
+in the latter. Every program reads the whole matrix: the forward, with little else to hold, takes many tokens at once.
+The second pass goes backwards, from what the L2 cache saw last. The channels are a constant of a compilation:
+addresses are offsets.
 """
 
 # Triton's constexpr parameters take plain values, and its language is not quite Python's.
@@ -141,14 +143,18 @@ def pieces(a, COUNT: tl.constexpr):
 
 
 @triton.jit
+def apart(a):
+    # The sum over one number keeps what comes before it, or after, out of the layout of a dot.
+    return tl.sum(tl.reshape(a, (a.shape[0], a.shape[1], 1)), 2)
+
+
+@triton.jit
 def stream_pieces(tile):
     # 11 bits of float16 are two bfloat16 numbers, 24 bits of float32 three.
-    # The sum over one number keeps the compiler from cutting a second time in the layout of a dot's operand.
     if tile.dtype == tl.bfloat16:
         out = (tile,)
     else:
-        wide = tl.sum(tl.reshape(tile.to(tl.float32), (tile.shape[0], tile.shape[1], 1)), 2)
-        out = pieces(wide, 2 if tile.dtype == tl.float16 else 3)
+        out = pieces(apart(tile.to(tl.float32)), 2 if tile.dtype == tl.float16 else 3)
     return out
 
 
@@ -197,24 +203,26 @@ def pre_kernel(
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     keep = rows < tokens
     i, j = tl.arange(0, RP), tl.arange(0, MP)
+    LAST: tl.constexpr = (dim - 1) // BC * BC
     if POST:
         post, q = load_columns(h, rows, keep, N, N, M), load_columns(h, rows, keep, 2 * N, K, M)
-    square = tl.zeros((BM, BC // 8), tl.float32)
+    # Without a mixing the streams are one long row.
+    L: tl.constexpr = 1 if POST else N
+    square = tl.zeros((BM, L * BC // 8), tl.float32)
     z = tl.zeros((BM, RP), tl.float32)
-    for start in range(0, dim, BC):
-        cols = start + tl.arange(0, BC)
+    for start in range(0, L * dim, L * BC):
+        cols = start + tl.arange(0, L * BC)
         if POST:
             tiles = following(x, y, post, q, rows, cols, dim, keep, N, K, DTYPE)
             store_streams(out, tiles, rows, cols, dim, keep, N)
         else:
-            tiles = load_streams(x, rows, cols, dim, keep, N)
+            tiles = load_streams(x, rows, cols, N * dim, keep, 1)
         # Added up tile by tile: the error grows with the tiles, not with the channels.
         part = tl.zeros((BM, RP), tl.float32)
-        for s in tl.static_range(N):
+        for s in tl.static_range(N // L):
             wide = tiles[s].to(tl.float32)
             square += fold(wide * wide)
-            mask = (cols < dim)[:, None] & (i < ROWS)[None, :]
-            w = tl.load(weight + i[None, :] * (N * dim) + s * dim + cols[:, None], mask=mask, other=0.0)
+            w = load_tile(weight + s * dim, i, cols, N * dim, L * dim, i < ROWS).trans()
             part += product(stream_pieces(tiles[s]), (w,), tl.zeros((BM, RP), tl.float32))
         z += part
     if ROWS > M:
@@ -235,8 +243,8 @@ def pre_kernel(
     # What other threads of the program stored is read back.
     tl.debug_barrier()
     pre = load_columns(after, rows, keep, 0, N, M)
-    for start in range(0, dim, BC):
-        cols = start + tl.arange(0, BC)
+    for start in tl.range(0, dim, BC, num_stages=3):
+        cols = LAST - start + tl.arange(0, BC)
         tiles = load_streams(out, rows, cols, dim, keep, N)
         total = tl.zeros((BM, BC), tl.float32)
         for s in tl.static_range(N):
@@ -308,17 +316,18 @@ def post_backward_kernel(
 def pre_backward_kernel(
     dfollowing, du, dafter, x, y, h, weight, after, saved, dx, dy, dh, logits, tokens, dim: tl.constexpr, eps,
     POST: tl.constexpr, JOIN: tl.constexpr, N: tl.constexpr, K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
-    DTYPE: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     # dX' = h_pre du + r g W - r^2 <g, z> X' + what else flows in; then, with POST, through the mixing
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     keep = rows < tokens
-    j = tl.arange(0, MP)
+    i, j = tl.arange(0, RP), tl.arange(0, MP)
+    LAST: tl.constexpr = (dim - 1) // BC * BC
     live = keep[:, None] & (j < M)[None, :]
     if POST:
         post, q = load_columns(h, rows, keep, N, N, M), load_columns(h, rows, keep, 2 * N, K, M)
     dpre = zeros(BM, BC // 8, N)
-    for start in range(0, dim, BC):
+    for start in tl.range(0, dim, BC, num_stages=3):
         cols = start + tl.arange(0, BC)
         d = load_tile(du, rows, cols, dim, dim, keep).to(tl.float32)
         if POST:
@@ -339,11 +348,14 @@ def pre_backward_kernel(
     # the limit as pre_kernel rounds it
     shrink = tl.where(r < tl.div_rn(1.0, eps), -r * r * tl.sum(g * z, 1), 0.0)[:, None]
     tl.store(logits + rows[:, None] * M + j[None, :], g, mask=live)
-    scaled = take_columns(g * r[:, None], 0, M, MP)
+    # [r g | r g | r g] times [w_0 | w_1 | w_2]; what other threads of the program stored is read back.
+    tl.debug_barrier()
+    again = tl.load(logits + rows[:, None] * M + (i % M)[None, :], mask=keep[:, None], other=0.0)
+    scaled = pieces(again * r[:, None], 3)
     pre = load_columns(after, rows, keep, 0, N, M)
     dpost, dq = zeros(BM, BC // 8, N), zeros(BM, BC // 8, K)
     for start in range(0, dim, BC):
-        cols = start + tl.arange(0, BC)
+        cols = LAST - start + tl.arange(0, BC)
         tiles = load_streams(x, rows, cols, dim, keep, N)
         d = load_tile(du, rows, cols, dim, dim, keep).to(tl.float32)
         if POST:
@@ -352,13 +364,11 @@ def pre_backward_kernel(
             tiles = add_branch(entering[K], branch, post, N, DTYPE)
         grads = ()
         for s in tl.static_range(N):
-            part = shrink * tiles[s].to(tl.float32) + pre[s] * d
+            w = load_tile(weight + s * dim, i, cols, N * dim, dim, i < ROWS)
+            part = apart(product(scaled, (w,), tl.zeros((BM, BC), tl.float32)))
+            part += shrink * tiles[s].to(tl.float32) + pre[s] * d
             if JOIN:
                 part += load_tile(dfollowing + s * dim, rows, cols, N * dim, dim, keep).to(tl.float32)
-            # r g W by outer products: a dot would take all of the mixing through shared memory.
-            for c in tl.static_range(M):
-                w = tl.load(weight + c * (N * dim) + s * dim + cols, mask=cols < dim, other=0.0)
-                part += scaled[c] * w[None, :]
             grads = grads + (part,)
         if POST:
             dpost, dq = mixing_backward(
@@ -470,19 +480,21 @@ def stored(x: Tensor) -> tl.dtype:
 
 # Tokens, channels of all streams together, channels at most, and warps of a tile, by kernel.
 TILES = {
-    "pre": (16, 256, 64, 4),
+    "pre": (64, 256, 64, 8),
     "post": (16, 512, 128, 8),
     "pre_backward": (16, 256, 64, 8),
     "post_backward": (16, 512, 128, 8),
     "weight_gradient": (16, 256, 64, 4),
 }
-# Fewer buffers where these decide how many programs a multiprocessor holds.
-STAGES = {"pre": 2}
+# Buffers of a loop, if not 3.
+STAGES: dict[str, int] = {}
 
 
 def tile(x: Tensor, kernel: str) -> dict[str, int]:
     tokens, channels, most, warps = TILES[kernel]
     width = max(16, min(most, channels // x.shape[1], triton.next_power_of_2(x.shape[2])))
+    # As many bytes of float32
+    tokens = max(16, 2 * tokens // x.element_size())
     return {"BM": tokens, "BC": width, "num_warps": warps, "num_stages": STAGES.get(kernel, 3)}
 
 
@@ -516,9 +528,9 @@ def backward(
     logits = torch.empty_like(after)
     joined, branch, before = (x if dx is None else dx), (y if post else x), (h if post else after)
     common = {"POST": post, "DTYPE": stored(x), **shape(x), **padded(x)}
-    block = tile(x, "pre_backward")
+    block = stacked(x) | tile(x, "pre_backward")
     pre_backward_kernel[(triton.cdiv(tokens, block["BM"]),)](
-        joined, du, dafter, x, branch, before, weight, after, saved, grad, dy, dh, logits, tokens, dim,
+        joined, du, dafter, x, branch, before, split(weight), after, saved, grad, dy, dh, logits, tokens, dim,
         eps, JOIN=dx is not None, **common, **block,
     )  # fmt: skip
     block = tile(x, "weight_gradient")
