@@ -1,7 +1,7 @@
-// Causal Grassmann Plücker mixing in CUDA C++: the algorithm of plucker.cpp with one warp a token and cuBLAS products.
+// Causal Grassmann Plücker mixing in CUDA C++: the algorithm of plucker.cpp with cuBLAS products.
 //
 // The wedges of a chunk stay in L2 between the kernel that writes them and the product that reads them (arXiv 2512.19428;
-// algebra in kernels/plucker/eager.py). Sums over a warp are butterflies and every gradient is gathered: no atomics.
+// algebra in kernels/plucker/eager.py). Sums over lanes are butterflies and every gradient is gathered: no atomics.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
@@ -13,6 +13,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -28,8 +29,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
-constexpr int kWarps = 8, kWarp = 32;
-// A lane holds PL = 1, 2 or 4 numbers of z.
+constexpr int kWarps = 8, kWarp = 32, kThreads = kWarps * kWarp;
+// Bytes of shared memory that a block of any kernel gets without asking.
+constexpr int kShared = 48 * 1024;
+// The rank is at most PL warps, PL = 1, 2 or 4.
 constexpr int kMaxRank = kWarp * 4, kMaxOffsets = 64;
 constexpr int64_t kChunk = 16384;
 
@@ -38,73 +41,156 @@ struct Problem {
   int64_t tokens, length;
   int rank, pairs, dim, many;
   float eps;
-  int64_t offsets[kMaxOffsets];
+  bool aligned;
+  int64_t reach, offsets[kMaxOffsets];
 };
 
-// What a pair gives to its source: dz_s += scale dy_t + slope (z_s - ratio z_t).
-struct Link {
-  float ratio, scale, slope;
-};
-
-__device__ float warp_sum(float x) {
-  for (int lane = kWarp / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
-  return x;
+// A row of z, y or their gradients, kLanes lanes with four numbers each; a warp holds kWarp / kLanes rows.
+template <int kLanes>
+__device__ float dot(float4 a, float4 b) {
+  float sum = fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, a.x * b.x)));
+#pragma unroll
+  for (int lane = kLanes / 2; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
+  return sum;
 }
 
-template <int PL>
-__device__ float dot(const float* a, const float* b) {
-  float sum = 0;
-  for (int k = 0; k < PL; ++k) sum += a[k] * b[k];
-  return warp_sum(sum);
+// sum + s a
+__device__ float4 add(float4 sum, float s, float4 a) {
+  return {fmaf(s, a.x, sum.x), fmaf(s, a.y, sum.y), fmaf(s, a.z, sum.z), fmaf(s, a.w, sum.w)};
 }
 
-template <int PL>
-__device__ void load(const float* row, int rank, int lane, float* out) {
-  for (int k = 0; k < PL; ++k) out[k] = lane + kWarp * k < rank ? row[lane + kWarp * k] : 0.0f;
-}
-
-template <int PL>
-__device__ void store(const float* values, int rank, int lane, float* row) {
-  for (int k = 0; k < PL; ++k)
-    if (lane + kWarp * k < rank) row[lane + kWarp * k] = values[k];
-}
-
-struct Pair {
-  float square, ratio, rest, norm, scale;
-};
-
-// delta = z_s - c z_t, N = |z_t| |delta|, scale = 1 / (n max(N, eps))
-template <int PL>
-__device__ Pair pair_of(const Problem& p, const float* zt, const float* zs, int count, float* delta) {
-  Pair out;
-  out.square = dot<PL>(zt, zt);
-  const float inner = dot<PL>(zt, zs);
-  out.ratio = out.square > 0 ? inner / out.square : 0.0f;
-  for (int k = 0; k < PL; ++k) delta[k] = zs[k] - out.ratio * zt[k];
-  out.rest = dot<PL>(delta, delta);
-  out.norm = sqrtf(out.square) * sqrtf(out.rest);
-  out.scale = 1.0f / (fmaxf(out.norm, p.eps) * static_cast<float>(count));
+// Four numbers of a row from column c on, at x; zeros where there is none.
+template <bool kAligned>
+__device__ float4 load(const float* x, int c, int rank, bool there) {
+  float4 out = {0, 0, 0, 0};
+  if constexpr (kAligned) {
+    if (there && c < rank) out = *reinterpret_cast<const float4*>(x);
+  } else {
+    if (there && c < rank) out.x = x[0];
+    if (there && c + 1 < rank) out.y = x[1];
+    if (there && c + 2 < rank) out.z = x[2];
+    if (there && c + 3 < rank) out.w = x[3];
+  }
   return out;
 }
 
-__device__ int valid(const Problem& p, int64_t t) {
-  int count = 0;
-  for (int k = 0; k < p.many; ++k) count += p.offsets[k] <= t;
-  return count;
+template <bool kAligned>
+__device__ void store(float4 value, int c, int rank, bool there, float* x) {
+  if constexpr (kAligned) {
+    if (there && c < rank) *reinterpret_cast<float4*>(x) = value;
+  } else {
+    if (there && c < rank) x[0] = value.x;
+    if (there && c + 1 < rank) x[1] = value.y;
+    if (there && c + 2 < rank) x[2] = value.z;
+    if (there && c + 3 < rank) x[3] = value.w;
+  }
 }
 
-template <int PL>
-__device__ void average(const Problem& p, int64_t token, int lane, const float* zt, float* y) {
-  const int64_t t = token % p.length;
-  const int count = valid(p, t);
-  float zs[PL], delta[PL];
-  for (int k = 0; k < PL; ++k) y[k] = 0;
+// z_t, its norm, and 1 / n_t.
+struct Target {
+  float4 z;
+  float square, inverse, length, share;
+};
+
+struct Pair {
+  float4 delta;
+  float ratio, inner, rest, norm, inverse, scale;
+};
+
+__device__ float root(float x) { return x > 0 ? x * rsqrtf(x) : 0.0f; }
+
+__device__ int64_t position(const Problem& p, int64_t token) {
+  if (p.tokens > UINT32_MAX) return token % p.length;
+  return static_cast<uint32_t>(token) % static_cast<uint32_t>(p.length);
+}
+
+// n_t, 1 where it is 0.
+__device__ int valid(const Problem& p, int64_t t) {
+  if (t >= p.reach) return p.many;
+  int count = 0;
+  for (int k = 0; k < p.many; ++k) count += p.offsets[k] <= t;
+  return max(count, 1);
+}
+
+template <int kLanes>
+__device__ Target target_of(const Problem& p, float4 z, int64_t t) {
+  const float square = dot<kLanes>(z, z);
+  // Where this is 0, c = 0: the wedge is the same for any c.
+  const float inverse = square > FLT_MIN ? __fdividef(1.0f, square) : 0.0f;
+  return {z, square, inverse, root(square), __fdividef(1.0f, static_cast<float>(valid(p, t)))};
+}
+
+// delta = z_s - c z_t, N = |z_t| |delta|, scale = 1 / (n max(N, eps)). A z_s or z_t of zeros gives and gets nothing. The
+// quotient c is rounded as a division is: a token equal to its partner has delta = 0.
+template <int kLanes>
+__device__ Pair pair_of(const Problem& p, const Target& t, float4 zs) {
+  Pair out;
+  out.inner = dot<kLanes>(t.z, zs);
+  const float ratio = out.inner * t.inverse;
+  out.ratio = fmaf(fmaf(-ratio, t.square, out.inner), t.inverse, ratio);
+  out.delta = add(zs, -out.ratio, t.z);
+  out.rest = dot<kLanes>(out.delta, out.delta);
+  out.norm = t.length * root(out.rest);
+  out.inverse = __fdividef(1.0f, fmaxf(out.norm, p.eps));
+  out.scale = out.inverse * t.share;
+  return out;
+}
+
+template <int kLanes>
+__device__ float kappa_of(const Problem& p, const Pair& pair, float4 dy) {
+  const float along = dot<kLanes>(dy, pair.delta) * pair.inverse;
+  return pair.norm > p.eps ? -pair.scale * pair.inverse * along : 0.0f;
+}
+
+// Lanes past the last token stay, since sums need whole warps.
+template <int kLanes, bool kAligned>
+__global__ void average_kernel(Problem p, float* y_out) {
+  const int c = threadIdx.x % kLanes * 4;
+  const int64_t token = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
+  const int64_t t = position(p, token), at = token * p.rank + c;
+  const bool live = token < p.tokens;
+  const Target target = target_of<kLanes>(p, load<kAligned>(p.z + at, c, p.rank, live), t);
+  float4 y = {0, 0, 0, 0};
+#pragma unroll 2
   for (int o = 0; o < p.many; ++o) {
-    if (p.offsets[o] > t) continue;
-    load<PL>(p.z + (token - p.offsets[o]) * p.rank, p.rank, lane, zs);
-    const Pair pair = pair_of<PL>(p, zt, zs, count, delta);
-    for (int k = 0; k < PL; ++k) y[k] += pair.scale * delta[k];
+    const bool there = live && p.offsets[o] <= t;
+    const Pair pair = pair_of<kLanes>(p, target, load<kAligned>(p.z + at - p.offsets[o] * p.rank, c, p.rank, there));
+    y = add(y, pair.scale, pair.delta);
   }
+  store<kAligned>(y, c, p.rank, live, y_out + at);
+}
+
+// The pairs of a token as target and as source (formulas in plucker.cpp), added to what D y left in dz.
+template <int kLanes, bool kAligned>
+__global__ void pairs_kernel(Problem p, const float* dy, float* dz) {
+  const int c = threadIdx.x % kLanes * 4;
+  const int64_t token = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
+  const int64_t t = position(p, token), at = token * p.rank + c;
+  const bool live = token < p.tokens;
+  const float4 z = load<kAligned>(p.z + at, c, p.rank, live), h = load<kAligned>(dy + at, c, p.rank, live);
+  const Target own = target_of<kLanes>(p, z, t);
+  float4 total = load<kAligned>(dz + at, c, p.rank, live);
+#pragma unroll 2
+  for (int o = 0; o < p.many; ++o) {
+    const bool there = live && p.offsets[o] <= t;
+    const Pair pair = pair_of<kLanes>(p, own, load<kAligned>(p.z + at - p.offsets[o] * p.rank, c, p.rank, there));
+    const float kappa = kappa_of<kLanes>(p, pair, h);
+    total = add(total, kappa * pair.rest, z);
+    total = add(total, -kappa * pair.inner, pair.delta);
+    total = add(total, -pair.scale * pair.ratio, h);
+  }
+#pragma unroll 2
+  for (int o = 0; o < p.many; ++o) {
+    const bool there = live && p.offsets[o] < p.length - t;
+    const int64_t later = at + p.offsets[o] * p.rank;
+    const float4 ahead = load<kAligned>(dy + later, c, p.rank, there);
+    const Target target = target_of<kLanes>(p, load<kAligned>(p.z + later, c, p.rank, there), t + p.offsets[o]);
+    const Pair pair = pair_of<kLanes>(p, target, z);
+    const float kappa = kappa_of<kLanes>(p, pair, ahead);
+    total = add(total, pair.scale, ahead);
+    total = add(total, kappa * target.square, pair.delta);
+  }
+  store<kAligned>(total, c, p.rank, live, dz + at);
 }
 
 __device__ void put(float value, float* out) { *out = value; }
@@ -112,103 +198,146 @@ __device__ void put(float value, __nv_bfloat16* out) { *out = __float2bfloat16(v
 __device__ float get(float value) { return value; }
 __device__ float get(__nv_bfloat16 value) { return __bfloat162float(value); }
 
-// Pairs (i, j), i < j, in lexicographic order; a lane writes its own columns j.
+// Shared memory of a warp that makes the wedges of kTokens tokens: (z, y), and its part of the output with up to a vector
+// before it, so that both have the same alignment.
 template <typename T, int PL>
-__global__ void wedge_kernel(Problem p, int64_t base, int64_t stop, T* out) {
-  __shared__ float zs[kWarps][kWarp * PL], ys[kWarps][kWarp * PL];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t token = base + static_cast<int64_t>(blockIdx.x) * kWarps + warp;
-  if (token >= stop) return;
-  float z[PL], y[PL];
-  load<PL>(p.z + token * p.rank, p.rank, lane, z);
-  average<PL>(p, token, lane, z, y);
-  store<PL>(z, p.rank, lane, zs[warp]);
-  store<PL>(y, p.rank, lane, ys[warp]);
-  __syncwarp();
-  T* row = out + (token - base) * p.pairs;
-  for (int i = 0; i + 1 < p.rank; ++i) {
-    const float zi = zs[warp][i], yi = ys[warp][i];
+struct Stage {
+  static constexpr int kTokens = 4 / PL, kColumns = kWarp * PL, kVector = sizeof(uint4) / sizeof(T);
+
+  static __host__ __device__ int vectors(int pairs) {
+    return kTokens * kColumns * sizeof(float2) / sizeof(uint4) + (kTokens * pairs + 2 * kVector - 2) / kVector;
+  }
+};
+
+// Pairs (i, j), i < j, in lexicographic order. Row i and row r-2-i have r pairs together: column c has (i, c) where i < c,
+// and (r-2-i, r-1-c) elsewhere.
+template <typename T, int PL>
+__global__ void wedge_kernel(Problem p, const float* y, int64_t base, int64_t stop, T* out) {
+  using S = Stage<T, PL>;
+  extern __shared__ uint4 shared[];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, r = p.rank;
+  const int64_t first = base + (static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + warp) * S::kTokens;
+  if (first >= stop) return;
+  const int tokens = static_cast<int>(min(static_cast<int64_t>(S::kTokens), stop - first));
+  float2* zy = reinterpret_cast<float2*>(shared + warp * S::vectors(p.pairs));
+  T* stage = reinterpret_cast<T*>(zy + S::kTokens * S::kColumns);
+  float2 own[S::kTokens][PL], mirrored[S::kTokens][PL];
+#pragma unroll
+  for (int n = 0; n < S::kTokens; ++n) {
+#pragma unroll
     for (int k = 0; k < PL; ++k) {
-      const int j = lane + kWarp * k;
-      if (j > i && j < p.rank) put(zi * y[k] - z[k] * yi, row + (j - i - 1));
+      const int c = lane + kWarp * k;
+      const int64_t at = (first + n) * r + c;
+      own[n][k] = n < tokens && c < r ? float2{p.z[at], y[at]} : float2{0, 0};
+      zy[n * S::kColumns + c] = own[n][k];
     }
-    row += p.rank - 1 - i;
+  }
+  __syncwarp();
+#pragma unroll
+  for (int n = 0; n < S::kTokens; ++n) {
+#pragma unroll
+    for (int k = 0; k < PL; ++k) mirrored[n][k] = zy[n * S::kColumns + max(r - 1 - lane - kWarp * k, 0)];
+  }
+  const int64_t begin = (first - base) * p.pairs;
+  const int lead = static_cast<int>(begin % S::kVector), size = lead + tokens * p.pairs;
+  // Where (i, 0) and (r-2-i, r-1) would be.
+  int upper = lead - 1, lower = lead + p.pairs - 1;
+  for (int i = 0; 2 * i <= r - 2; ++i) {
+#pragma unroll
+    for (int k = 0; k < PL; ++k) {
+      const int c = lane + kWarp * k;
+      const bool above = c > i, there = c < r && (above || 2 * i < r - 2);
+      const float2* heads = zy + (above ? i : r - 2 - i);
+      T* at = stage + (above ? upper + c : lower - c);
+#pragma unroll
+      for (int n = 0; n < S::kTokens; ++n) {
+        const float2 head = heads[n * S::kColumns], tail = above ? own[n][k] : mirrored[n][k];
+        if (there) put(head.x * tail.y - tail.x * head.y, at + n * p.pairs);
+      }
+    }
+    upper += r - 2 - i;
+    lower -= i + 1;
+  }
+  __syncwarp();
+  T* to = out + begin - lead;
+  for (int v = lane * S::kVector; v < size; v += kWarp * S::kVector) {
+    if (v >= lead && v + S::kVector <= size) {
+      *reinterpret_cast<uint4*>(to + v) = *reinterpret_cast<const uint4*>(stage + v);
+    } else {
+      for (int k = max(v, lead); k < min(v + S::kVector, size); ++k) to[k] = stage[k];
+    }
   }
 }
 
-// dz = D y, dy = -D z, then the token's pairs as targets (formulas in plucker.cpp).
+// dz = D y and dy = -D z, for squares of D's upper triangle: a lane has a column as the square comes from memory, a row as it
+// comes back from shared memory.
 template <typename T, int PL>
-__global__ void wedge_backward_kernel(Problem p, int64_t base, int64_t stop, const T* grad, float* dz_out,
-                                      float* dy_out, Link* links) {
-  __shared__ float zs[kWarps][kWarp * PL], ys[kWarps][kWarp * PL];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+__global__ void wedge_backward_kernel(Problem p, const float* y, int64_t base, int64_t stop, const T* grad, float* dz_out,
+                                      float* dy_out) {
+  constexpr int kStep = 8;
+  __shared__ float squares[kWarps][kWarp][kWarp + 1];
+  __shared__ float4 couples[kWarps][kWarp * PL / 2];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, r = p.rank;
   const int64_t token = base + static_cast<int64_t>(blockIdx.x) * kWarps + warp;
   if (token >= stop) return;
-  float z[PL], y[PL], dz[PL] = {}, dy[PL] = {};
-  load<PL>(p.z + token * p.rank, p.rank, lane, z);
-  average<PL>(p, token, lane, z, y);
-  store<PL>(z, p.rank, lane, zs[warp]);
-  store<PL>(y, p.rank, lane, ys[warp]);
+  float(*square)[kWarp + 1] = squares[warp];
+  float2* zy = reinterpret_cast<float2*>(couples[warp]);
+  float dz[PL] = {}, dy[PL] = {};
+#pragma unroll
+  for (int k = 0; k < PL; ++k) {
+    const int c = lane + kWarp * k;
+    zy[c] = c < r ? float2{p.z[token * r + c], y[token * r + c]} : float2{0, 0};
+  }
   __syncwarp();
-  const T* row = grad + (token - base) * p.pairs;
-  for (int i = 0; i + 1 < p.rank; ++i) {
-    const float zi = zs[warp][i], yi = ys[warp][i];
-    float along_y = 0, along_z = 0;
-    for (int k = 0; k < PL; ++k) {
-      const int j = lane + kWarp * k;
-      const float g = j > i && j < p.rank ? get(row[j - i - 1]) : 0.0f;
-      along_y += g * y[k];
-      along_z += g * z[k];
-      dz[k] -= g * yi;
-      dy[k] += g * zi;
+  // One address a lane and 32-bit distances from it.
+  const char* triangle = reinterpret_cast<const char*>(grad + static_cast<int64_t>(blockIdx.x) * kWarps * p.pairs);
+#pragma unroll
+  for (int a = 0; a < PL; ++a) {
+#pragma unroll
+    for (int b = a; b < PL; ++b) {
+      const int j = kWarp * b + lane, height = min(r - kWarp * a, kWarp), width = min(r - kWarp * b, kWarp);
+      // Where (i, j) is, and from there to (i+1, j).
+      uint32_t at = (warp * p.pairs + kWarp * a * (2 * r - kWarp * a - 1) / 2 + j - kWarp * a - 1) * sizeof(T);
+      uint32_t step = (r - 2 - kWarp * a) * sizeof(T);
+      for (int rows = 0; width > 0 && rows < height; rows += kStep) {
+        float g[kStep];
+#pragma unroll
+        for (int k = 0; k < kStep; ++k) {
+          const int i = kWarp * a + rows + k;
+          g[k] = (a < b || i < j) && j < r ? get(*reinterpret_cast<const T*>(triangle + at)) : 0.0f;
+          at += step;
+          step -= sizeof(T);
+        }
+#pragma unroll
+        for (int k = 0; k < kStep; ++k) {
+          const float2 head = zy[kWarp * a + rows + k];
+          square[rows + k][lane] = g[k];
+          dz[b] -= g[k] * head.y;
+          dy[b] += g[k] * head.x;
+        }
+      }
+      __syncwarp();
+      for (int columns = 0; columns < width; columns += kStep) {
+#pragma unroll
+        for (int k = 0; k < kStep; k += 2) {
+          const float4 two = couples[warp][(kWarp * b + columns + k) / 2];
+          const float g = square[lane][columns + k], next = square[lane][columns + k + 1];
+          dz[a] += g * two.y;
+          dy[a] -= g * two.x;
+          dz[a] += next * two.w;
+          dy[a] -= next * two.z;
+        }
+      }
+      __syncwarp();
     }
-    along_y = warp_sum(along_y);
-    along_z = warp_sum(along_z);
-    for (int k = 0; k < PL; ++k) {
-      if (lane + kWarp * k != i) continue;
-      dz[k] += along_y;
-      dy[k] -= along_z;
-    }
-    row += p.rank - 1 - i;
   }
-  const int64_t t = token % p.length;
-  const int count = valid(p, t);
-  float source[PL], delta[PL];
-  for (int o = 0; o < p.many; ++o) {
-    Link link = {0, 0, 0};
-    if (p.offsets[o] <= t) {
-      load<PL>(p.z + (token - p.offsets[o]) * p.rank, p.rank, lane, source);
-      const Pair pair = pair_of<PL>(p, z, source, count, delta);
-      const float along = dot<PL>(dy, delta);
-      const float kappa = pair.norm > p.eps ? -pair.scale * along / (pair.norm * pair.norm) : 0.0f;
-      const float inner = pair.ratio * pair.square, shrink = pair.scale * pair.ratio;
-      for (int k = 0; k < PL; ++k) dz[k] += kappa * (pair.rest * z[k] - inner * delta[k]) - shrink * dy[k];
-      link = {pair.ratio, pair.scale, kappa * pair.square};
-    }
-    if (lane == 0) links[token * p.many + o] = link;
+#pragma unroll
+  for (int k = 0; k < PL; ++k) {
+    const int c = lane + kWarp * k;
+    if (c >= r) continue;
+    dz_out[token * r + c] = dz[k];
+    dy_out[token * r + c] = dy[k];
   }
-  store<PL>(dz, p.rank, lane, dz_out + token * p.rank);
-  store<PL>(dy, p.rank, lane, dy_out + token * p.rank);
-}
-
-template <int PL>
-__global__ void sources_kernel(Problem p, const float* dy, const Link* links, float* dz) {
-  const int lane = threadIdx.x % kWarp;
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (token >= p.tokens) return;
-  const int64_t t = token % p.length;
-  float total[PL], z[PL], zt[PL], h[PL];
-  load<PL>(dz + token * p.rank, p.rank, lane, total);
-  load<PL>(p.z + token * p.rank, p.rank, lane, z);
-  for (int o = 0; o < p.many; ++o) {
-    if (t + p.offsets[o] >= p.length) continue;
-    const int64_t later = token + p.offsets[o];
-    load<PL>(p.z + later * p.rank, p.rank, lane, zt);
-    load<PL>(dy + later * p.rank, p.rank, lane, h);
-    const Link link = links[later * p.many + o];
-    for (int k = 0; k < PL; ++k) total[k] += link.scale * h[k] + link.slope * (z[k] - link.ratio * zt[k]);
-  }
-  store<PL>(total, p.rank, lane, dz + token * p.rank);
 }
 
 template <typename T>
@@ -257,8 +386,12 @@ Problem problem(const Tensor& z, const Tensor& weight, const std::vector<int64_t
   STD_TORCH_CHECK(offsets.size() <= kMaxOffsets, "the cuda backend takes at most ", kMaxOffsets, " offsets");
   Problem p{data<float>(z), z.size(0) * z.size(1), z.size(1), static_cast<int>(z.size(2)),
             static_cast<int>(weight.size(1)), static_cast<int>(weight.size(0)), static_cast<int>(offsets.size()),
-            static_cast<float>(eps), {}};
-  std::copy(offsets.begin(), offsets.end(), p.offsets);
+            static_cast<float>(eps), z.size(2) % 4 == 0 && reinterpret_cast<uintptr_t>(data<float>(z)) % 16 == 0,
+            0, {}};
+  for (size_t k = 0; k < offsets.size(); ++k) {
+    p.offsets[k] = std::min(offsets[k], p.length);  // far ones must not overflow
+    p.reach = std::max(p.reach, p.offsets[k]);
+  }
   return p;
 }
 
@@ -271,11 +404,35 @@ void with_lanes(const Problem& p, F f) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-template <typename T>
-void write_wedges(const Problem& p, int64_t base, int64_t stop, const Tensor& out) {
+// Calls f with the lanes that share a row, and whether they load it as vectors.
+template <typename F>
+void with_rows(const Problem& p, F f) {
   with_lanes(p, [&](auto lanes) {
-    wedge_kernel<T, decltype(lanes)::value>
-        <<<blocks(stop - base, kWarps), kWarps * kWarp, 0, stream(out)>>>(p, base, stop, data<T>(out));
+    constexpr std::integral_constant<int, decltype(lanes)::value * kWarp / 4> row;
+    if (p.aligned) f(row, std::true_type());
+    else f(row, std::false_type());
+  });
+}
+
+Tensor averages(const Problem& p, const Tensor& z) {
+  const Tensor y = empty(z, {p.tokens, p.rank}, ScalarType::Float);
+  if (p.tokens == 0) return y;
+  with_rows(p, [&](auto lanes, auto aligned) {
+    average_kernel<decltype(lanes)::value, decltype(aligned)::value>
+        <<<blocks(p.tokens, kThreads / lanes), kThreads, 0, stream(z)>>>(p, data<float>(y));
+  });
+  return y;
+}
+
+template <typename T>
+void write_wedges(const Problem& p, const Tensor& y, int64_t base, int64_t stop, const Tensor& out) {
+  with_lanes(p, [&](auto lanes) {
+    constexpr int PL = decltype(lanes)::value;
+    using S = Stage<T, PL>;
+    const int bytes = S::vectors(p.pairs) * static_cast<int>(sizeof(uint4));
+    const int warps = std::clamp(kShared / bytes, 1, kWarps);
+    wedge_kernel<T, PL><<<blocks(stop - base, warps * S::kTokens), warps * kWarp, warps * bytes, stream(out)>>>(
+        p, data<float>(y), base, stop, data<T>(out));
   });
 }
 
@@ -284,10 +441,10 @@ Tensor forward(const Tensor& z, const Tensor& weight, const std::optional<Tensor
                const std::vector<int64_t>& offsets, double eps) {
   const Problem p = problem(z, weight, offsets, eps);
   Tensor out = empty(z, {p.tokens, p.dim}, kDtype<T>);
-  const Tensor wedges = empty(z, {std::min(kChunk, p.tokens), p.pairs}, kDtype<T>);
+  const Tensor wedges = empty(z, {std::min(kChunk, p.tokens), p.pairs}, kDtype<T>), y = averages(p, z);
   for (int64_t base = 0; base < p.tokens; base += kChunk) {
     const int64_t stop = std::min(base + kChunk, p.tokens);
-    write_wedges<T>(p, base, stop, wedges);
+    write_wedges<T>(p, y, base, stop, wedges);
     const Tensor o = rows(out, base, stop), tile = rows(wedges, 0, stop - base), w = torch::stable::transpose(weight, 0, 1);
     if (bias) addmm(o, *bias, tile, w);
     else mm(o, tile, w);
@@ -317,30 +474,28 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& z, const T
   const Tensor flat = torch::stable::view(grad, {p.tokens, p.dim});
   const int64_t chunk = std::min(kChunk, p.tokens);
   Tensor dz = empty(z, {z.size(0), z.size(1), p.rank}, ScalarType::Float);
-  const Tensor dy = empty(z, {p.tokens, p.rank}, ScalarType::Float);
-  const Tensor links = empty(z, {p.tokens, p.many, 3}, ScalarType::Float);
+  const Tensor y = averages(p, z), dy = empty(z, {p.tokens, p.rank}, ScalarType::Float);
   const Tensor dweight = torch::stable::new_zeros(z, std::vector<int64_t>{p.dim, p.pairs}, ScalarType::Float);
   const Tensor part = empty(z, {p.dim, p.pairs}, kDtype<T>);
   const Tensor wedges = empty(z, {chunk, p.pairs}, kDtype<T>);
-  Link* link = reinterpret_cast<Link*>(data<float>(links));
   for (int64_t base = 0; base < p.tokens; base += kChunk) {
     const int64_t stop = std::min(base + kChunk, p.tokens);
     const Tensor g = rows(flat, base, stop), tile = rows(wedges, 0, stop - base);
     if (need_weight) {
-      write_wedges<T>(p, base, stop, wedges);
+      write_wedges<T>(p, y, base, stop, wedges);
       add_weight_gradient<T>(dweight, part, g, tile, base == 0);
     }
     if (!need_z) continue;
     mm(tile, g, weight);
     with_lanes(p, [&](auto lanes) {
-      wedge_backward_kernel<T, decltype(lanes)::value><<<blocks(stop - base, kWarps), kWarps * kWarp, 0, stream(z)>>>(
-          p, base, stop, data<T>(wedges), data<float>(dz), data<float>(dy), link);
+      wedge_backward_kernel<T, decltype(lanes)::value><<<blocks(stop - base, kWarps), kThreads, 0, stream(z)>>>(
+          p, data<float>(y), base, stop, data<T>(wedges), data<float>(dz), data<float>(dy));
     });
   }
   if (need_z && p.tokens > 0) {
-    with_lanes(p, [&](auto lanes) {
-      sources_kernel<decltype(lanes)::value>
-          <<<blocks(p.tokens, kWarps), kWarps * kWarp, 0, stream(z)>>>(p, data<float>(dy), link, data<float>(dz));
+    with_rows(p, [&](auto lanes, auto aligned) {
+      pairs_kernel<decltype(lanes)::value, decltype(aligned)::value>
+          <<<blocks(p.tokens, kThreads / lanes), kThreads, 0, stream(z)>>>(p, data<float>(dy), data<float>(dz));
     });
   }
   return {dz, dweight};
