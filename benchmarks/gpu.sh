@@ -10,8 +10,8 @@
 #   in without their dependencies, so that no torch and no triton is replaced; what one then lacks stands in its row of the table.
 #   OUT=/tmp/out bash benchmarks/gpu.sh [install tests warm bench compare sanitizer scaling profile]
 # LIMIT: seconds after which the script has ended, of its own accord; what does not fit is cut short or left out. What is worth most comes first.
-# `warm` compiles, while the tests run, what `bench` will measure alone; `compare` trains WikiText-2's table of 6 layers, ten runs of more than a
-# minute each, and finishes what fits. A second call on the same machine names the stages that are missing; on another machine it goes on where a
+# `warm` compiles, while the tests run, what `bench` will measure alone; `compare` trains WikiText-2's table of 6 layers (six runs at once took five
+# minutes of an H200), and finishes what fits. A second call on the same machine names the stages that are missing; on another machine it goes on where a
 # results.tgz of the first lies in the repository's root. DATA has wikitext-2 and bert-base-uncased/vocab.txt; what lies in ./shared travels.
 # Where there is no GPU, DEVICE=cpu, COMPARE and SETTINGS (dtype=float32 cuda_graph=False steps=9 ...) try the script itself.
 set -uo pipefail
@@ -104,11 +104,12 @@ tests() {
   grep -a "^FAILED\|^ERROR\|passed\|failed" "$results/gpu-tests.txt"
 }
 
-measure() { # repeats, folder
+measure() { # repeats, folder, seconds that a rival may take to set up
   local op dtype
   for op in $ops; do
     for dtype in ${DTYPES:-bfloat16 float32}; do
-      within python3 -m grassland.kernels.bench "$op" --device "$device" --dtype "$dtype" --repeats "$1" --out "$2" > "$2/$op-$dtype.md" 2> "$2/$op-$dtype.txt"
+      within python3 -m grassland.kernels.bench "$op" --device "$device" --dtype "$dtype" --repeats "$1" --out "$2" --setup-limit "$3" \
+        > "$2/$op-$dtype.md" 2> "$2/$op-$dtype.txt"
       echo "$op $dtype: exit code $? (${SECONDS}s)"
     done
   done
@@ -116,11 +117,12 @@ measure() { # repeats, folder
 
 warm() {
   mkdir -p "$results/warm"
-  for op in $ops; do ops=$op measure 1 "$results/warm" & done
+  # Beside each other, with nothing else to do: a rival that tries hundreds of kernels may take its time.
+  for op in $ops; do ops=$op measure 1 "$results/warm" 100 & done
   wait
 }
 
-bench() { measure "${REPEATS:-15}" "$results"; }
+bench() { measure "${REPEATS:-15}" "$results" "${SETUP_S:-25}"; }
 
 compare() {
   local after=35 settings table # to let the runs save themselves, and for the report
@@ -133,7 +135,7 @@ compare() {
     mkdir -p /tmp/mps /tmp/mps-log
     nvidia-cuda-mps-control -d
   fi
-  settings="dtype=bf16 cuda_graph=True data=$data/wikitext-2 tokenizer=$data/bert-base-uncased/vocab.txt ${SETTINGS:-}"
+  settings="dtype=bf16 cuda_graph=True compile=True save_every=0 data=$data/wikitext-2 tokenizer=$data/bert-base-uncased/vocab.txt ${SETTINGS:-}"
   table="wikitext2-paper --only wikitext2-6l --out $results/wikitext2-paper --jobs ${JOBS:-6} ${COMPARE:-} --settings $settings"
   # In the foreground the signal reaches the comparison alone, which passes it on: a second one would stop the runs before they are saved.
   timeout --foreground --kill-after 15 "$(left "$after")" python3 -m grassland.train compare $table

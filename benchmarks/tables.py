@@ -147,17 +147,18 @@ def device_table():
 
 
 def training_table():
-    """Steps of language models on a GPU, launched one kernel at a time and recorded as a CUDA graph."""
+    """Steps of language models on a GPU: launched one kernel at a time, recorded as CUDA graphs, compiled."""
     records = read_if_there("training-cuda.jsonl")
     if not records:
         return NONE
-    lines = ["| model | tokens/s | with `--cuda-graph` | graph, ms | kernels |", "|---" * 5 + "|"]
-    for r in records:
-        rates = f"{r['eager_tokens_per_s']:,.0f} | {r['graph_tokens_per_s']:,.0f}"
-        lines.append(f"| {r['model']} | {rates} | {r['graph_ms']:.2f} | {r['launches']} |")
     first = records[0]
-    sizes = f"Batches of {first['batch_size']} × {first['seq_len']} tokens; the first column is of commit"
-    return "\n".join([*lines, "", f"{sizes} {first['eager_commit']}. {footnote(records)}"])
+    heads = ["model", *(f"`{rate['how']}`" if rate["how"] else "tokens/s" for rate in first["rates"])]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for r in records:
+        lines.append(f"| {r['model']} | {' | '.join(format(rate['tokens_per_s'], ',.0f') for rate in r['rates'])} |")
+    commits = ", ".join(f"{rate['date']} commit {rate['commit']}" for rate in first["rates"])
+    sizes = f"Batches of {first['batch_size']} × {first['seq_len']} tokens. The columns are of {commits}."
+    return "\n".join([*lines, "", f"{sizes} {footnote(records)}"])
 
 
 def read_if_there(name):
@@ -278,8 +279,6 @@ def missing():
 
 
 SMALL = ("wikitext2-cpu", "cifar10-cpu", "smoke")
-# A preset cut short by the time of a lent GPU.
-LENT = "wikitext2-h200"
 FULL = [name for name in PRESETS if name not in SMALL]
 SUMMARY = ("arm", "parameters", "test", "p (Holm)")
 BACKENDS = {"eager": "eager", "cpp": "C++ on CPU", "triton": "Triton", "cuda": "CUDA C++"}
@@ -291,6 +290,7 @@ TABLES |= {
     "support": support_table,
     "text": functools.partial(compare_summary, "wikitext2-cpu"),
     "images": functools.partial(compare_summary, "cifar10-cpu"),
+    "paper": functools.partial(compare_summary, "wikitext2-paper"),
     "kernels_cpu": functools.partial(kernel_tables, "cpu"),
     "kernels_gpu": functools.partial(kernel_tables, "cuda"),
     "device": device_table,
@@ -298,7 +298,7 @@ TABLES |= {
     "scaling": scaling_tables,
     "profile": profile_table,
     "compare_full": functools.partial(compare_tables, *FULL),
-    **{f"compare_{name.replace('-', '_')}": functools.partial(compare_tables, name) for name in (*SMALL, LENT)},
+    **{f"compare_{name.replace('-', '_')}": functools.partial(compare_tables, name) for name in SMALL},
     "missing": missing,
 }
 PAGES = ("README.md", "benchmarks/README.md")

@@ -14,10 +14,12 @@ import functools
 import importlib
 import itertools
 import json
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +38,17 @@ PATIENCE, SLOW = 8.0, 5.0
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 
 
-def build(benchmark: Benchmark, setting: Setting, dtype: torch.dtype, device: torch.device) -> tuple[dict, dict]:
-    """The rivals' functions, and the reasons of those that cannot run."""
+def build(
+    benchmark: Benchmark, setting: Setting, dtype: torch.dtype, device: torch.device, patience: float = 0.0
+) -> tuple[dict, dict]:
+    """The rivals' functions, and the reasons of those that cannot run. patience: see --setup-limit."""
     # Else compiled rivals leave sizes open at their second setting, which takes minutes, and later fall back to eager.
     torch.compiler.reset()
     steps, reasons = {}, {}
     for rival in benchmark.rivals:
         start = time.perf_counter()
         try:
-            with device:  # inputs are drawn there
+            with device, interrupted(patience):  # inputs are drawn there
                 steps[rival.name] = tried(rival, setting.values, dtype, device)
         except (Unavailable, dispatch.BackendError) as error:
             reasons[rival.name] = str(error)
@@ -53,13 +57,32 @@ def build(benchmark: Benchmark, setting: Setting, dtype: torch.dtype, device: to
     return steps, reasons
 
 
+@contextmanager
+def interrupted(seconds: float) -> Iterator[None]:
+    """Unavailable after so many seconds, 0 for never, in a main thread that has such an alarm."""
+    if not seconds or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise Unavailable(f"not set up within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def tried(rival: Rival, values: dict[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-    """The rival's functions; those of a foreign one have run once, for many packages fail only then."""
+    """The rival's functions; those of a foreign one have run twice, for many packages fail only then."""
     if not rival.foreign:
         return rival.build(values, dtype, device)
     try:
         modes = rival.build(values, dtype, device)
-        for step in without_check(modes).values():
+        for step in 2 * list(without_check(modes).values()):
             step()
         return modes
     except Unavailable:
@@ -160,6 +183,22 @@ def interleaved(steps: dict[str, Step], device: torch.device, repeats: int) -> d
     return {name: seconds[2:] for name, seconds in times.items()}
 
 
+def by_kernel(step: Step, calls: int = 5) -> list[tuple[str, float, float]]:
+    """(name, launches, microseconds) of what one call runs on a GPU, what takes longest first; the cache is warm."""
+    step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            step()
+        torch.cuda.synchronize()
+    seen: dict[str, list[float]] = {}
+    for event in profile.events() or ():
+        if str(event.device_type).endswith("CUDA"):
+            seen.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    found = [(name, len(times) / calls, round(sum(times) / calls, 2)) for name, times in seen.items()]
+    return sorted(found, key=lambda kernel: -kernel[2])
+
+
 def saved_bytes(step: Step) -> int:
     """Bytes that autograd keeps between forward and backward, each storage once, parameters and inputs included."""
     seen: dict[int, int] = {}
@@ -196,7 +235,7 @@ def cpu_peak_bytes(step: Step) -> int:
 def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One record for each rival and mode."""
     dtype, device = getattr(torch, options.dtype), torch.device(options.device)
-    steps, reasons = build(benchmark, setting, dtype, device)
+    steps, reasons = build(benchmark, setting, dtype, device, options.setup_limit)
     wrong = agreement(benchmark, steps, dtype)
     reasons |= wrong
     steps = {name: modes for name, modes in steps.items() if name not in wrong}
@@ -220,6 +259,8 @@ def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace)
                 record["graph"] = graphs.get(name) is not None
                 # Without a graph the host's time is in `ms`.
                 record |= {"host_ms": host_seconds(chosen[name]) * 1e3} if record["graph"] else {}
+                if name == benchmark.ours:
+                    record["kernels"] = by_kernel(graphs.get(name) or chosen[name])
             if "forward" in mode and "backward" in mode:
                 record["saved_bytes"] = saved_bytes(chosen[name])
             records.append({**common, **record})
@@ -282,6 +323,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--default-malloc", action="store_true", help="on a CPU, leave it to malloc which freed memory it keeps"
+    )
+    parser.add_argument(
+        "--setup-limit",
+        type=float,
+        default=0.0,
+        help="seconds after which a rival that is still setting up is left out",
     )
     parser.add_argument("--out", type=Path, help="folder for the JSONL and the pictures; nothing is written without it")
     return parser.parse_args(arguments)

@@ -75,15 +75,20 @@ class Benchmark:
 
 
 def with_gradients(
-    function: Callable[..., Any], inputs: Sequence[Tensor], truth: Callable[..., Any] | None = None
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    truth: Callable[..., Any] | None = None,
+    grads: Sequence[Tensor] = (),
 ) -> dict[str, Step]:
     """The modes of a differentiable function of one or more outputs: `inputs` that require gradients get them.
 
-    truth: the same mathematics in float64, called with the inputs in float64.
+    truth: the same mathematics in float64, called with the inputs in float64, for the same gradients of the outputs.
+    grads: these gradients, else random ones.
     """
     wanted = [t for t in inputs if t.requires_grad]
-    outputs = tensors(function(*inputs))
-    grads = [normal(*out.shape, seed=7 + k).to(out.device, out.dtype) for k, out in enumerate(outputs)]
+    if not grads:
+        outputs = tensors(function(*inputs))
+        grads = [normal(*out.shape, seed=7 + k).to(out.device, out.dtype) for k, out in enumerate(outputs)]
 
     def forward() -> Any:
         with torch.no_grad():
@@ -96,7 +101,8 @@ def with_gradients(
     modes["check"] = lambda: (*tensors(forward()), *both())
     if truth is not None:
         wide = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
-        modes["truth"] = lambda: with_gradients(truth, wide)["check"]()
+        exact = [grad.double() for grad in grads]
+        modes["truth"] = lambda: with_gradients(truth, wide, grads=exact)["check"]()
     return modes
 
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,6 +173,47 @@ def test_a_rival_is_held_to_its_own_truth(tiny, monkeypatch):
                 bench.main(["plucker", "--repeats", "1"])
         else:
             assert "other" in {r["rival"] for r in bench.main(["plucker", "--repeats", "1"])}
+
+
+def test_the_truth_gets_the_same_gradients_wherever_it_is_asked_for(monkeypatch):
+    """A benchmark on a GPU builds rivals with another default device, and other random numbers, than it checks with."""
+    x = torch.randn(3, requires_grad=True)
+    modes = with_gradients(lambda x: x.square(), [x], lambda x: x.square())
+    monkeypatch.setattr("grassland.kernels.rival.normal", lambda *shape, seed: torch.zeros(shape))
+    found, exact = modes["check"](), modes["truth"]()
+    assert exact[1].abs().sum() > 0 and all(torch.allclose(a.double(), b) for a, b in zip(found, exact, strict=True))
+
+
+def test_a_foreign_rival_that_works_once_is_listed_with_the_reason(tiny, monkeypatch):
+    """As a backward that overwrites what it has saved."""
+    module = importlib.import_module("grassland.kernels.plucker.rivals")
+
+    def once(v, dtype, device):
+        calls = iter([None])
+
+        def step():
+            if next(calls, "no") == "no":
+                raise RuntimeError("modified by an inplace operation")
+
+        return {"forward": step}
+
+    rivals = [*tiny.rivals, Rival("other", once, foreign=True)]
+    monkeypatch.setattr(module, "BENCHMARK", replace(tiny, rivals=rivals))
+    found = [r for r in bench.main(["plucker", "--repeats", "1"]) if r["rival"] == "other"]
+    assert [r["error"] for r in found] == ["fails with RuntimeError: modified by an inplace operation"]
+
+
+def test_a_rival_that_takes_too_long_to_set_up_is_left_out(tiny, monkeypatch):
+    module = importlib.import_module("grassland.kernels.plucker.rivals")
+
+    def slow(v, dtype, device):
+        while True:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(module, "BENCHMARK", replace(tiny, rivals=[*tiny.rivals, Rival("slow", slow)]))
+    found = bench.main(["plucker", "--repeats", "1", "--setup-limit", "0.5"])
+    assert [r["error"] for r in found if r["rival"] == "slow"] == ["not set up within 0.5 s"]
+    assert "ms" in next(r for r in found if r["rival"] == "grassland")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

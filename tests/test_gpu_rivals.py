@@ -76,7 +76,7 @@ def test_a_foreign_rival_that_fails_or_disagrees_is_listed(monkeypatch):
 
     rivals = [Rival("ours", ours), Rival("wrong", wrong, foreign=True), Rival("failing", failing, foreign=True)]
     fields = {"ours": "ours", "settings": [], "rivals": rivals, "flops": lambda *_: 1.0, "moved": lambda *_: 1.0}
-    options = SimpleNamespace(dtype="float32", device="cpu", repeats=1)
+    options = SimpleNamespace(dtype="float32", device="cpu", repeats=1, setup_limit=0.0)
     records = bench.measure(Benchmark(name="x", title="x", **fields), Setting("s", {}), options)
     assert {r["rival"] for r in records if "ms" in r} == {"ours"}
     reasons = {r["rival"]: r["error"] for r in records if "error" in r}

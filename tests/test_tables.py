@@ -72,7 +72,10 @@ def test_what_a_gpu_was_seen_to_do(tables, tmp_path):
     details = tables.TABLES["kernels_gpu"]().splitlines()
     assert details[4] == "| T1 | forward | grassland | 0.250 | 1.00 | 5000.0 |  |  | 12.00 |"
     assert details[5].startswith("| T1 | forward | other | 0.250* |")
-    step = {"model": "m", "batch_size": 2, "seq_len": 3, "eager_tokens_per_s": 1000.0, "graph_tokens_per_s": 4000.0}
-    step |= {"graph_ms": 1.5, "launches": 7, "eager_commit": "def"} | where
+    rates = [("", 1000.0, "def"), ("--cuda-graph", 4000.0, "ghi")]
+    rates = [{"how": how, "tokens_per_s": rate, "commit": c, "date": "2026-01-02"} for how, rate, c in rates]
+    step = {"model": "m", "batch_size": 2, "seq_len": 3, "rates": rates} | where
     (tmp_path / "training-cuda.jsonl").write_text(json.dumps(step) + "\n")
-    assert "| m | 1,000 | 4,000 | 1.50 | 7 |" in tables.TABLES["training"]()
+    table = tables.TABLES["training"]()
+    assert table.startswith("| model | tokens/s | `--cuda-graph` |") and "| m | 1,000 | 4,000 |" in table
+    assert "2026-01-02 commit def, 2026-01-02 commit ghi" in table

@@ -15,6 +15,7 @@ addresses are offsets.
 # Triton's constexpr parameters take plain values, and its language is not quite Python's.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false
 
 from __future__ import annotations
 
@@ -482,20 +483,19 @@ def stored(x: Tensor) -> tl.dtype:
 TILES = {
     "pre": (64, 256, 64, 8),
     "post": (16, 512, 128, 8),
-    "pre_backward": (16, 256, 64, 8),
+    "pre_backward": (16, 256, 64, 4),
+    "step_backward": (16, 256, 64, 8),
     "post_backward": (16, 512, 128, 8),
     "weight_gradient": (16, 256, 64, 4),
 }
-# Buffers of a loop, if not 3.
-STAGES: dict[str, int] = {}
 
 
 def tile(x: Tensor, kernel: str) -> dict[str, int]:
     tokens, channels, most, warps = TILES[kernel]
     width = max(16, min(most, channels // x.shape[1], triton.next_power_of_2(x.shape[2])))
-    # As many bytes of float32
+    # Half as many of float32.
     tokens = max(16, 2 * tokens // x.element_size())
-    return {"BM": tokens, "BC": width, "num_warps": warps, "num_stages": STAGES.get(kernel, 3)}
+    return {"BM": tokens, "BC": width, "num_warps": warps}
 
 
 @on_its_device
@@ -528,7 +528,7 @@ def backward(
     logits = torch.empty_like(after)
     joined, branch, before = (x if dx is None else dx), (y if post else x), (h if post else after)
     common = {"POST": post, "DTYPE": stored(x), **shape(x), **padded(x)}
-    block = stacked(x) | tile(x, "pre_backward")
+    block = stacked(x) | tile(x, "step_backward" if post else "pre_backward")
     pre_backward_kernel[(triton.cdiv(tokens, block["BM"]),)](
         joined, du, dafter, x, branch, before, split(weight), after, saved, grad, dy, dh, logits, tokens, dim,
         eps, JOIN=dx is not None, **common, **block,

@@ -255,7 +255,7 @@ def held_to(
     def layer(x: Tensor, router: Tensor, *weights: Tensor) -> Tensor:
         return experts(x, F.linear(x, router).softmax(-1).gather(1, chosen), chosen, *weights)
 
-    return found | {"truth": lambda: steps(layer, v, wide)[mode]()}
+    return found | {"truth": steps(layer, v, wide)[mode]}
 
 
 def build_scattermoe(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
