@@ -1,7 +1,10 @@
 // Grassmann class head on the CPU (arXiv 2308.01547): z = x^ W^T, logit_i = scale |z_i|, softmax cross entropy.
 //
 // A chunk of rows is projected by one ATen product; one pass over each row takes the group norms, the loss and
-// z <- scale dl z / |z| in place; two products make the gradients. Nothing of size rows x K k outlives a chunk.
+// z <- scale dl z / |z| in place; two products make the gradients. Nothing of size rows x K k outlives a chunk. The
+// products are of the inputs' type, and all else is float32.
+#include <type_traits>
+
 #include "common.h"
 
 namespace grassland {
@@ -28,14 +31,31 @@ GRASSLAND_INLINE float dot(const float* a, const float* b, int64_t n) {
   return sum;
 }
 
-// x^ = x / max(|x|, eps)
-GRASSLAND_MULTIARCH void normalise(const Head& h, int64_t begin, int64_t end, const float* x, float* hat, float* norms) {
+// n numbers as float32: themselves, or widened into `room`.
+GRASSLAND_INLINE float* widened(float* x, int64_t, float*) { return x; }
+
+GRASSLAND_INLINE float* widened(bf16* x, int64_t n, float* room) {
+  for (int64_t i = 0; i < n; ++i) room[i] = to_float(x[i]);
+  return room;
+}
+
+GRASSLAND_INLINE void put_back(const float*, int64_t, float*) {}
+
+GRASSLAND_INLINE void put_back(const float* room, int64_t n, bf16* x) {
+  for (int64_t i = 0; i < n; ++i) from_float(room[i], x[i]);
+}
+
+// x^ = x / max(|x|, eps), as it is and as the products take it
+template <typename T>
+GRASSLAND_INLINE void normalise_of(const Head& h, int64_t begin, int64_t end, T* x, float* hat, T* rounded, float* norms) {
+  std::vector<float> room(h.n);
   for (int64_t row = begin; row < end; ++row) {
-    const float *in = x + row * h.n;
+    const float* in = widened(x + row * h.n, h.n, room.data());
     float* out = hat + row * h.n;
     norms[row] = std::sqrt(dot(in, in, h.n));
     const float inverse = 1.0f / std::max(norms[row], kEps);
     for (int64_t i = 0; i < h.n; ++i) out[i] = in[i] * inverse;
+    put_back(out, h.n, rounded + row * h.n);
   }
 }
 
@@ -93,21 +113,27 @@ GRASSLAND_INLINE void pull_back(const Head& h, float* z, const float* norms, flo
   }
 }
 
-GRASSLAND_MULTIARCH void logits_rows(const Head& h, int64_t begin, int64_t end, const float* z, float* out) {
+template <typename T>
+GRASSLAND_INLINE void logits_rows_of(const Head& h, int64_t begin, int64_t end, T* z, float* out) {
+  const int64_t width = h.classes * h.k;
+  std::vector<float> room(width);
   for (int64_t row = begin; row < end; ++row) {
     float* o = out + row * h.classes;
-    group_norms(z + row * h.classes * h.k, h.classes, h.k, o);
+    group_norms(widened(z + row * width, width, room.data()), h.classes, h.k, o);
     for (int64_t c = 0; c < h.classes; ++c) o[c] *= h.scale;
   }
 }
 
-GRASSLAND_MULTIARCH void logits_backward_rows(const Head& h, int64_t begin, int64_t end, const float* grad, float* z) {
-  std::vector<float> norms(h.classes), dl(h.classes);
+template <typename T>
+GRASSLAND_INLINE void logits_backward_rows_of(const Head& h, int64_t begin, int64_t end, const float* grad, T* z) {
+  const int64_t width = h.classes * h.k;
+  std::vector<float> norms(h.classes), dl(h.classes), room(width);
   for (int64_t row = begin; row < end; ++row) {
-    float* zr = z + row * h.classes * h.k;
+    float* zr = widened(z + row * width, width, room.data());
     group_norms(zr, h.classes, h.k, norms.data());
     std::memcpy(dl.data(), grad + row * h.classes, h.classes * sizeof(float));
     pull_back(h, zr, norms.data(), dl.data());
+    put_back(zr, width, z + row * width);
   }
 }
 
@@ -160,31 +186,70 @@ GRASSLAND_INLINE double loss_row(const Head& h, const Target& t, int64_t row, co
          static_cast<double>(1 - t.smoothing) * hit - static_cast<double>(uniform) * along;
 }
 
-GRASSLAND_MULTIARCH void loss_rows(const Head& h, const Target& t, int64_t base, int64_t begin, int64_t end, bool grad,
-                                   float* z, double* losses) {
-  std::vector<float> norms(h.classes), p(h.classes);
+template <typename T>
+GRASSLAND_INLINE void loss_rows_of(const Head& h, const Target& t, int64_t base, int64_t begin, int64_t end, bool grad,
+                                   T* z, double* losses) {
+  const int64_t width = h.classes * h.k;
+  std::vector<float> norms(h.classes), p(h.classes), room(width);
   for (int64_t row = begin; row < end; ++row) {
-    float* zr = z + (row - base) * h.classes * h.k;
+    T* stored = z + (row - base) * width;
     if (t.labels != nullptr && t.labels[row] == t.ignore) {
       losses[row] = 0;
-      if (grad) std::memset(zr, 0, h.classes * h.k * sizeof(float));
+      if (grad) std::memset(stored, 0, width * sizeof(T));
       continue;
     }
+    float* zr = widened(stored, width, room.data());
     group_norms(zr, h.classes, h.k, norms.data());
     losses[row] = loss_row(h, t, row, norms.data(), p.data(), grad);
-    if (grad) pull_back(h, zr, norms.data(), p.data());
+    if (!grad) continue;
+    pull_back(h, zr, norms.data(), p.data());
+    put_back(zr, width, stored);
   }
 }
 
-// x^ with its norms, and the gradients that the chunks' dz add up to.
+// total = or += part
+GRASSLAND_MULTIARCH void widen(const bf16* part, int64_t begin, int64_t end, bool add, float* total) {
+  for (int64_t i = begin; i < end; ++i) total[i] = (add ? total[i] : 0.0f) + to_float(part[i]);
+}
+
+// Clones are no templates.
+#define GRASSLAND_ROWS(T)                                                                                            \
+  GRASSLAND_MULTIARCH void normalise(const Head& h, int64_t begin, int64_t end, T* x, float* hat, T* rounded,       \
+                                     float* norms) {                                                                \
+    normalise_of(h, begin, end, x, hat, rounded, norms);                                                            \
+  }                                                                                                                 \
+  GRASSLAND_MULTIARCH void logits_rows(const Head& h, int64_t begin, int64_t end, T* z, float* out) {               \
+    logits_rows_of(h, begin, end, z, out);                                                                          \
+  }                                                                                                                 \
+  GRASSLAND_MULTIARCH void logits_backward_rows(const Head& h, int64_t begin, int64_t end, const float* grad, T* z) { \
+    logits_backward_rows_of(h, begin, end, grad, z);                                                                \
+  }                                                                                                                 \
+  GRASSLAND_MULTIARCH void loss_rows(const Head& h, const Target& t, int64_t base, int64_t begin, int64_t end,      \
+                                     bool grad, T* z, double* losses) {                                             \
+    loss_rows_of(h, t, base, begin, end, grad, z, losses);                                                          \
+  }
+GRASSLAND_ROWS(float)
+GRASSLAND_ROWS(bf16)
+
+void widen(const Tensor& part, const Tensor& total, bool add) {
+  torch::stable::parallel_for(0, part.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+    widen(data<bf16>(part), begin, end, add, data<float>(total));
+  });
+}
+
+// x^ with its norms, and the gradients that the chunks' dz add up to, in float32.
+template <typename T>
 struct Batch {
+  static constexpr bool kHalf = !std::is_same_v<T, float>;
+
   Head h;
-  Tensor hat, norms, dhat, dweight;
+  Tensor hat, rounded, norms, dhat, dweight;
   bool need_x, need_weight;
 
   Batch(const Tensor& x, const Tensor& weight, int64_t k, double scale, bool need_x, bool need_weight)
       : h{x.size(0), x.size(1), weight.size(0) / k, k, static_cast<float>(scale)},
         hat(empty(x, {h.rows, h.n}, ScalarType::Float)),
+        rounded(kHalf ? empty(x, {h.rows, h.n}, kDtype<T>) : hat),
         norms(empty(x, {h.rows}, ScalarType::Float)),
         dhat(need_x ? empty(x, {h.rows, h.n}, ScalarType::Float) : empty(x, {0}, ScalarType::Float)),
         dweight(!need_weight    ? empty(x, {0}, ScalarType::Float)
@@ -193,18 +258,28 @@ struct Batch {
         need_x(need_x),
         need_weight(need_weight) {
     torch::stable::parallel_for(0, h.rows, 16, [&](int64_t begin, int64_t end) {
-      normalise(h, begin, end, data<float>(x), data<float>(hat), data<float>(norms));
+      normalise(h, begin, end, data<T>(x), data<float>(hat), data<T>(rounded), data<float>(norms));
     });
   }
 
   void add(int64_t base, int64_t stop, const Tensor& dz, const Tensor& weight) const {
-    if (need_x) mm(rows(dhat, base, stop), dz, weight);
-    if (!need_weight) return;
     const Tensor transposed = torch::stable::transpose(dz, 0, 1);
-    if (base == 0) {
-      mm(dweight, transposed, rows(hat, base, stop));
+    const Tensor x = rows(rounded, base, stop);
+    if constexpr (kHalf) {
+      if (need_x) {
+        const Tensor part = empty(dz, {stop - base, h.n}, kDtype<T>);
+        mm(part, dz, weight);
+        widen(part, rows(dhat, base, stop), false);
+      }
+      if (need_weight) {
+        const Tensor part = empty(dz, {weight.size(0), h.n}, kDtype<T>);
+        mm(part, transposed, x);
+        widen(part, dweight, base > 0);
+      }
     } else {
-      addmm(dweight, transposed, rows(hat, base, stop), 1.0);
+      if (need_x) mm(rows(dhat, base, stop), dz, weight);
+      if (need_weight && base == 0) mm(dweight, transposed, x);
+      if (need_weight && base > 0) addmm(dweight, transposed, x, 1.0);
     }
   }
 
@@ -217,36 +292,38 @@ struct Batch {
 };
 
 // Calls `use(base, stop, z)` with the projections of one chunk after the other.
-template <typename F>
-void project(const Batch& b, const Tensor& weight, const F& use) {
+template <typename T, typename F>
+void project(const Batch<T>& b, const Tensor& weight, const F& use) {
   const int64_t chunk = chunk_of(b.h);
-  const Tensor z = empty(b.hat, {chunk, weight.size(0)}, ScalarType::Float);
+  const Tensor z = empty(b.hat, {chunk, weight.size(0)}, kDtype<T>);
   const Tensor transposed = torch::stable::transpose(weight, 0, 1);
   for (int64_t base = 0; base < b.h.rows; base += chunk) {
     const int64_t stop = std::min(base + chunk, b.h.rows);
     const Tensor part = rows(z, 0, stop - base);
-    mm(part, rows(b.hat, base, stop), transposed);
+    mm(part, rows(b.rounded, base, stop), transposed);
     use(base, stop, part);
   }
 }
 
-Tensor subspace_logits_cpu(const Tensor& x, const Tensor& weight, int64_t k, double scale) {
-  const Batch b(x, weight, k, scale, false, false);
+template <typename T>
+Tensor logits(const Tensor& x, const Tensor& weight, int64_t k, double scale) {
+  const Batch<T> b(x, weight, k, scale, false, false);
   Tensor out = empty(x, {b.h.rows, b.h.classes}, ScalarType::Float);
   project(b, weight, [&](int64_t base, int64_t stop, const Tensor& z) {
     torch::stable::parallel_for(0, stop - base, 4, [&](int64_t begin, int64_t end) {
-      logits_rows(b.h, begin, end, data<float>(z), data<float>(out) + base * b.h.classes);
+      logits_rows(b.h, begin, end, data<T>(z), data<float>(out) + base * b.h.classes);
     });
   });
   return out;
 }
 
-std::tuple<Tensor, Tensor> subspace_logits_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                                        int64_t k, double scale, bool need_x, bool need_weight) {
-  const Batch b(x, weight, k, scale, need_x, need_weight);
+template <typename T>
+std::tuple<Tensor, Tensor> logits_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, int64_t k,
+                                           double scale, bool need_x, bool need_weight) {
+  const Batch<T> b(x, weight, k, scale, need_x, need_weight);
   project(b, weight, [&](int64_t base, int64_t stop, const Tensor& z) {
     torch::stable::parallel_for(0, stop - base, 4, [&](int64_t begin, int64_t end) {
-      logits_backward_rows(b.h, begin, end, data<float>(grad) + base * b.h.classes, data<float>(z));
+      logits_backward_rows(b.h, begin, end, data<float>(grad) + base * b.h.classes, data<T>(z));
     });
     b.add(base, stop, z, weight);
   });
@@ -254,18 +331,18 @@ std::tuple<Tensor, Tensor> subspace_logits_backward_cpu(const Tensor& grad, cons
   return {b.dhat, b.dweight};
 }
 
-std::tuple<Tensor, Tensor, Tensor> subspace_cross_entropy_cpu(const Tensor& x, const Tensor& weight,
-                                                              const Tensor& target, int64_t k, double scale,
-                                                              double smoothing, int64_t ignore_index, bool need_x,
-                                                              bool need_weight) {
-  const Batch b(x, weight, k, scale, need_x, need_weight);
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& target, int64_t k,
+                                                 double scale, double smoothing, int64_t ignore_index, bool need_x,
+                                                 bool need_weight) {
+  const Batch<T> b(x, weight, k, scale, need_x, need_weight);
   const bool hard = target.scalar_type() == ScalarType::Long, grad = need_x || need_weight;
   const Target t{hard ? data<int64_t>(target) : nullptr, hard ? nullptr : data<float>(target),
                  static_cast<float>(smoothing), ignore_index};
   std::vector<double> losses(b.h.rows);
   project(b, weight, [&](int64_t base, int64_t stop, const Tensor& z) {
     torch::stable::parallel_for(base, stop, 4, [&](int64_t begin, int64_t end) {
-      loss_rows(b.h, t, base, begin, end, grad, data<float>(z), losses.data());
+      loss_rows(b.h, t, base, begin, end, grad, data<T>(z), losses.data());
     });
     b.add(base, stop, z, weight);
   });
@@ -277,10 +354,31 @@ std::tuple<Tensor, Tensor, Tensor> subspace_cross_entropy_cpu(const Tensor& x, c
   return {out, b.dhat, b.dweight};
 }
 
+bool is_half(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
+
+Tensor subspace_logits_cpu(const Tensor& x, const Tensor& weight, int64_t k, double scale) {
+  return is_half(x) ? logits<bf16>(x, weight, k, scale) : logits<float>(x, weight, k, scale);
+}
+
+std::tuple<Tensor, Tensor> subspace_logits_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                        int64_t k, double scale, bool need_x, bool need_weight) {
+  const auto run = is_half(x) ? logits_backward<bf16> : logits_backward<float>;
+  return run(grad, x, weight, k, scale, need_x, need_weight);
+}
+
+std::tuple<Tensor, Tensor, Tensor> subspace_cross_entropy_cpu(const Tensor& x, const Tensor& weight,
+                                                              const Tensor& target, int64_t k, double scale,
+                                                              double smoothing, int64_t ignore_index, bool need_x,
+                                                              bool need_weight) {
+  const auto run = is_half(x) ? cross_entropy<bf16> : cross_entropy<float>;
+  return run(x, weight, target, k, scale, smoothing, ignore_index, need_x, need_weight);
+}
+
 }  // namespace
 }  // namespace grassland
 
-// Inputs are checked and made contiguous by kernels/subspace/op.py: float32, targets int64 classes in range or float32.
+// Inputs are checked and made contiguous by kernels/subspace/op.py: x and weight float32 or bfloat16 alike, grad float32,
+// targets int64 classes in range or float32.
 STABLE_TORCH_LIBRARY_FRAGMENT(grassland_cpp, m) {
   m.def("subspace_logits(Tensor x, Tensor weight, int k, float scale) -> Tensor");
   m.def(

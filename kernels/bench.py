@@ -174,13 +174,13 @@ def host_seconds(step: Step) -> float:
 
 def interleaved(steps: dict[str, Step], device: torch.device, repeats: int) -> dict[str, list[float]]:
     """Seconds of every repetition, the rivals taking turns; two warm-up rounds are thrown away. A rival that has taken
-    very long repeats no more."""
+    very long repeats no more, and may have one round to warm up and one that counts."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats + 2):
         for name, step in steps.items():
-            if len(times[name]) < 4 or sum(times[name]) < PATIENCE:
+            if len(times[name]) < 2 or sum(times[name]) < PATIENCE:
                 times[name].append(elapsed(step, device))
-    return {name: seconds[2:] for name, seconds in times.items()}
+    return {name: seconds[min(2, len(seconds) - 1) :] for name, seconds in times.items()}
 
 
 def by_kernel(step: Step, calls: int = 5) -> list[tuple[str, float, float]]:

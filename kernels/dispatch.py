@@ -35,7 +35,7 @@ class Op:
     name: str
     dtypes: dict[str, tuple[torch.dtype, ...]]
 
-    @property
+    @functools.cached_property
     def backends(self) -> tuple[str, ...]:
         return tuple(name for name in BACKENDS if name in ("reference", "eager") or name in self.dtypes)
 

@@ -93,7 +93,7 @@ def test_a_slow_rival_repeats_no_more(monkeypatch):
     cpu = torch.device("cpu")
     assert len(bench.interleaved({"x": lambda: None}, cpu, 7)["x"]) == 7
     monkeypatch.setattr(bench, "PATIENCE", 0.0)
-    assert len(bench.interleaved({"x": lambda: None}, cpu, 7)["x"]) == 2
+    assert len(bench.interleaved({"x": lambda: None}, cpu, 7)["x"]) == 1
 
 
 def test_unknown_setting_names_itself(tiny):

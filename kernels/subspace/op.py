@@ -6,6 +6,7 @@ than the step itself.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -28,6 +29,19 @@ def plain(*tensors: Tensor) -> list[Tensor]:
     return [t.float().contiguous() for t in tensors]
 
 
+@functools.cache
+def multiplies_halves() -> bool:
+    """Whether the processor has products of bfloat16: without them those of float32 are faster."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def operands(x: Tensor, weight: Tensor) -> list[Tensor]:
+    """What the head's C++ kernels take: contiguous bfloat16 if both are and the processor multiplies it, or float32."""
+    if x.dtype == weight.dtype == torch.bfloat16 and multiplies_halves():
+        return [x.contiguous(), weight.contiguous()]
+    return plain(x, weight)
+
+
 def rows_of(backend: str) -> Any:
     """The module with the row functions of `chunked.Rows`."""
     if backend == "eager":
@@ -41,7 +55,7 @@ def rows_of(backend: str) -> Any:
 def subspace_logits(x: Tensor, weight: Tensor, k: int, scale: float, backend: str) -> Tensor:
     backend = dispatch.pick(LOGITS, weight, backend)
     if backend == "cpp":
-        return torch.ops.grassland_cpp.subspace_logits(*plain(x, weight), k, scale)
+        return torch.ops.grassland_cpp.subspace_logits(*operands(x, weight), k, scale)
     return chunked.logits(rows_of(backend), x, weight, k, scale)
 
 
@@ -57,7 +71,8 @@ def subspace_logits_backward(
     """dx and dweight; empty (0,) where `mask` says that it is not needed."""
     backend = dispatch.pick(LOGITS, weight, backend)
     if backend == "cpp":
-        found = torch.ops.grassland_cpp.subspace_logits_backward(*plain(grad, x, weight), k, scale, *mask)
+        arguments = (*plain(grad), *operands(x, weight))
+        found = torch.ops.grassland_cpp.subspace_logits_backward(*arguments, k, scale, *mask)
         return found[0].to(x.dtype), found[1].to(weight.dtype)
     return chunked.logits_backward(rows_of(backend), grad, x, weight, k, scale, mask)
 
@@ -108,7 +123,7 @@ def subspace_cross_entropy(
         return chunked.cross_entropy(rows_of(backend), x, weight, target, k, settings, mask)
     target = target.float().contiguous() if target.is_floating_point() else target.contiguous()
     return torch.ops.grassland_cpp.subspace_cross_entropy(
-        *plain(x, weight), target, k, scale, smoothing, ignore_index, *mask
+        *operands(x, weight), target, k, scale, smoothing, ignore_index, *mask
     )
 
 

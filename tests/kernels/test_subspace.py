@@ -11,11 +11,12 @@ from grassland.kernels.subspace import (
     MODES,
     grassmann_step,
     grassmann_step_,
+    op,
     subspace_cross_entropy,
     subspace_logits,
 )
 from grassland.kernels.subspace.cases import motion, orthonormal
-from grassland.kernels.testing import normal
+from grassland.kernels.testing import check_backend, normal, specs
 
 SIZES = [(5, 1, 9), (19, 2, 13), (7, 4, 40), (3, 8, 33), (2, 16, 50), (2, 32, 65)]
 needs_extension = pytest.mark.skipif(dispatch.extension_error() is not None, reason=str(dispatch.extension_error()))
@@ -309,3 +310,29 @@ def test_bad_step_arguments_name_themselves(change, error, message):
     good = {"weight": weight, "buffer": torch.zeros_like(weight), "grad": torch.zeros_like(weight), "k": 2, "lr": 0.1}
     with pytest.raises(error, match=message):
         grassmann_step(**(good | change))
+
+
+HEADS = [spec for spec in specs() if spec.name in ("subspace_logits", "subspace_cross_entropy")]
+
+
+@pytest.mark.skipif(dispatch.extension_error() is not None, reason=str(dispatch.extension_error()))
+@pytest.mark.parametrize("halves", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("spec", HEADS, ids=lambda spec: spec.name)
+def test_bfloat16_is_exact_whatever_the_processor_multiplies(spec, halves, monkeypatch):
+    monkeypatch.setattr(op, "multiplies_halves", lambda: halves)
+    for case in spec.cases:
+        check_backend(spec, case, "cpp", torch.bfloat16)
+
+
+@pytest.mark.skipif(dispatch.extension_error() is not None, reason=str(dispatch.extension_error()))
+def test_bfloat16_over_several_chunks(monkeypatch):
+    """2^24 projections are a chunk, 128 rows at least: the second one is added to the first."""
+    monkeypatch.setattr(op, "multiplies_halves", lambda: True)
+    x, labels = normal(150, 4).bfloat16().requires_grad_(), torch.arange(150)
+    weight = normal(1 << 17, 4, scale=0.5).bfloat16().requires_grad_()
+    loss = subspace_cross_entropy(x, weight, labels, 1, scale=4.0, backend="cpp")
+    found = torch.autograd.grad(loss, (x, weight))
+    a, w = (t.detach().float().requires_grad_() for t in (x, weight))
+    exact = torch.autograd.grad(subspace_cross_entropy(a, w, labels, 1, scale=4.0, backend="cpp"), (a, w))
+    for mine, truth in zip(found, exact, strict=True):
+        assert (mine.float() - truth).norm() < 2e-2 * truth.norm()
