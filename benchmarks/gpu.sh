@@ -106,8 +106,8 @@ tests() {
 
 measure() { # repeats, folder, seconds that a rival may take to set up
   local op dtype
-  for op in $ops; do
-    for dtype in ${DTYPES:-bfloat16 float32}; do
+  for dtype in ${DTYPES:-bfloat16 float32}; do
+    for op in $ops; do
       within python3 -m grassland.kernels.bench "$op" --device "$device" --dtype "$dtype" --repeats "$1" --out "$2" --setup-limit "$3" \
         > "$2/$op-$dtype.md" 2> "$2/$op-$dtype.txt"
       echo "$op $dtype: exit code $? (${SECONDS}s)"

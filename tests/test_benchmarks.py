@@ -203,12 +203,21 @@ def test_a_foreign_rival_that_works_once_is_listed_with_the_reason(tiny, monkeyp
     assert [r["error"] for r in found] == ["fails with RuntimeError: modified by an inplace operation"]
 
 
-def test_a_rival_that_takes_too_long_to_set_up_is_left_out(tiny, monkeypatch):
+@pytest.mark.parametrize("wrapped", [None, True, False], ids=["raised", "wrapped", "swallowed"])
+def test_a_rival_that_takes_too_long_to_set_up_is_left_out(tiny, monkeypatch, wrapped):
+    """Compilers raise something else in its place, or fall back."""
     module = importlib.import_module("grassland.kernels.plucker.rivals")
 
     def slow(v, dtype, device):
-        while True:
-            time.sleep(0.01)
+        try:
+            while True:
+                time.sleep(0.01)
+        except Unavailable as error:
+            if wrapped is None:
+                raise
+            if wrapped:
+                raise RuntimeError("backend raised") from error
+            return {"forward": lambda: None}
 
     monkeypatch.setattr(module, "BENCHMARK", replace(tiny, rivals=[*tiny.rivals, Rival("slow", slow)]))
     found = bench.main(["plucker", "--repeats", "1", "--setup-limit", "0.5"])
