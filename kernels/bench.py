@@ -66,7 +66,7 @@ def build(
 
 @contextmanager
 def interrupted(seconds: float, late: list[str]) -> Iterator[None]:
-    """Unavailable after so many seconds, with the reason in `late`; 0 for never. Where there is no alarm, never, too."""
+    """Unavailable after so many seconds, and the reason in `late`; 0 for never. Never, too, where there is no alarm."""
     if not seconds or not hasattr(signal, "SIGALRM"):
         yield
         return
