@@ -13,7 +13,8 @@
 # `warm` compiles, while the tests run, what `bench` will measure alone; `compare` trains WikiText-2's table of 6 layers (six runs at once took five
 # minutes of an H200), and finishes what fits. A second call on the same machine names the stages that are missing; on another machine it goes on where a
 # results.tgz of the first lies in the repository's root. DATA has wikitext-2 and bert-base-uncased/vocab.txt; what lies in ./shared travels.
-# Where there is no GPU, DEVICE=cpu, COMPARE and SETTINGS (dtype=float32 cuda_graph=False steps=9 ...) try the script itself.
+# Where there is no GPU, DEVICE=cpu, COMPARE and SETTINGS (dtype=float32 cuda_graph=False compile=False steps=9 ...) try the
+# script itself. SETUP_S: seconds after which `bench` leaves out a rival that is still setting up; `warm` gives it 100.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p "${OUT:?set OUT to a folder}"
@@ -117,7 +118,7 @@ measure() { # repeats, folder, seconds that a rival may take to set up
 
 warm() {
   mkdir -p "$results/warm"
-  # Beside each other, with nothing else to do: a rival that tries hundreds of kernels may take its time.
+  # What a rival has compiled is kept when its time is up.
   for op in $ops; do ops=$op measure 1 "$results/warm" 100 & done
   wait
 }

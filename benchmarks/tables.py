@@ -157,8 +157,8 @@ def training_table():
     for r in records:
         lines.append(f"| {r['model']} | {' | '.join(format(rate['tokens_per_s'], ',.0f') for rate in r['rates'])} |")
     commits = ", ".join(f"{rate['date']} commit {rate['commit']}" for rate in first["rates"])
-    sizes = f"Batches of {first['batch_size']} × {first['seq_len']} tokens. The columns are of {commits}."
-    return "\n".join([*lines, "", f"{sizes} {footnote(records)}"])
+    sizes = f"Batches of {first['batch_size']} × {first['seq_len']} tokens."
+    return "\n".join([*lines, "", f"{sizes} The code differs, too: {commits}. {footnote(records)}"])
 
 
 def read_if_there(name):

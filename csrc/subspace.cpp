@@ -47,7 +47,8 @@ GRASSLAND_INLINE void put_back(const float* room, int64_t n, bf16* x) {
 
 // x^ = x / max(|x|, eps), as it is and as the products take it
 template <typename T>
-GRASSLAND_INLINE void normalise_of(const Head& h, int64_t begin, int64_t end, T* x, float* hat, T* rounded, float* norms) {
+GRASSLAND_INLINE void normalise_of(const Head& h, int64_t begin, int64_t end, T* x, float* hat, T* rounded,
+                                   float* norms) {
   std::vector<float> room(h.n);
   for (int64_t row = begin; row < end; ++row) {
     const float* in = widened(x + row * h.n, h.n, room.data());

@@ -39,9 +39,9 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4
 
 
 def build(
-    benchmark: Benchmark, setting: Setting, dtype: torch.dtype, device: torch.device, patience: float = 0.0
+    benchmark: Benchmark, setting: Setting, dtype: torch.dtype, device: torch.device, setup_limit: float = 0.0
 ) -> tuple[dict, dict]:
-    """The rivals' functions, and the reasons of those that cannot run. patience: see --setup-limit."""
+    """The rivals' functions, and the reasons of those that cannot run. setup_limit: seconds, 0 for none."""
     # Else compiled rivals leave sizes open at their second setting, which takes minutes, and later fall back to eager.
     torch.compiler.reset()
     steps, reasons = {}, {}
@@ -50,7 +50,7 @@ def build(
         late: list[str] = []
         try:
             # Inputs are drawn there. Compilers wrap what is raised inside them, or go on without.
-            with device, interrupted(0.0 if rival.name == benchmark.ours else patience, late):
+            with device, interrupted(0.0 if rival.name == benchmark.ours else setup_limit, late):
                 steps[rival.name] = tried(rival, setting.values, dtype, device)
         except Exception as error:
             if not late and not isinstance(error, Unavailable | dispatch.BackendError):

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,33 @@ def test_a_slow_rival_repeats_no_more(monkeypatch):
     assert len(bench.interleaved({"x": lambda: None}, cpu, 7)["x"]) == 7
     monkeypatch.setattr(bench, "PATIENCE", 0.0)
     assert len(bench.interleaved({"x": lambda: None}, cpu, 7)["x"]) == 1
+
+
+def test_kernels_of_a_call_are_added_up(monkeypatch):
+    def event(name, device, microseconds):
+        return SimpleNamespace(
+            name=name, device_type=device, time_range=SimpleNamespace(elapsed_us=lambda: microseconds)
+        )
+
+    class Profile:
+        def __init__(self, activities):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def events(self):
+            gpu = [event("short", "DeviceType.CUDA", 1.0), event("long", "DeviceType.CUDA", 4.0)]
+            return 2 * [*gpu, event("short", "DeviceType.CUDA", 2.0), event("launch", "DeviceType.CPU", 9.0)]
+
+    steps = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    assert bench.by_kernel(lambda: steps.append(None), calls=2) == [("long", 1.0, 4.0), ("short", 2.0, 3.0)]
+    assert len(steps) == 3  # one before the profile
 
 
 def test_unknown_setting_names_itself(tiny):
