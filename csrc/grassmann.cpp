@@ -95,14 +95,14 @@ GRASSLAND_INLINE void combine(const float* p, const float* q, const float* x, co
     for (int half = 0; half < 2; ++half) {
       const float* coefficients = (half ? q : p) + i * k;
       const float* rows = (half ? y : x) + begin;
-      int64_t j = 0;
-      for (; j + 4 <= k; j += 4) {
+      const int64_t whole = k / 4 * 4;
+      for (int64_t j = 0; j < whole; j += 4) {
         const float c0 = coefficients[j], c1 = coefficients[j + 1], c2 = coefficients[j + 2], c3 = coefficients[j + 3];
         const float *r0 = rows + j * n, *r1 = r0 + n, *r2 = r1 + n, *r3 = r2 + n;
 #pragma omp simd
         for (int64_t c = 0; c < width; ++c) o[c] += (c0 * r0[c] + c1 * r1[c]) + (c2 * r2[c] + c3 * r3[c]);
       }
-      for (; j < k; ++j) {
+      for (int64_t j = whole; j < k; ++j) {
         const float c0 = coefficients[j];
         const float* r0 = rows + j * n;
 #pragma omp simd

@@ -1,13 +1,36 @@
-"""Gradients that a forward computed already, on their way out."""
+"""How ops are differentiated, and gradients that a forward computed already, on their way out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _C: Any = torch._C
+
+
+def differentiable(op: Any, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> Callable[..., Any]:
+    """Gives the custom op a derivative, and returns what to call it by, with positional arguments.
+
+    What traces meets the registered derivative. Eager calls go through a Function around the opaque op, which leaves a
+    GPU's host half the work that torch.library's generated one does.
+    """
+    op.register_autograd(backward, setup_context=setup_context)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = op(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(op._name, (torch.autograd.Function,), methods)
+
+    def call(*inputs: Any) -> Any:
+        return op(*inputs) if torch.compiler.is_compiling() else function.apply(*inputs)
+
+    return call
 
 
 def scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

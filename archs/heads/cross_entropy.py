@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import dispatch
-from ...kernels.autograd import once, scaled
+from ...kernels.autograd import differentiable, once, scaled
 from ...kernels.products import boost, product
 
 # Logits alive at a time: 2²⁴ float32 are 64 MiB, enough rows of a 30 k vocabulary for an efficient matrix product. A
@@ -51,7 +51,7 @@ def linear_cross_entropy(
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     compute = torch.float64 if x.dtype is torch.float64 else compute
     differentiate = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    total = _summed(x.reshape(-1, x.shape[-1]), weight, labels, label_smoothing, compute, differentiate)[0]
+    total = _differentiable(x.reshape(-1, x.shape[-1]), weight, labels, label_smoothing, compute, differentiate)[0]
     return total if reduction == "sum" else total / (labels != IGNORE).sum()
 
 
@@ -164,4 +164,4 @@ def _backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Tensor | None,
     return (*once("linear_cross_entropy", *found), None, None, None, None)
 
 
-_summed.register_autograd(_backward, setup_context=_save)
+_differentiable = differentiable(_summed, _backward, _save)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.kronecker import kronecker_factors, kronecker_matrix, kronecker_pre
+from ...kernels.kronecker import kronecker_factors, kronecker_matrix, kronecker_pre, kronecker_projection, reference
 from ..registry import register_slot
 from .hyper import Opened, wide
 from .manifold import CLOSED, Manifold
@@ -75,31 +74,18 @@ class KromHC(Manifold):
         return torch.cat(start)
 
     def projection(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """weight (2n + S', n dim) and bias (2n + S',) of the kernels: gamma, the alphas and sqrt(n dim) in one matrix,
-        and for each 2×2 factor the difference of its two columns."""
-        n = self.num_streams
-        pre, mixing = self.static_alpha.to(dtype).split([n, self.mixing_logits()])
-        bias = torch.cat([pre, self.static_beta.to(dtype), self._differences(mixing)])
+        """weight (2n + S', n dim) and bias (2n + S',) of the kernels."""
+        statics = self.static_alpha, self.static_beta
         if not self.dynamic:
-            return bias.new_zeros(bias.shape[0], n * self.dim), bias
-        pre, mixing = self.dynamic_alpha_fn.to(dtype).split([n, self.mixing_logits()], -1)
-        columns = [
-            pre * self.pre_branch_scale.to(dtype),
-            self.dynamic_beta_fn.to(dtype) * self.h_post_scale.to(dtype),
-            self._differences(mixing) * self.residual_scale.to(dtype),
-        ]
-        scale = math.sqrt(n * self.dim) * (1 + self.norm.gamma.to(dtype))
-        return (torch.cat(columns, -1) * scale[:, None]).T.contiguous(), bias
-
-    def _differences(self, logits: Tensor) -> Tensor:
-        """(…, S) to the kernels' columns (…, S'); transposed, a permutation's column goes to its inverse."""
-        groups = []
-        for size, group in zip(self.factors, logits.split([math.factorial(i) for i in self.factors], -1), strict=True):
-            if size == 2:
-                groups.append(group[..., 1:] - group[..., :1])
-            else:
-                groups.append(group[..., inverses(size)] if self.transposed else group)
-        return torch.cat(groups, -1)
+            bias = reference.bias(*(t.to(dtype) for t in statics), factors=self.factors, transposed=self.transposed)
+            return bias.new_zeros(len(bias), self.num_streams * self.dim), bias
+        weights = (
+            self.dynamic_alpha_fn, self.dynamic_beta_fn, self.norm.gamma, self.pre_branch_scale, self.h_post_scale,
+            self.residual_scale, *statics,
+        )  # fmt: skip
+        if weights[0].dtype != dtype:
+            weights = [t.to(dtype) for t in weights]
+        return kronecker_projection(*weights, factors=self.factors, transposed=self.transposed)
 
     def coefficients(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
         """h_pre (…, n), h_post (…, n) and H_res (…, n, n), the one that is applied, for streams x (…, n, dim)."""
@@ -128,9 +114,3 @@ class KromHC(Manifold):
         """(…, dim) to the state of n streams, which behaves as the tensor (…, n, dim)."""
         streams = super().expand(x)
         return streams if self.disabled else StreamState(streams.contiguous(), self.factors, self.keep_streams)
-
-
-def inverses(size: int) -> list[int]:
-    """Index of each permutation's inverse, in lexicographic order."""
-    orders = list(itertools.permutations(range(size)))
-    return [orders.index(tuple(sorted(range(size), key=order.__getitem__))) for order in orders]

@@ -18,6 +18,7 @@ __all__ = [
     "kronecker_open",
     "kronecker_post",
     "kronecker_pre",
+    "kronecker_projection",
     "kronecker_step",
 ]
 
@@ -52,6 +53,52 @@ def kronecker_factors(streams: int, factors: Sequence[int] | None = None) -> tup
 def kronecker_columns(factors: Sequence[int]) -> int:
     """Columns of the projection: n for pre, n for post, 1 a 2×2 factor, i! a larger one."""
     return 2 * math.prod(factors) + sum(reference.group_sizes(factors))
+
+
+def kronecker_projection(
+    alpha: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
+    pre_scale: Tensor,
+    post_scale: Tensor,
+    mixing_scale: Tensor,
+    static_alpha: Tensor,
+    static_beta: Tensor,
+    *,
+    factors: Sequence[int],
+    transposed: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A sublayer's parameters, as the paper has them, to the matrix of its coefficients, as `kronecker_pre` takes it.
+
+    weight = sqrt(nC) (1 + gamma) [pre_scale alpha_pre | post_scale beta | mixing_scale alpha_mixing]^T, where a 2×2
+    factor's two logits become their difference; the same of the static ones is the bias. Source: arXiv 2601.21579, §3.
+
+    Args:
+        alpha: (n C, n + S), beta (n C, n): the projections to the logits of h_pre and H_res, and of h_post, of any
+            floating dtype, used as float32 (float64 is); S is the sum of i! over the factors.
+        gamma: (n C,) of the norm. pre_scale, post_scale, mixing_scale: one number each, of any shape.
+        static_alpha: (n + S,), static_beta (n,). All of the dtype of alpha.
+        factors: of n, as in `kronecker_pre`; compiled kernels take 2s alone.
+        transposed: mix by the transpose of H_res.
+        backend: as in `kronecker_pre`.
+
+    Returns:
+        weight (2n + S', n C) and bias (2n + S',) with S' = `kronecker_columns` - 2n; float32, or float64 for float64.
+
+    Raises: as `kronecker_pre`.
+    """
+    sizes = tuple(factors)
+    tensors = [alpha, beta, gamma, pre_scale, post_scale, mixing_scale, static_alpha, static_beta]
+    _check_parameters(tensors, sizes)
+    if alpha.dtype in op.HALVES:
+        tensors = [t.float() for t in tensors]
+    chosen = dispatch.requested(backend)
+    if chosen != "reference" and eager.all_pairs(sizes):
+        return op.projection(*tensors, chosen)
+    if chosen != "reference":
+        _only_eager("kronecker_projection", chosen, sizes)
+    return reference.projection(*tensors, factors=sizes, transposed=transposed)
 
 
 def kronecker_pre(
@@ -92,7 +139,7 @@ def kronecker_pre(
         if chosen == "reference":
             u, h = reference.pre(flat, weight, bias, sizes, eps)
         elif eager.all_pairs(sizes):
-            u, h, _ = op.kronecker_pre(flat, weight, bias, float(eps), chosen)
+            u, h, _ = op.pre(flat, weight, bias, float(eps), chosen)
         else:
             _only_eager("kronecker_pre", chosen, sizes)
             u, h, _ = eager.pre(flat, weight, bias, sizes, eps)
@@ -151,7 +198,7 @@ def kronecker_post(
         if chosen == "reference":
             out = reference.post(*tensors, sizes)
         elif eager.all_pairs(sizes):
-            out = op.kronecker_post(*tensors, chosen)
+            out = op.post(*tensors, chosen)
         else:
             _only_eager("kronecker_post", chosen, sizes)
             out = eager.post(*tensors, sizes)
@@ -191,7 +238,7 @@ def kronecker_step(
         if chosen == "reference":
             following, u, h = reference.step(*tensors, weight, bias, sizes, eps)
         elif eager.all_pairs(sizes):
-            following, u, h, _ = op.kronecker_step(*tensors, weight, bias, float(eps), chosen)
+            following, u, h, _ = op.step(*tensors, weight, bias, float(eps), chosen)
         else:
             _only_eager("kronecker_step", chosen, sizes)
             following = eager.post(*tensors, sizes)
@@ -249,6 +296,25 @@ def _check_projection(
     if not eps > 0:
         raise ValueError(f"eps must be > 0, got {eps}")
     return weight.to(_full(x)), bias.to(_full(x))
+
+
+def _check_parameters(tensors: Sequence[Tensor], factors: tuple[int, ...]) -> None:
+    alpha, n = tensors[0], math.prod(factors)
+    kronecker_factors(n, factors)
+    width, columns = alpha.shape[0] if alpha.dim() else 0, n + sum(map(math.factorial, factors))
+    if width == 0 or width % n:
+        raise ValueError(f"alpha must be (n C, {columns}) for factors {factors}, got {tuple(alpha.shape)}")
+    if not alpha.is_floating_point():
+        raise TypeError(f"alpha must be a floating-point tensor, got {alpha.dtype}")
+    shapes = {"alpha": (width, columns), "beta": (width, n), "gamma": (width,), "pre_scale": None, "post_scale": None}
+    shapes |= {"mixing_scale": None, "static_alpha": (columns,), "static_beta": (n,)}
+    for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
+        if tensor.numel() != 1 if shape is None else tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape or 'one number'} for factors {factors}, got {tuple(tensor.shape)}")
+        if tensor.dtype != alpha.dtype:
+            raise TypeError(f"{name} must have the dtype of alpha ({alpha.dtype}), got {tensor.dtype}")
+        if tensor.device != alpha.device:
+            raise ValueError(f"{name} must be on the device of alpha ({alpha.device}), got {tensor.device}")
 
 
 def _check_branch(x: Tensor, y: Tensor, h: Tensor, factors: tuple[int, ...]) -> tuple[Tensor, Tensor]:

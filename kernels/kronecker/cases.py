@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..testing import Case, Spec, Tensors, normal
-from . import EPS, kronecker_open, kronecker_post, kronecker_pre, kronecker_step, op
+from . import EPS, kronecker_open, kronecker_post, kronecker_pre, kronecker_projection, kronecker_step, op
 from .reference import coefficients
 
 
@@ -116,6 +116,44 @@ def registered_step(tensors: Tensors, options: dict[str, Any], backend: str) -> 
     ]
 
 
+def make_projection(*, streams: int, dim: int) -> Tensors:
+    width, logits = streams * dim, streams + 2 * (streams.bit_length() - 1)
+    shapes = {
+        "alpha": (width, logits), "beta": (width, streams), "gamma": (width,), "pre_scale": (1,), "post_scale": (),
+        "mixing_scale": (1,), "static_alpha": (logits,), "static_beta": (streams,),
+    }  # fmt: skip
+    return {name: normal(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+
+
+def projection_case(id: str, streams: int, dim: int, change: Any = None) -> Case:
+    def make() -> Tensors:
+        tensors = make_projection(streams=streams, dim=dim)
+        return {name: change(t) for name, t in tensors.items()} if change else tensors
+
+    return Case(id, make, {"factors": [2] * (streams.bit_length() - 1)})
+
+
+PROJECTIONS = [
+    projection_case("small", 4, 3),
+    projection_case("two-streams", 2, 17),
+    projection_case("eight-streams", 8, 9),
+    projection_case("one-channel", 4, 1),
+    projection_case("many-channels", 4, 150),
+    projection_case("strided", 4, 6, lambda t: t.mT.contiguous().mT if t.dim() > 1 else t),
+    projection_case("zeros", 4, 5, torch.zeros_like),
+]
+
+
+def registered_projection(tensors: Tensors, options: dict[str, Any], backend: str) -> list[tuple[Any, tuple]]:
+    plain = tuple(full(tensors).values())
+    weight, bias = op.kronecker_projection(*plain, backend)
+    live = tuple(t.clone().requires_grad_() for t in plain)
+    return [
+        (op.kronecker_projection, (*live, backend)),
+        (op.kronecker_projection_backward, (torch.ones_like(weight), torch.ones_like(bias), *plain[:6], backend)),
+    ]
+
+
 def spec(name: str, call: Any, make: Any, registered: Any, cases: Sequence[str] = ()) -> Spec:
     paper = Case("paper", partial(make, 2, 128, streams=4, dim=768))
     # The product is byte-bound and thin: whether it meets the tensor cores is the compiler's choice.
@@ -124,6 +162,15 @@ def spec(name: str, call: Any, make: Any, registered: Any, cases: Sequence[str] 
 
 
 SPECS = [
+    Spec(
+        "kronecker_projection",
+        kronecker_projection,
+        PROJECTIONS,
+        registered_projection,
+        projection_case("paper", 4, 768),
+        ("cpp", "triton"),
+        gemm=False,
+    ),
     spec("kronecker_pre", kronecker_pre, make_pre, registered_pre),
     # The same kernels but for what joins in the backward.
     spec("kronecker_open", kronecker_open, make_pre, registered_open, ("small", "empty", "strided", "ragged")),

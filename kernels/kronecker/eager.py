@@ -20,6 +20,34 @@ def all_pairs(factors: Sequence[int]) -> bool:
     return all(i == 2 for i in factors)
 
 
+def projection_backward(
+    dweight: Tensor, dbias: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, pre: Tensor, post: Tensor,
+    mixing: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dalpha, dbeta, dgamma, the three scalars' in one, dstatic_alpha, dstatic_beta) for factors that are all 2×2."""
+    width, n = beta.shape
+    root, g = math.sqrt(width), dweight.T
+    swapped, kept = alpha[:, n + 1 :: 2], alpha[:, n::2]
+    groups = [n, n, swapped.shape[1]]
+    along = [
+        (part * raw).sum(-1)
+        for part, raw in zip(g.split(groups, -1), (alpha[:, :n], beta, swapped - kept), strict=True)
+    ]
+    dgamma = root * (pre * along[0] + post * along[1] + mixing * along[2])
+    scale = root * (1 + gamma)
+    dscales = torch.stack([scale @ part for part in along])
+    by_pre, by_post, by_mixing = (g * scale[:, None]).split(groups, -1)
+    dalpha = torch.cat([pre * by_pre, both_ways(mixing * by_mixing)], -1)
+    static = dbias.split(groups)
+    dstatic_alpha = torch.cat([static[0], both_ways(static[2])])
+    return dalpha.contiguous(), (post * by_post).contiguous(), dgamma, dscales, dstatic_alpha, static[1].clone()
+
+
+def both_ways(gradient: Tensor) -> Tensor:
+    """The gradient (…, 2 K) of pairs of logits from that of their differences (…, K)."""
+    return torch.stack([-gradient, gradient], -1).flatten(-2)
+
+
 def difference(x: Tensor, stage: int) -> Tensor:
     """x_0 - x_1 of the pairs of a stage: (N, 2^stage, n / 2^(stage + 1), C)."""
     a, b = x.unflatten(1, (2**stage, 2, -1)).unbind(2)

@@ -53,6 +53,41 @@ def coefficients(logits: Tensor, factors: Sequence[int]) -> Tensor:
     return torch.cat([groups[0].sigmoid(), 2 * groups[1].sigmoid(), *rest], -1)
 
 
+def inverses(size: int) -> list[int]:
+    """Index of each permutation's inverse, in lexicographic order."""
+    orders = list(itertools.permutations(range(size)))
+    return [orders.index(tuple(sorted(range(size), key=order.__getitem__))) for order in orders]
+
+
+def columns(logits: Tensor, factors: Sequence[int], transposed: bool) -> Tensor:
+    """The kernels' columns (…, S') of a logit a permutation (…, S): of a pair, the second minus the first. Transposed,
+    a permutation's column goes to its inverse."""
+    groups = []
+    for size, group in zip(factors, logits.split([math.factorial(i) for i in factors], -1), strict=True):
+        if size == 2:
+            groups.append(group[..., 1:] - group[..., :1])
+        else:
+            groups.append(group[..., inverses(size)] if transposed else group)
+    return torch.cat(groups, -1)
+
+
+def bias(static_alpha: Tensor, static_beta: Tensor, factors: Sequence[int], transposed: bool) -> Tensor:
+    n = len(static_beta)
+    return torch.cat([static_alpha[:n], static_beta, columns(static_alpha[n:], factors, transposed)])
+
+
+def projection(
+    alpha: Tensor, beta: Tensor, gamma: Tensor, pre: Tensor, post: Tensor, mixing: Tensor, static_alpha: Tensor,
+    static_beta: Tensor, factors: Sequence[int], transposed: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """weight = sqrt(nC) (1 + gamma) [alpha_pre W_pre | alpha_post W_post | alpha_res W_res]^T and the bias."""
+    n = len(static_beta)
+    groups = [pre * alpha[:, :n], post * beta, mixing * columns(alpha[:, n:], factors, transposed)]
+    scale = math.sqrt(len(gamma)) * (1 + gamma)
+    weight = (torch.cat(groups, -1) * scale[:, None]).T.contiguous()
+    return weight, bias(static_alpha, static_beta, factors, transposed)
+
+
 def pre(x: Tensor, weight: Tensor, bias: Tensor, factors: Sequence[int], eps: float) -> tuple[Tensor, Tensor]:
     """u = H_pre X and all coefficients h of the sublayer."""
     flat = x.flatten(1).to(weight.dtype)

@@ -52,7 +52,7 @@ def moe_route(
     chosen = dispatch.requested(backend)
     if chosen == "reference":
         return reference.route(logits, mask, top_k, capacity, renormalize)
-    found = routing.moe_route(logits, mask, top_k, -1 if capacity is None else capacity, renormalize, chosen)
+    found = routing.route(logits, mask, top_k, -1 if capacity is None else capacity, renormalize, chosen)
     return Routing(*found[:7])
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..autograd import differentiable
 from . import eager
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -100,4 +101,4 @@ def _backward(ctx: Any, grad_gates: Tensor, grad_balance: Tensor, *_: Tensor) ->
     return found.to(ctx.dtype), None, None, None, None, None
 
 
-moe_route.register_autograd(_backward, setup_context=_setup_context)
+route = differentiable(moe_route, _backward, _setup_context)

@@ -84,13 +84,11 @@ class _Call(torch.autograd.Function):
     """`op.moe_ffn` on aliases of the shared weights; None for one that is not shared."""
 
     @staticmethod
-    def forward(up: SharedWeight | None, down: SharedWeight | None, *inputs: Any) -> op.Parts:
-        return op.moe_ffn(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: op.Parts) -> None:
-        ctx.shared = inputs[:2]
-        op.setup_context(ctx, inputs[2:], output)
+    def forward(ctx: Any, up: SharedWeight | None, down: SharedWeight | None, *inputs: Any) -> op.Parts:
+        output = op.moe_ffn(*inputs)
+        ctx.shared = up, down
+        op.setup_context(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple:

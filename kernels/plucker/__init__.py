@@ -74,7 +74,7 @@ def plucker_mix(
     chosen = dispatch.requested(backend)
     if chosen == "reference":
         return reference.plucker_mix(z, weight, bias, steps, eps)
-    return op.plucker_mix(z, weight, bias, steps, float(eps), chosen)
+    return op.mix(z, weight, bias, steps, float(eps), chosen)
 
 
 def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
@@ -103,7 +103,7 @@ def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, *, backend: 
     chosen = dispatch.requested(backend)
     if chosen == "reference":
         return reference.gated_blend(x, g, weight, bias)
-    return blend.gated_blend(x, g, weight, bias, chosen)[0]
+    return blend.blend(x, g, weight, bias, chosen)[0]
 
 
 def _check_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..autograd import differentiable
 from . import eager
 from .op import HALVES
 
@@ -93,4 +94,4 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple:
     return *gated_blend_backward(grad, *ctx.saved_tensors, ctx.backend), None
 
 
-gated_blend.register_autograd(_backward, setup_context=_setup_context)
+blend = differentiable(gated_blend, _backward, _setup_context)

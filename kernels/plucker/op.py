@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..autograd import differentiable
 from . import eager
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -103,4 +104,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return dz, dweight, dbias, None, None, None
 
 
-plucker_mix.register_autograd(_backward, setup_context=_setup_context)
+mix = differentiable(plucker_mix, _backward, _setup_context)

@@ -41,7 +41,7 @@ def subspace_logits(x: Tensor, weight: Tensor, k: int, scale: float = 25.0, *, b
     chosen = dispatch.requested(backend)
     if chosen == "reference":
         return reference.subspace_logits(x, weight, k, scale)
-    flat = op.subspace_logits(x.reshape(-1, x.shape[-1]), weight, k, float(scale), chosen)
+    flat = op.logits(x.reshape(-1, x.shape[-1]), weight, k, float(scale), chosen)
     return flat.view(*x.shape[:-1], weight.shape[0] // k)
 
 
@@ -92,7 +92,7 @@ def subspace_cross_entropy(
         enabled = torch.is_grad_enabled()
         mask = [enabled and rows.requires_grad, enabled and weight.requires_grad]
         options = (k, float(scale), float(label_smoothing), ignore_index, mask, chosen)
-        total = op.subspace_cross_entropy(rows, weight, flat, *options)[0]
+        total = op.cross_entropy(rows, weight, flat, *options)[0]
     if reduction == "sum":
         return total
     return total / (rows.shape[0] if soft else (flat != ignore_index).sum())

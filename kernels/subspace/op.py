@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..autograd import once, scaled
+from ..autograd import differentiable, once, scaled
 from . import chunked, eager
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -99,7 +99,7 @@ def _backward_logits(ctx: Any, grad: Tensor) -> tuple:
     return dx if mask[0] else None, dweight if mask[1] else None, None, None, None
 
 
-subspace_logits.register_autograd(_backward_logits, setup_context=_setup_logits)
+logits = differentiable(subspace_logits, _backward_logits, _setup_logits)
 
 
 @torch.library.custom_op(f"{dispatch.NAMESPACE}::subspace_cross_entropy", mutates_args=())
@@ -167,7 +167,7 @@ def _backward_loss(ctx: Any, grad: Tensor | None, *_: object) -> tuple:
     return (*once("subspace_cross_entropy", *found), *[None] * 7)
 
 
-subspace_cross_entropy.register_autograd(_backward_loss, setup_context=_setup_loss)
+cross_entropy = differentiable(subspace_cross_entropy, _backward_loss, _setup_loss)
 
 
 @torch.library.custom_op(f"{dispatch.NAMESPACE}::grassmann_step", mutates_args=())

@@ -639,7 +639,7 @@ def test_integer_streams_are_refused():
 
 
 def test_inverse_permutations():
-    from grassland.archs.residuals.kromhc import inverses
+    from grassland.kernels.kronecker.reference import inverses
 
     for size in (2, 3, 4):
         orders = list(itertools.permutations(range(size)))
