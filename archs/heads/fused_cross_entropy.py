@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...kernels.guard import on_its_device
+from ...kernels.launch import on_its_device
 from ...kernels.rounding import store
 
 # Vectors of a program, and numbers in a vector.

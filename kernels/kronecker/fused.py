@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
-from ..guard import on_its_device
+from ..launch import cdiv, next_power_of_2, on_its_device
 
 # Programs wanted in flight for the weight gradient: four for each multiprocessor of the largest chips.
 SPLITS = 528
@@ -455,7 +455,7 @@ def shape(x: Tensor) -> dict[str, int]:
 
 
 def at_least_16(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(size))
 
 
 def padded(x: Tensor) -> dict[str, int]:
@@ -471,7 +471,7 @@ def stacked(x: Tensor) -> dict[str, int]:
 def split(weight: Tensor) -> Tensor:
     """[w_0 | w_1 | w_2] in bfloat16."""
     out, size = weight.new_empty(3 * weight.shape[0], weight.shape[1], dtype=torch.bfloat16), weight.numel()
-    split_kernel[(triton.cdiv(size, 256),)](weight, out, size, BC=256)
+    split_kernel[(cdiv(size, 256),)](weight, out, size, BC=256)
     return out
 
 
@@ -492,7 +492,7 @@ TILES = {
 
 def tile(x: Tensor, kernel: str) -> dict[str, int]:
     tokens, channels, most, warps = TILES[kernel]
-    width = max(16, min(most, channels // x.shape[1], triton.next_power_of_2(x.shape[2])))
+    width = max(16, min(most, channels // x.shape[1], next_power_of_2(x.shape[2])))
     # Half as many of float32.
     tokens = max(16, 2 * tokens // x.element_size())
     return {"BM": tokens, "BC": width, "num_warps": warps}
@@ -508,7 +508,7 @@ def forward(
     u, after, saved = x.new_empty(tokens, dim), weight.new_empty(tokens, m), weight.new_empty(tokens, m + 1)
     if tokens:
         block = tile(x, "pre")
-        pre_kernel[(triton.cdiv(tokens, block["BM"]),)](
+        pre_kernel[(cdiv(tokens, block["BM"]),)](
             x, x if y is None else y, after if h is None else h, split(weight), bias, out, u, after, saved, tokens,
             dim, eps, POST=y is not None, DTYPE=stored(x), **shape(x), **padded(x), **stacked(x), **block,
         )  # fmt: skip
@@ -529,19 +529,19 @@ def backward(
     joined, branch, before = (x if dx is None else dx), (y if post else x), (h if post else after)
     common = {"POST": post, "DTYPE": stored(x), **shape(x), **padded(x)}
     block = stacked(x) | tile(x, "step_backward" if post else "pre_backward")
-    pre_backward_kernel[(triton.cdiv(tokens, block["BM"]),)](
+    pre_backward_kernel[(cdiv(tokens, block["BM"]),)](
         joined, du, dafter, x, branch, before, split(weight), after, saved, grad, dy, dh, logits, tokens, dim,
         eps, JOIN=dx is not None, **common, **block,
     )  # fmt: skip
     block = tile(x, "weight_gradient")
-    columns = triton.cdiv(dim, block["BC"])
-    splits = max(1, min(SPLITS // columns, triton.cdiv(tokens, 256)))
+    columns = cdiv(dim, block["BC"])
+    splits = max(1, min(SPLITS // columns, cdiv(tokens, 256)))
     partial, biases = weight.new_empty(splits, m, n * dim), weight.new_empty(splits, m)
     weight_gradient_kernel[(columns, splits)](
         logits, saved, x, branch, before, partial, biases, tokens, dim, SPLIT=splits, **common, **block
     )
     dweight, dbias, size = torch.empty_like(weight), weight.new_empty(m), m * n * dim
-    reduce_kernel[(triton.cdiv(size, 128) + 1,)](partial, biases, dweight, dbias, size, M=m, SPLIT=splits, BC=128)
+    reduce_kernel[(cdiv(size, 128) + 1,)](partial, biases, dweight, dbias, size, M=m, SPLIT=splits, BC=128)
     return grad, dy, dh, dweight, dbias
 
 
@@ -560,7 +560,7 @@ def kronecker_post(x: Tensor, y: Tensor, h: Tensor) -> Tensor:
     tokens, _, dim = x.shape
     out, block = torch.empty_like(x), tile(x, "post")
     if tokens:
-        grid = (triton.cdiv(tokens, block["BM"]), triton.cdiv(dim, block["BC"]))
+        grid = (cdiv(tokens, block["BM"]), cdiv(dim, block["BC"]))
         post_kernel[grid](x, y, h, out, tokens, dim, DTYPE=stored(x), **shape(x), **block)
     return out
 
@@ -577,7 +577,7 @@ def kronecker_post_backward(grad: Tensor, x: Tensor, y: Tensor, h: Tensor) -> tu
     tokens, _, dim = x.shape
     dx, dy, dh, block = torch.empty_like(x), torch.empty_like(y), torch.empty_like(h), tile(x, "post_backward")
     if tokens:
-        post_backward_kernel[(triton.cdiv(tokens, block["BM"]),)](
+        post_backward_kernel[(cdiv(tokens, block["BM"]),)](
             grad, x, y, h, dx, dy, dh, tokens, dim, **shape(x), **padded(x), **block
         )
     return dx, dy, dh

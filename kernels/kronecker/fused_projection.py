@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..guard import on_its_device
+from ..launch import cdiv, on_its_device
 
 # Channels of a program.
 CHANNELS = 128
@@ -95,7 +95,7 @@ def projection_backward_kernel(
 def sizes(alpha: Tensor, beta: Tensor) -> tuple[tuple[int], int, dict[str, int]]:
     """Grid, n C and the constants."""
     width, n = beta.shape
-    return (triton.cdiv(width, CHANNELS),), width, {"N": n, "K": (alpha.shape[1] - n) // 2}
+    return (cdiv(width, CHANNELS),), width, {"N": n, "K": (alpha.shape[1] - n) // 2}
 
 
 @on_its_device

@@ -247,11 +247,20 @@ def _backward_projection(ctx: Any, dweight: Tensor, dbias: Tensor) -> tuple:
 
 def _setup_pre(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, _, ctx.eps, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, output[1], output[2])
 
 
-def _backward_pre(ctx: Any, du: Tensor, dh: Tensor, _: Any) -> tuple:
-    return (*kronecker_pre_backward(du, dh, *ctx.saved_tensors, ctx.eps, ctx.backend), None, None)
+def _backward_pre(ctx: Any, du: Tensor | None, dh: Tensor | None, _: Any, dx: Tensor | None = None) -> tuple:
+    x, weight, h, saved = ctx.saved_tensors
+    du, dh = _filled(du, dh, x, h)
+    return (*kronecker_pre_backward(du, dh, x, weight, h, saved, ctx.eps, ctx.backend, dx), None, None)
+
+
+def _filled(du: Tensor | None, dh: Tensor | None, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros where nothing flows in."""
+    du = x.new_zeros(x.shape[0], x.shape[2]) if du is None else du
+    return du, torch.zeros_like(h) if dh is None else dh
 
 
 def _setup_post(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -265,11 +274,15 @@ def _backward_post(ctx: Any, grad: Tensor) -> tuple:
 
 def _setup_step(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, y, h, weight, _, ctx.eps, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, y, h, weight, output[2], output[3])
 
 
-def _backward_step(ctx: Any, dx: Tensor, du: Tensor, dh: Tensor, _: Any) -> tuple:
-    return (*kronecker_step_backward(dx, du, dh, *ctx.saved_tensors, ctx.eps, ctx.backend), None, None)
+def _backward_step(ctx: Any, dx: Tensor | None, du: Tensor | None, dh: Tensor | None, _: Any) -> tuple:
+    x, y, h, weight, after, saved = ctx.saved_tensors
+    dx = torch.zeros_like(x) if dx is None else dx
+    tensors = (dx, *_filled(du, dh, x, after), x, y, h, weight, after, saved)
+    return (*kronecker_step_backward(*tensors, ctx.eps, ctx.backend), None, None)
 
 
 projection = differentiable(kronecker_projection, _backward_projection, _setup_projection)
@@ -286,17 +299,11 @@ class KroneckerOpen(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        u, h, saved = kronecker_pre(x, weight, bias, eps, backend)
-        ctx.save_for_backward(x, weight, h, saved)
-        ctx.eps, ctx.backend = eps, backend
-        ctx.set_materialize_grads(False)
-        return x.view_as(x), u, h
+        output = kronecker_pre(x, weight, bias, eps, backend)
+        _setup_pre(ctx, (x, weight, bias, eps, backend), output)
+        return x.view_as(x), *output[:2]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dx: Tensor | None, du: Tensor | None, dh: Tensor | None) -> tuple:
-        x, weight, h, saved = ctx.saved_tensors
-        du = x.new_zeros(x.shape[0], x.shape[2]) if du is None else du
-        dh = torch.zeros_like(h) if dh is None else dh
-        grads = kronecker_pre_backward(du, dh, x, weight, h, saved, ctx.eps, ctx.backend, dx)
-        return (*grads, None, None)
+        return _backward_pre(ctx, du, dh, None, dx)

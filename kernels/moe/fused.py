@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
-from ..guard import on_its_device
+from ..launch import cdiv, next_power_of_2, on_its_device
 from ..rounding import store
 from .fused_route import route, route_backward
 
@@ -317,9 +317,9 @@ FULL = 256
 
 def choose(tiles: list[dict[str, int]], pairs: int, experts: int, width: int) -> dict[str, int]:
     """The first tile that an expert's rows fill by half and that gives a full GPU's programs, else the last."""
-    rows = triton.cdiv(pairs, experts)
+    rows = cdiv(pairs, experts)
     for size in tiles:
-        programs = experts * triton.cdiv(rows, size["BM"]) * triton.cdiv(width, size["BN"])
+        programs = experts * cdiv(rows, size["BM"]) * cdiv(width, size["BN"])
         if size["BM"] <= 2 * rows and programs >= FULL:
             return size
     return tiles[-1]
@@ -336,7 +336,7 @@ def grouped(
 ) -> None:  # fmt: skip
     experts, (pairs, width), inner = weight.shape[0], out.shape, a.shape[1]
     size = choose(GROUPED[a.dtype == torch.float32], pairs, experts, width)
-    grid = (triton.cdiv(width, size["BN"]), triton.cdiv(pairs, size["BM"]) + experts)
+    grid = (cdiv(width, size["BN"]), cdiv(pairs, size["BM"]) + experts)
     grouped_kernel[grid](
         a, weight, a if bias is None else bias, out, order, offsets, inner, width, TOP_K=top_k, E=experts,
         GATHER=gather, TRANSPOSED=transposed, BIAS=bias is not None, DTYPE=operand(a.dtype), **size,
@@ -346,7 +346,7 @@ def grouped(
 def combine(rows: Tensor, gates: Tensor | None, slots: Tensor, drop: dict, gelu: bool, dropped: bool) -> Tensor:
     (tokens, top_k), width = slots.shape, rows.shape[1]
     out = rows.new_empty(tokens, width)
-    combine_kernel[(triton.cdiv(tokens, 16), triton.cdiv(width, 128))](
+    combine_kernel[(cdiv(tokens, 16), cdiv(width, 128))](
         rows, slots if gates is None else gates, slots, **drop, out=out, tokens=tokens, width=width, TOP_K=top_k,
         GATED=gates is not None, GELU=gelu, DROP=dropped, BT=16, BN=128,
     )  # fmt: skip
@@ -376,7 +376,7 @@ def weight_gradient(
     accumulate: bool,
 ) -> None:  # fmt: skip
     (experts, rows, cols), size = total.shape, WEIGHT_GRADIENT[left.dtype == torch.float32]
-    grid = (triton.cdiv(rows, size["BM"]), triton.cdiv(cols, size["BN"]), experts)
+    grid = (cdiv(rows, size["BM"]), cdiv(cols, size["BN"]), experts)
     weight_gradient_kernel[grid](
         left, right, order, offsets, total, rows, cols, TOP_K=top_k, GATHER=gather, ACCUMULATE=accumulate,
         DTYPE=operand(left.dtype), **size,
@@ -385,9 +385,9 @@ def weight_gradient(
 
 def bias_gradient(x: Tensor, gates: Tensor | None, order: Tensor, offsets: Tensor) -> Tensor:
     experts, (pairs, width) = offsets.shape[0] - 1, x.shape
-    splits = min(triton.next_power_of_2(triton.cdiv(pairs, 256 * experts)), 64)
+    splits = min(next_power_of_2(cdiv(pairs, 256 * experts)), 64)
     out = x.new_empty(splits, experts, width, dtype=torch.float32)
-    bias_gradient_kernel[(triton.cdiv(width, 64), experts, splits)](
+    bias_gradient_kernel[(cdiv(width, 64), experts, splits)](
         x, order if gates is None else gates, order, offsets, out, width, splits, E=experts, GATED=gates is not None,
         BM=32, BN=64,
     )  # fmt: skip
@@ -409,7 +409,7 @@ def moe_ffn_backward(
         return torch.zeros_like(x), torch.zeros_like(gates), db_up, db_down
     drop, dropped = noise(seed, order, rate), seed is not None
     g, dgate = x.new_empty(pairs, dim), gates.new_empty(pairs)
-    output_backward_kernel[(triton.cdiv(pairs, 8) + experts,)](
+    output_backward_kernel[(cdiv(pairs, 8) + experts,)](
         grad, o if gelu_out else x, b_down, order, offsets, **drop, g=g, dgate=dgate, width=dim,
         TOP_K=top_k, E=experts, GELU=gelu_out, DROP=dropped, BM=8, BN=256,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..guard import on_its_device
+from ..launch import cdiv, next_power_of_2, on_its_device
 
 BLOCK = 128
 SIZES = ["tokens", "blocks", "capacity"]
@@ -155,7 +155,7 @@ def route_backward_kernel(
 
 
 def sizes(experts: int, top_k: int, mask: Tensor | None) -> dict:
-    return {"E": experts, "EP": triton.next_power_of_2(experts), "TOP_K": top_k, "MASKED": mask is not None}
+    return {"E": experts, "EP": next_power_of_2(experts), "TOP_K": top_k, "MASKED": mask is not None}
 
 
 @on_its_device
@@ -166,7 +166,7 @@ def route(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renorm
     experts, slots = torch.empty(tokens, top_k, **index), torch.empty(tokens, top_k, **index)
     order = torch.full((tokens * top_k,), -1, **index)
     offsets, counts, balance = torch.empty(count + 1, **index), torch.empty(count, **index), logits.new_empty(())
-    blocks, shape = triton.cdiv(tokens, BLOCK), sizes(count, top_k, mask)
+    blocks, shape = cdiv(tokens, BLOCK), sizes(count, top_k, mask)
     histogram, start = torch.empty(blocks, count, **index), torch.empty(blocks, count, **index)
     sums, flags = logits.new_empty(blocks, count, dtype=torch.float64), logits if mask is None else mask
     if blocks:
@@ -191,7 +191,7 @@ def route_backward(
     out = torch.empty_like(probabilities)
     tokens, count = out.shape
     if tokens:
-        route_backward_kernel[(triton.cdiv(tokens, BLOCK),)](
+        route_backward_kernel[(cdiv(tokens, BLOCK),)](
             grad_gates, grad_balance, probabilities, experts, counts, out if mask is None else mask, out, tokens,
             NORMAL=renormalize, BT=BLOCK, **sizes(count, experts.shape[1], mask),
         )  # fmt: skip

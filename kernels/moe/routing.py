@@ -93,11 +93,20 @@ def _setup_context(ctx: Any, inputs: tuple, output: Parts) -> None:
     logits, mask, _, _, ctx.renormalize, ctx.backend = inputs
     ctx.dtype = logits.dtype
     ctx.mark_non_differentiable(*output[2:])
+    # Else autograd would write zeros for each of those.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[7], output[2], output[6], mask)
 
 
-def _backward(ctx: Any, grad_gates: Tensor, grad_balance: Tensor, *_: Tensor) -> tuple:
-    found = moe_route_backward(grad_gates, grad_balance, *ctx.saved_tensors, ctx.renormalize, ctx.backend)
+def _backward(ctx: Any, grad_gates: Tensor | None, grad_balance: Tensor | None, *_: Tensor | None) -> tuple:
+    probabilities, experts, counts, mask = ctx.saved_tensors
+    if grad_gates is None:
+        grad_gates = probabilities.new_zeros(experts.shape)
+    if grad_balance is None:
+        grad_balance = probabilities.new_zeros(())
+    found = moe_route_backward(
+        grad_gates, grad_balance, probabilities, experts, counts, mask, ctx.renormalize, ctx.backend
+    )
     return found.to(ctx.dtype), None, None, None, None, None
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..guard import on_its_device
+from ..launch import cdiv, next_power_of_2, on_its_device
 from ..rounding import store
 
 SIZES = ["tokens", "length"]
@@ -225,7 +225,7 @@ def add_parts_kernel(partial, out, dim, PARTS: tl.constexpr, BN: tl.constexpr):
 
 def rows_block(rank: int) -> dict[str, int]:
     """Tile of the kernels that hold whole rows of z: so small that the unrolled offsets stay in registers."""
-    padded = max(triton.next_power_of_2(rank), 16)
+    padded = max(next_power_of_2(rank), 16)
     return {"R": rank, "RP": padded, "BM": max(16, 1024 // padded)}
 
 
@@ -233,7 +233,7 @@ def pack(weight: Tensor, rank: int) -> Tensor:
     """(pairs, d) in the cyclic order."""
     dim, pairs = weight.shape
     packed = weight.new_empty(pairs, dim)
-    grid = (triton.cdiv(pairs, 32), triton.cdiv(dim, 128))
+    grid = (cdiv(pairs, 32), cdiv(dim, 128))
     pack_kernel[grid](weight, packed, dim, R=rank, PAIRS=pairs, BQ=32, BN=128)
     return packed
 
@@ -241,7 +241,7 @@ def pack(weight: Tensor, rank: int) -> Tensor:
 def unpack(packed: Tensor, weight: Tensor, rank: int) -> Tensor:
     """The gradient of `weight` from that of the packed one."""
     (dim, pairs), found = weight.shape, torch.empty_like(weight)
-    grid = (triton.cdiv(pairs, 32), triton.cdiv(dim, 128))
+    grid = (cdiv(pairs, 32), cdiv(dim, 128))
     unpack_kernel[grid](packed, found, dim, R=rank, PAIRS=pairs, BQ=32, BN=128)
     return found
 
@@ -249,7 +249,7 @@ def unpack(packed: Tensor, weight: Tensor, rank: int) -> Tensor:
 def average(z: Tensor, offsets: tuple[int, ...], eps: float) -> Tensor:
     y = torch.empty_like(z, dtype=torch.float32)
     tokens, block = z.shape[0] * z.shape[1], rows_block(z.shape[-1])
-    average_kernel[(triton.cdiv(tokens, block["BM"]),)](z, y, tokens, z.shape[1], eps, OFFSETS=offsets, **block)
+    average_kernel[(cdiv(tokens, block["BM"]),)](z, y, tokens, z.shape[1], eps, OFFSETS=offsets, **block)
     return y
 
 
@@ -263,7 +263,7 @@ def wedges(z: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     tokens, rank = z.shape
     pairs = weight.shape[1]
     out = weight.new_empty(tokens, pairs)
-    grid = (triton.cdiv(tokens, WEDGES["BM"]), triton.cdiv(pairs, WEDGES["BQ"]))
+    grid = (cdiv(tokens, WEDGES["BM"]), cdiv(pairs, WEDGES["BQ"]))
     wedge_kernel[grid](z, y, out, tokens, R=rank, PAIRS=pairs, **WEDGES)
     return out
 
@@ -273,10 +273,8 @@ def column_sum(x: Tensor, length: int = 1, first: int = 0) -> Tensor:
     """Sum of the rows of x (tokens, d) that stand at `first` or later in their text, in float32."""
     tokens, dim = x.shape
     partial, out = (x.new_empty(*shape, dim, dtype=torch.float32) for shape in ((PARTS,), ()))
-    column_sum_kernel[(PARTS, triton.cdiv(dim, 128))](
-        x, partial, tokens, length, dim, FIRST=first, PARTS=PARTS, BM=32, BN=128
-    )
-    add_parts_kernel[(triton.cdiv(dim, 16),)](partial, out, dim, PARTS=PARTS, BN=16)
+    column_sum_kernel[(PARTS, cdiv(dim, 128))](x, partial, tokens, length, dim, FIRST=first, PARTS=PARTS, BM=32, BN=128)
+    add_parts_kernel[(cdiv(dim, 16),)](partial, out, dim, PARTS=PARTS, BN=16)
     return out
 
 
@@ -329,13 +327,13 @@ def products_backward(
             total = part if total is None else total.float().add_(part)
         if mask[0]:
             dp = g @ packed.T
-            wedge_backward_kernel[(triton.cdiv(len(g), narrow["BM"]),)](
+            wedge_backward_kernel[(cdiv(len(g), narrow["BM"]),)](
                 dp, rows[chunk], y[chunk], direct[chunk], dy[chunk], len(g), PAIRS=pairs, **narrow
             )
     dz = None
     if mask[0]:
         dz = torch.empty_like(z)
-        average_backward_kernel[(triton.cdiv(tokens, block["BM"]),)](
+        average_backward_kernel[(cdiv(tokens, block["BM"]),)](
             z, dy, direct, dz, tokens, length, eps, OFFSETS=offsets, **block
         )
     return dz, None if total is None else unpack(total, weight, rank)
@@ -376,9 +374,9 @@ def blend_backward_kernel(grad, x, g, alpha, dx, dg, dlogit, tokens, dim, BM: tl
 
 def blend_block(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and tile: BLEND numbers of at most 256 columns."""
-    width = min(256, triton.next_power_of_2(x.shape[1]))
+    width = min(256, next_power_of_2(x.shape[1]))
     block = {"BM": BLEND // width, "BN": width}
-    return (triton.cdiv(x.shape[0], block["BM"]), triton.cdiv(x.shape[1], width)), block
+    return (cdiv(x.shape[0], block["BM"]), cdiv(x.shape[1], width)), block
 
 
 @on_its_device

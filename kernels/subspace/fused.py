@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import dispatch
-from ..guard import on_its_device
+from ..launch import next_power_of_2, on_its_device
 from ..rounding import store
 from . import chunked, eager
 from .chunked import Loss, accumulation
@@ -373,7 +373,7 @@ class Unit(chunked.Unit):
         self.wide = x.contiguous()
         self.hat = torch.empty_like(self.wide)
         self.norm = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-        self.tile = {"EPS": EPS, "BN": min(2048, triton.next_power_of_2(x.shape[1]))}
+        self.tile = {"EPS": EPS, "BN": min(2048, next_power_of_2(x.shape[1]))}
         if x.shape[0]:
             unit_kernel[(x.shape[0],)](self.wide, self.hat, self.norm, x.shape[1], **self.tile)
 
@@ -387,8 +387,8 @@ class Unit(chunked.Unit):
 
 def grouping(z: Tensor, k: int) -> dict[str, int]:
     """Classes in a tile of about 2048 numbers."""
-    padded = triton.next_power_of_2(k)
-    classes = triton.next_power_of_2(z.shape[-1] // k)
+    padded = next_power_of_2(k)
+    classes = next_power_of_2(z.shape[-1] // k)
     return {"K": k, "KP": padded, "BC": min(max(2048 // padded, 1), max(classes, 2))}
 
 
@@ -432,14 +432,14 @@ def grassmann_step_(
         buffer.copy_(stored)
         return
     w, b, d = weight.contiguous(), buffer.contiguous(), grad.contiguous()
-    padded, n = max(8, triton.next_power_of_2(k)), w.shape[1]
+    padded, n = max(8, next_power_of_2(k)), w.shape[1]
     tile = TILES["large" if padded == 16 else "wide" if n >= WIDE else "narrow"]
     warps = tile["num_warps"]
     step_kernel[(w.shape[0] // k,)](
         w, b, d, lr, momentum,
         K=k, N=n, KP=padded, CARRY=("official", "project", "transport").index(mode),
         KEEP=mode == "official" and b.dtype == torch.float32,
-        W=warps, BC=max(16, min(tile["columns"], triton.next_power_of_2(n)) // warps), num_warps=warps,
+        W=warps, BC=max(16, min(tile["columns"], next_power_of_2(n)) // warps), num_warps=warps,
     )  # fmt: skip
     for tensor, result in ((weight, w), (buffer, b)):
         if result.data_ptr() != tensor.data_ptr():
