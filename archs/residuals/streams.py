@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -197,14 +197,37 @@ for _name in _OPERATORS.split():
     setattr(StreamState, f"__{_name}__", _operator(f"__{_name}__"))
 
 
-def _flatten(state: StreamState) -> tuple[list[Tensor], tuple[tuple[int, ...], int]]:
-    return [state._x, *(state._pending or ())], (state._factors, state._keep)
+@dataclass(frozen=True)
+class Context:
+    """What a state has besides its tensors. The recipe stays valid as long as nothing has been done to the streams."""
+
+    factors: tuple[int, ...]
+    keep: int
+    recipe: Recipe | None = field(default=None, compare=False)
+    streams: tuple[int, int] | None = field(default=None, compare=False)
+
+    @staticmethod
+    def of(state: StreamState) -> Context:
+        known = None if state._recipe is None else _identity(state._x)
+        return Context(state._factors, state._keep, state._recipe, known)
+
+    def recipe_for(self, x: Any) -> Recipe | None:
+        same = self.recipe is not None and isinstance(x, Tensor) and _identity(x) == self.streams
+        return self.recipe if same else None
 
 
-def _unflatten(tensors: Iterable[Any], context: tuple[tuple[int, ...], int]) -> StreamState:
+def _identity(x: Tensor) -> tuple[int, int]:
+    return x.data_ptr(), x._version
+
+
+def _flatten(state: StreamState) -> tuple[list[Tensor], Context]:
+    return [state._x, *(state._pending or ())], Context.of(state)
+
+
+def _unflatten(tensors: Iterable[Any], context: Context) -> StreamState:
     x, *pending = tensors
-    # Without the recipe: it would not know what has been done to the tensors.
-    return StreamState(x, *context, (pending[0], pending[1]) if pending else None)
+    addition = (pending[0], pending[1]) if pending else None
+    return StreamState(x, context.factors, context.keep, addition, context.recipe_for(x))
 
 
 pytree.register_pytree_node(StreamState, _flatten, _unflatten, serialized_type_name=f"{__name__}.StreamState")

@@ -409,6 +409,18 @@ def test_a_state_is_a_pytree():
     assert isinstance(again, StreamState) and torch.equal(again.tensor(), state.tensor())
 
 
+def test_a_pytree_keeps_the_recipe_of_streams_that_nothing_has_changed():
+    layers = randomised(chain("kromhc", depth=3, keep_streams=3))
+    state = layers[0].expand(normal(2, 3, 6))
+    for layer in layers:
+        state = layer(state)
+    recipe = state._recipe
+    assert recipe is not None and pytree.tree_map(lambda t: t, state)._recipe is recipe
+    assert pytree.tree_map(lambda t: 2 * t, state)._recipe is None
+    with torch.no_grad():
+        assert pytree.tree_map(lambda t: t.mul_(2), state)._recipe is None
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_branches_that_return_tuples_and_take_arguments(kind):
     def branch(u, scale):
