@@ -161,6 +161,20 @@ def training_table():
     return "\n".join([*lines, "", f"{sizes} The code differs, too: {commits}. {footnote(records)}"])
 
 
+def host_table():
+    """Microseconds of the host for a layer with next to nothing to compute, from benchmarks/host.py."""
+    records = [r for path in sorted(RESULTS.glob("host-*.jsonl")) for r in read(path.name)]
+    if not records:
+        return NONE
+    modes = list(records[0]["microseconds"])
+    lines = [f"| µs | {' | '.join(modes)} |", "|---" * (len(modes) + 1) + "|"]
+    for r in records:
+        cells = [figure(r["microseconds"][mode]) for mode in modes]
+        lines.append(f"| {r['slot']}: {r['layer']} | {' | '.join(cells)} |")
+    size = " × ".join(map(str, records[0]["shape"]))
+    return "\n".join([*lines, "", f"Inputs of {size} numbers. {footnote(records)}"])
+
+
 def read_if_there(name):
     return read(name) if (RESULTS / name).exists() else []
 
@@ -295,6 +309,7 @@ TABLES |= {
     "kernels_gpu": functools.partial(kernel_tables, "cuda"),
     "device": device_table,
     "training": training_table,
+    "host": host_table,
     "scaling": scaling_tables,
     "profile": profile_table,
     "compare_full": functools.partial(compare_tables, *FULL),

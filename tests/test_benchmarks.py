@@ -307,3 +307,14 @@ def test_peak_memory_on_the_cpu():
 
     # Two of the three tensors at a time, and scalars.
     assert 2 <= bench.peak_bytes(step, torch.device("cpu")) / (4 << 20) < 2.01
+
+
+def test_the_host_benchmark_times_every_layer(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/host.py", "--repeats", "1", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "host-cpu.jsonl").read_text().splitlines()]
+    assert {r["slot"] for r in records} == {"mixer", "residual", "ffn", "head"}
+    for r in records:
+        assert list(r["microseconds"]) == ["inference", "forward", "forward + backward"]
+        assert min(r["microseconds"].values()) > 0
