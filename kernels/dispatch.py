@@ -28,7 +28,7 @@ class BackendError(RuntimeError):
     """An explicitly requested backend is not there, or cannot take these inputs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Op:
     """What an op offers: its name, its backends and the dtypes that each compiled backend takes."""
 
@@ -131,6 +131,13 @@ def requested(backend: str | None) -> str:
     return "reference"
 
 
+@functools.cache
+def implicit(op: Op, device: str, dtype: torch.dtype, unfit: tuple[str, ...]) -> str:
+    """The backend where none is asked for. What it depends on does not change in a process."""
+    choice = fastest(op, device, dtype, unfit)
+    return choice if missing(op, choice, device, dtype) is None else "eager"
+
+
 def pick(op: Op, tensor: Tensor, backend: str = "", unfit: Collection[str] = ()) -> str:
     """The backend that runs `op` on `tensor`: the requested one, else the device's best that is not `unfit`.
 
@@ -138,8 +145,7 @@ def pick(op: Op, tensor: Tensor, backend: str = "", unfit: Collection[str] = ())
     """
     device = tensor.device.type
     if not backend:
-        choice = fastest(op, device, tensor.dtype, unfit)
-        return choice if missing(op, choice, device, tensor.dtype) is None else "eager"
+        return implicit(op, device, tensor.dtype, tuple(unfit))
     reason = missing(op, backend, device, tensor.dtype)
     if reason is not None:
         raise BackendError(f"{op.name}: backend {backend!r} is not available: {reason}")

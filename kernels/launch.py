@@ -1,9 +1,10 @@
-"""What launching a Triton kernel takes on the host, where a small layer on a GPU spends its time."""
+"""What a call takes on the host, where a small layer on a GPU spends its time."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ R = TypeVar("R")
 
 
 def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
-    """`launch` with the device of its first tensor as the current one."""
+    """`launch`, of Triton kernels, with the device of its first tensor as the current one."""
 
     @functools.wraps(launch)
     def guarded(*args: Any, **kwargs: Any) -> R:
@@ -22,6 +23,11 @@ def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
             return launch(*args, **kwargs)
 
     return guarded
+
+
+def without_autocast(device: str) -> Any:
+    """A context where operations keep the dtypes of their inputs: torch's, which takes microseconds, if needed."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 # Triton's own are written for its kernels too, and take a microsecond each.

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from ...kernels.launch import without_autocast
 from ...kernels.moe import Routing, expert_capacity, moe_ffn, moe_route
 from ..checks import check_input
 from ..init import INIT_STD
@@ -137,7 +138,7 @@ class SharedMoE(nn.Module):
     def _logits(self, rows: Tensor) -> Tensor:
         """Router logits in float32 (float64 for float64), with the noise of training."""
         wide = torch.promote_types(rows.dtype, torch.float32)
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device.type):
             logits = F.linear(rows.to(wide), self.router.to(wide))
         return logits + torch.randn_like(logits) / self.num_experts if self.training and self.noise else logits
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...kernels import dispatch
 from ...kernels.autograd import differentiable, once, scaled
+from ...kernels.launch import without_autocast
 from ...kernels.products import boost, product
 
 # Logits alive at a time: 2²⁴ float32 are 64 MiB, enough rows of a 30 k vocabulary for an efficient matrix product. A
@@ -68,7 +69,7 @@ def _summed(
     grad_matrix: Tensor | None = None
     fused = dispatch.requested(None) not in PLAIN and dispatch.pick(ROWS, matrix) == "triton"
     # The op's own dtypes hold inside it, not autocast's.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         for rows in _chunks(x.shape[0], matrix):
             features = x[rows].to(compute)
             logits = features @ matrix.t()

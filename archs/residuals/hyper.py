@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.launch import without_autocast
 from ..checks import check_input
 from ..registry import register_slot
 
@@ -163,13 +164,13 @@ class Hyper(nn.Module):
         self.check(x)
         h_pre, h_post, mixing = self.coefficients(x)
         mixing = mixing.mT if self.transposed else mixing
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             u = (h_pre.unsqueeze(-2) @ x.to(h_pre.dtype)).squeeze(-2).to(x.dtype)
 
         def join(y: Tensor) -> Tensor:
             if y.shape != u.shape:
                 raise ValueError(f"y must be {tuple(u.shape)}, as the branch's input, got {tuple(y.shape)}")
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x.device.type):
                 mixed = mixing @ x.to(mixing.dtype) + h_post.unsqueeze(-1) * y.to(mixing.dtype).unsqueeze(-2)
                 return mixed.to(x.dtype)
 
@@ -277,7 +278,7 @@ class HyperConnection(Hyper):
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = wide(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             alpha, beta = self.static_alpha.to(x.dtype), self.static_beta.to(x.dtype)
             if self.dynamic:
                 normed = self.norm(x)

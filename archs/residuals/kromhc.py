@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.kronecker import kronecker_factors, kronecker_matrix, kronecker_pre, kronecker_projection, reference
+from ...kernels.launch import without_autocast
 from ..registry import register_slot
 from .hyper import Opened, wide
 from .manifold import CLOSED, Manifold
@@ -101,7 +102,7 @@ class KromHC(Manifold):
         given = isinstance(x, StreamState)
         state = x if given else StreamState(x, self.factors)
         full = torch.float64 if state.dtype == torch.float64 else torch.float32
-        with torch.autocast(state.device.type, enabled=False):
+        with without_autocast(state.device.type):
             settled, u, h = state.read(*self.projection(full))
 
         def join(y: Tensor) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.kronecker.reference import permutations
+from ...kernels.launch import without_autocast
 from ..registry import register_slot
 from .hyper import SCALE, Hyper, StreamNorm, wide
 
@@ -78,7 +79,7 @@ class Manifold(Hyper):
         """H_res (…, n, n) from its logits (…, S)."""
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             pre, post, mixing = self.logits(wide(x))
             return pre.sigmoid(), 2 * post.sigmoid(), self.matrix(mixing)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..launch import without_autocast
 from . import eager, op, reference
 
 __all__ = [
@@ -135,7 +136,7 @@ def kronecker_pre(
     sizes = _check_streams(x, factors)
     weight, bias = _check_projection(x, weight, bias, sizes, eps)
     flat, chosen = _tokens(x, 2), dispatch.requested(backend)
-    with _no_autocast(x):
+    with without_autocast(x.device.type):
         if chosen == "reference":
             u, h = reference.pre(flat, weight, bias, sizes, eps)
         elif eager.all_pairs(sizes):
@@ -170,7 +171,7 @@ def kronecker_open(
     if chosen == "reference" or not eager.all_pairs(sizes) or torch.compiler.is_compiling():
         return x, *kronecker_pre(x, weight, bias, factors=sizes, eps=eps, backend=backend)
     weight, bias = _check_projection(x, weight, bias, sizes, eps)
-    with _no_autocast(x):
+    with without_autocast(x.device.type):
         flat, u, h = op.KroneckerOpen.apply(_tokens(x, 2), weight, bias, float(eps), chosen)
     return flat.view(x.shape), u.view(*x.shape[:-2], x.shape[-1]), h.view(*x.shape[:-2], h.shape[-1])
 
@@ -194,7 +195,7 @@ def kronecker_post(
     sizes = _check_streams(x, factors)
     y, h = _check_branch(x, y, h, sizes)
     tensors, chosen = (_tokens(x, 2), _tokens(y, 1), _tokens(h, 1)), dispatch.requested(backend)
-    with _no_autocast(x):
+    with without_autocast(x.device.type):
         if chosen == "reference":
             out = reference.post(*tensors, sizes)
         elif eager.all_pairs(sizes):
@@ -234,7 +235,7 @@ def kronecker_step(
     y, h = _check_branch(x, y, h, sizes)
     weight, bias = _check_projection(x, weight, bias, sizes, eps)
     tensors, chosen = (_tokens(x, 2), _tokens(y, 1), _tokens(h, 1)), dispatch.requested(backend)
-    with _no_autocast(x):
+    with without_autocast(x.device.type):
         if chosen == "reference":
             following, u, h = reference.step(*tensors, weight, bias, sizes, eps)
         elif eager.all_pairs(sizes):
@@ -255,17 +256,13 @@ def kronecker_matrix(h: Tensor, streams: int, *, factors: Sequence[int] | None =
     sizes = kronecker_factors(streams, factors)
     if h.shape[-1] != kronecker_columns(sizes):
         raise ValueError(f"h must be (…, {kronecker_columns(sizes)}) for factors {sizes}, got {tuple(h.shape)}")
-    with _no_autocast(h):
+    with without_autocast(h.device.type):
         return reference.mixing_matrix(_tokens(h, 1), sizes).view(*h.shape[:-1], streams, streams)
 
 
 def _tokens(x: Tensor, kept: int) -> Tensor:
     """All but the last `kept` dimensions as one."""
     return x.reshape(-1, *x.shape[x.dim() - kept :])
-
-
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def _only_eager(name: str, backend: str, factors: tuple[int, ...]) -> None:
