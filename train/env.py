@@ -66,12 +66,12 @@ def peak_memory(device: torch.device) -> int:
 
 def report() -> str:
     """The text of `python -m grassland.train env`."""
-    lines = [f"{name:<16}{value or 'not installed'}" for name, value in versions().items()]
-    lines += [f"{name:<16}{value}" for name, value in machine().items()]
+    facts = {name: value or "not installed" for name, value in versions().items()} | machine()
     for extra, packages in EXTRAS.items():
-        found = ", ".join(f"{name} {version(name) or 'missing'}" for name in packages)
-        lines.append(f"{f'[{extra}]':<16}{found}")
-    return "\n".join([*lines, *_kernels()])
+        facts[f"[{extra}]"] = ", ".join(f"{name} {version(name) or 'missing'}" for name in packages)
+    facts |= _kernels()
+    width = max(map(len, facts)) + 2
+    return "\n".join(f"{name:<{width}}{value}" for name, value in facts.items())
 
 
 def newer_sources(kernels: Path) -> str | None:
@@ -84,14 +84,14 @@ def newer_sources(kernels: Path) -> str | None:
     return f"csrc/{newest.name}" if newest.stat().st_mtime > built else None
 
 
-def _kernels() -> list[str]:
+def _kernels() -> dict[str, str]:
     from ..kernels import dispatch
 
     state = dispatch.extension_error() or "grassland.kernels._C is built and loads"
     if (newer := newer_sources(Path(dispatch.__file__).parent)) is not None:
         state += f"; {newer} has changed since it was built: install again"
-    lines = [f"{'extension':<16}{state}"]
-    for op, devices in dispatch.describe().items():
-        choices = "; ".join(f"{device}: {choice}" for device, choice in devices.items())
-        lines.append(f"{op:<16}{choices}")
-    return lines
+    choices = {
+        op: "; ".join(f"{device}: {choice}" for device, choice in devices.items())
+        for op, devices in dispatch.describe().items()
+    }
+    return {"extension": state, **choices}
