@@ -10,234 +10,24 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
-import functools
 import importlib
-import itertools
 import json
-import signal
 import statistics
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import bench_report, dispatch
+from .bench_setup import agreement, build
+from .bench_timing import by_kernel, host_seconds, interleaved, peak_bytes, peaks, recorded, saved_bytes
 from .machine import about
-from .rival import Benchmark, Disagreement, Rival, Setting, Step, Unavailable, summary, tensors, without_check
+from .rival import Benchmark, Disagreement, Setting, Step
 
-# A millisecond of a GPU at 2 GHz, and more than its cache holds.
-WAIT_CYCLES, SCRATCH_BYTES = 2_000_000, 1 << 28
-# Seconds after which a rival stops repeating, and of a set-up that is worth a line.
-PATIENCE, SLOW = 8.0, 5.0
 # Parameters of glibc's mallopt.
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
-
-
-def build(
-    benchmark: Benchmark, setting: Setting, dtype: torch.dtype, device: torch.device, setup_limit: float = 0.0
-) -> tuple[dict, dict]:
-    """The rivals' functions, and the reasons of those that cannot run. setup_limit: seconds, 0 for none."""
-    # Else compiled rivals leave sizes open at their second setting, which takes minutes, and later fall back to eager.
-    torch.compiler.reset()
-    steps, reasons = {}, {}
-    for rival in benchmark.rivals:
-        start = time.perf_counter()
-        late: list[str] = []
-        try:
-            # Inputs are drawn there. Compilers wrap what is raised inside them, or go on without.
-            with device, interrupted(0.0 if rival.name == benchmark.ours else setup_limit, late):
-                steps[rival.name] = tried(rival, setting.values, dtype, device)
-        except Exception as error:
-            if not late and not isinstance(error, Unavailable | dispatch.BackendError):
-                raise
-            reasons[rival.name] = str(error)
-        if late:
-            steps.pop(rival.name, None)
-            reasons[rival.name] = late[0]
-        if (seconds := time.perf_counter() - start) > SLOW:
-            print(f"{rival.name} took {seconds:.0f} s to set up", file=sys.stderr)
-    return steps, reasons
-
-
-@contextmanager
-def interrupted(seconds: float, late: list[str]) -> Iterator[None]:
-    """Unavailable after so many seconds, and the reason in `late`; 0 for never. Never, too, where there is no alarm."""
-    if not seconds or not hasattr(signal, "SIGALRM"):
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        late.append(f"not set up within {seconds:g} s")
-        raise Unavailable(late[0])
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def tried(rival: Rival, values: dict[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-    """The rival's functions; those of a foreign one have run twice, for many packages fail only then."""
-    if not rival.foreign:
-        return rival.build(values, dtype, device)
-    try:
-        modes = rival.build(values, dtype, device)
-        for step in 2 * list(without_check(modes).values()):
-            step()
-        return modes
-    except Unavailable:
-        raise
-    except Exception as error:
-        raise Unavailable(f"fails with {summary(error)}") from error
-
-
-def disagreement(found: Any, expected: Any) -> float:
-    """Largest relative difference, in the Euclidean norm, of corresponding tensors."""
-    pairs = zip(tensors(found), tensors(expected), strict=True)
-    return max(((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item() for a, b in pairs)
-
-
-def agreement(benchmark: Benchmark, steps: dict[str, dict[str, Step]], dtype: torch.dtype) -> dict[str, str]:
-    """Disagreement if results differ; foreign rivals whose results do are returned, with the reason."""
-    foreign = {rival.name for rival in benchmark.rivals if rival.foreign}
-    reasons: dict[str, str] = {}
-    ours = steps.get(benchmark.ours, {}).get("check")
-    expected = ours() if ours else None
-    for name, modes in steps.items():
-        other = f"{name} in float64" if "truth" in modes else benchmark.ours
-        if "check" not in modes or other == name or (other == benchmark.ours and expected is None):
-            continue
-        difference = disagreement(modes["check"](), modes["truth"]() if "truth" in modes else expected)
-        if difference <= benchmark.tolerance[dtype]:
-            continue
-        if name not in foreign:
-            raise Disagreement(f"{benchmark.name}: {name} and {other} differ by {difference:.1e}")
-        reasons[name] = f"differs from {other} by {difference:.1e}"
-    return reasons
-
-
-def elapsed(step: Step, device: torch.device) -> float:
-    """Seconds of one call; on a GPU those of its stream, which starts with a cold cache, after a millisecond of waiting
-    in which the host gets ahead."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(WAIT_CYCLES)
-    scratch(device).zero_()
-    start.record()
-    step()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-@functools.cache
-def scratch(device: torch.device) -> Tensor:
-    """What is written between calls, larger than a GPU's cache."""
-    return torch.empty(SCRATCH_BYTES, dtype=torch.int8, device=device)
-
-
-def recorded(step: Step) -> Step | None:
-    """The call as a CUDA graph, which has no launches to wait for; None if it cannot be recorded."""
-    aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    aside.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                step()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            kept = step()  # noqa: F841 (what a graph writes lives as long as it does)
-        graph.replay()
-        torch.cuda.synchronize()
-    except Exception as error:  # whatever a rival does that a graph cannot hold; it is timed as it is
-        print(f"not recorded: {summary(error)}", file=sys.stderr)
-        # A recording that fails leaves its stream in use.
-        torch.cuda.set_stream(torch.cuda.default_stream())
-        return None
-    return graph.replay
-
-
-def host_seconds(step: Step) -> float:
-    """Median time until a call returns that a GPU has still to carry out."""
-    times = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    torch.cuda.synchronize()
-    return statistics.median(times)
-
-
-def interleaved(steps: dict[str, Step], device: torch.device, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every repetition, the rivals taking turns; two warm-up rounds are thrown away. A rival that has taken
-    very long repeats no more, and may have one round to warm up and one that counts."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats + 2):
-        for name, step in steps.items():
-            if len(times[name]) < 2 or sum(times[name]) < PATIENCE:
-                times[name].append(elapsed(step, device))
-    return {name: seconds[min(2, len(seconds) - 1) :] for name, seconds in times.items()}
-
-
-def by_kernel(step: Step, calls: int = 5) -> list[tuple[str, float, float]]:
-    """(name, launches, microseconds) of what one call runs on a GPU, what takes longest first; the cache is warm."""
-    step()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(calls):
-            step()
-        torch.cuda.synchronize()
-    seen: dict[str, list[float]] = {}
-    for event in profile.events() or ():
-        if str(event.device_type).endswith("CUDA"):
-            seen.setdefault(event.name, []).append(event.time_range.elapsed_us())
-    found = [(name, len(times) / calls, round(sum(times) / calls, 2)) for name, times in seen.items()]
-    return sorted(found, key=lambda kernel: -kernel[2])
-
-
-def saved_bytes(step: Step) -> int:
-    """Bytes that autograd keeps between forward and backward, each storage once, parameters and inputs included."""
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(seen.values())
-
-
-def peak_bytes(step: Step, device: torch.device) -> int:
-    """Peak memory of one call above what was there before."""
-    if device.type != "cuda":
-        return cpu_peak_bytes(step)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def cpu_peak_bytes(step: Step) -> int:
-    """From the allocator's events, as the profiler sees them."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    profiler: Any = profile.profiler
-    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
 
 
 def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -264,26 +54,21 @@ def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace)
             record |= {"gbytes": benchmark.moved(setting.values, mode, dtype.itemsize) / median / 1e9}
             record |= {"peak_bytes": peak_bytes(chosen[name], device)}
             if device.type == "cuda":
-                record["graph"] = graphs.get(name) is not None
-                # Without a graph the host's time is in `ms`.
-                record |= {"host_ms": host_seconds(chosen[name]) * 1e3} if record["graph"] else {}
-                if name == benchmark.ours:
-                    record["kernels"] = by_kernel(graphs.get(name) or chosen[name])
+                record |= on_the_device(chosen[name], graphs.get(name), name == benchmark.ours)
             if "forward" in mode and "backward" in mode:
                 record["saved_bytes"] = saved_bytes(chosen[name])
             records.append({**common, **record})
     return records
 
 
-def peaks(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """What this machine does at best: GFLOP/s of a large matrix product, and GB/s of a copy, read and written."""
-    side = 8192 if device.type == "cuda" else 1536
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    source = torch.empty(1 << (30 if device.type == "cuda" else 26), dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    times = interleaved({"multiply": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, 5)
-    multiply, copy = min(times["multiply"]), min(times["copy"])
-    return {"peak_gflops": 2 * side**3 / multiply / 1e9, "peak_gbytes": 2 * source.nbytes / copy / 1e9}
+def on_the_device(step: Step, graph: Step | None, ours: bool) -> dict[str, Any]:
+    """What else is known of a call on a GPU."""
+    record: dict[str, Any] = {"graph": graph is not None}
+    if graph is not None:  # else the host's time is in `ms`
+        record["host_ms"] = host_seconds(step) * 1e3
+    if ours:
+        record["kernels"] = by_kernel(graph or step)
+    return record
 
 
 # The size that --scaling varies: the setting it starts from, its name and its values.

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grassland.kernels import bench, dispatch
+from grassland.kernels import bench, bench_setup, bench_timing, dispatch
 from grassland.kernels.bench_report import regressions
 from grassland.kernels.rival import Rival, Setting, Unavailable, with_gradients
 
@@ -92,9 +92,9 @@ def test_what_is_measured_is_written_before_the_next_setting(tiny, tmp_path, mon
 
 def test_a_slow_rival_repeats_no_more(monkeypatch):
     cpu = torch.device("cpu")
-    assert len(bench.interleaved({"x": lambda: None}, cpu, 7)["x"]) == 7
-    monkeypatch.setattr(bench, "PATIENCE", 0.0)
-    assert len(bench.interleaved({"x": lambda: None}, cpu, 7)["x"]) == 1
+    assert len(bench_timing.interleaved({"x": lambda: None}, cpu, 7)["x"]) == 7
+    monkeypatch.setattr(bench_timing, "PATIENCE", 0.0)
+    assert len(bench_timing.interleaved({"x": lambda: None}, cpu, 7)["x"]) == 1
 
 
 def test_kernels_of_a_call_are_added_up(monkeypatch):
@@ -120,7 +120,7 @@ def test_kernels_of_a_call_are_added_up(monkeypatch):
     steps = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.profiler, "profile", Profile)
-    assert bench.by_kernel(lambda: steps.append(None), calls=2) == [("long", 1.0, 4.0), ("short", 2.0, 3.0)]
+    assert bench_timing.by_kernel(lambda: steps.append(None), calls=2) == [("long", 1.0, 4.0), ("short", 2.0, 3.0)]
     assert len(steps) == 3  # one before the profile
 
 
@@ -262,18 +262,18 @@ def test_every_hyper_connection_rival_is_checked(dtype):
     setting = Setting("tiny", {"kind": "sublayer", "tokens": 24, "streams": 4, "dim": 40})
     rivals = [r for r in module.BENCHMARK.rivals if "compile" not in r.name]
     benchmark = replace(module.BENCHMARK, rivals=rivals)
-    steps, absent = bench.build(benchmark, setting, getattr(torch, dtype), torch.device("cpu"))
+    steps, absent = bench_setup.build(benchmark, setting, getattr(torch, dtype), torch.device("cpu"))
     unchecked = {name for name, modes in steps.items() if modes and "check" not in modes}
     assert unchecked == {"copy of the same bytes"} and set(absent) <= {r.name for r in rivals if r.foreign}
     assert {name for name, modes in steps.items() if "truth" in modes} >= {"grassland, boundary-fused", "mHC, eager"}
-    assert bench.agreement(benchmark, steps, getattr(torch, dtype)) == {}
+    assert bench_setup.agreement(benchmark, steps, getattr(torch, dtype)) == {}
 
 
 def test_training_step_begins_as_the_plain_network():
     module = importlib.import_module("grassland.kernels.kronecker.rivals")
     setting = Setting("tiny", {"kind": "model", "batch": 1, "length": 8, "depth": 6, "dim": 384})
     rivals = [r for r in module.BENCHMARK.rivals if "compile" not in r.name]
-    steps, _ = bench.build(replace(module.BENCHMARK, rivals=rivals), setting, torch.float32, torch.device("cpu"))
+    steps, _ = bench_setup.build(replace(module.BENCHMARK, rivals=rivals), setting, torch.float32, torch.device("cpu"))
     ours, plain = steps.pop("grassland"), steps.pop("plain residual")
     assert not any(steps.values())
     first = ours["check"]().item()
@@ -306,7 +306,7 @@ def test_peak_memory_on_the_cpu():
         return b + 1
 
     # Two of the three tensors at a time, and scalars.
-    assert 2 <= bench.peak_bytes(step, torch.device("cpu")) / (4 << 20) < 2.01
+    assert 2 <= bench_timing.peak_bytes(step, torch.device("cpu")) / (4 << 20) < 2.01
 
 
 def test_the_host_benchmark_times_every_layer(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from grassland.kernels import bench, dispatch
+from grassland.kernels import bench, bench_setup, dispatch
 from grassland.kernels.kronecker import gpu_rivals as mhc
 from grassland.kernels.kronecker.rivals import mhc_layer
 from grassland.kernels.rival import Benchmark, Rival, Setting, Unavailable, package, tensors, with_gradients
@@ -39,7 +39,7 @@ def test_every_rival_on_a_gpu_is_listed(op):
     assert tuple(r.name for r in rivals) == ON_A_GPU[op] and all(r.foreign for r in rivals)
     listed = set()
     for setting in benchmark.settings:
-        steps, reasons = bench.build(replace(benchmark, rivals=rivals), setting, torch.bfloat16, CPU)
+        steps, reasons = bench_setup.build(replace(benchmark, rivals=rivals), setting, torch.bfloat16, CPU)
         assert not any(steps.values()) and set(reasons.values()) <= {"needs an NVIDIA GPU"}
         assert setting.values.get("kind") not in ("model", "step") or not reasons
         listed |= reasons.keys()
@@ -110,7 +110,7 @@ def test_the_mhc_of_a_package_is_ours(name):
     phi = phi.T if name == "liger" else phi
     found = getattr(mhc, f"{name}_truth")(x, phi, bias, *(scales if name == "liger" else [scales]))
     # A small constant under one root and not under the other.
-    assert bench.disagreement(found, ours_of(name, x, phi, bias, scales)) < 1e-6
+    assert bench_setup.disagreement(found, ours_of(name, x, phi, bias, scales)) < 1e-6
 
 
 def attention(q, k, v, causal):
@@ -180,8 +180,8 @@ def test_a_rival_gives_its_package_what_that_documents(monkeypatch, op, name, va
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     benchmark = benchmark_of(op)
     chosen = replace(benchmark, rivals=[r for r in benchmark.rivals if r.name == name])
-    steps, reasons = bench.build(chosen, Setting("tiny", values), torch.bfloat16, CPU)
+    steps, reasons = bench_setup.build(chosen, Setting("tiny", values), torch.bfloat16, CPU)
     assert reasons == {} and {"forward", "check", "truth"} <= steps[name].keys()
-    assert bench.agreement(chosen, steps, torch.bfloat16) == {}
+    assert bench_setup.agreement(chosen, steps, torch.bfloat16) == {}
     steps[name]["check"], right = lambda: [-t for t in tensors(right())], steps[name]["check"]
-    assert bench.agreement(chosen, steps, torch.bfloat16).keys() == {name}
+    assert bench_setup.agreement(chosen, steps, torch.bfloat16).keys() == {name}
