@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..launch import without_autocast
-from . import eager, op, reference
+from . import eager, op, projection, reference
 
 __all__ = [
     "kronecker_columns",
@@ -96,7 +96,7 @@ def kronecker_projection(
         tensors = [t.float() for t in tensors]
     chosen = dispatch.requested(backend)
     if chosen != "reference" and eager.all_pairs(sizes):
-        return op.projection(*tensors, chosen)
+        return projection.project(*tensors, chosen)
     if chosen != "reference":
         _only_eager("kronecker_projection", chosen, sizes)
     return reference.projection(*tensors, factors=sizes, transposed=transposed)

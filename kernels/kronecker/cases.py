@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..testing import Case, Spec, Tensors, normal
 from . import EPS, kronecker_open, kronecker_post, kronecker_pre, kronecker_projection, kronecker_step, op
+from . import projection as registration
 from .reference import coefficients
 
 
@@ -146,11 +147,14 @@ PROJECTIONS = [
 
 def registered_projection(tensors: Tensors, options: dict[str, Any], backend: str) -> list[tuple[Any, tuple]]:
     plain = tuple(full(tensors).values())
-    weight, bias = op.kronecker_projection(*plain, backend)
+    weight, bias = registration.kronecker_projection(*plain, backend)
     live = tuple(t.clone().requires_grad_() for t in plain)
     return [
-        (op.kronecker_projection, (*live, backend)),
-        (op.kronecker_projection_backward, (torch.ones_like(weight), torch.ones_like(bias), *plain[:6], backend)),
+        (registration.kronecker_projection, (*live, backend)),
+        (
+            registration.kronecker_projection_backward,
+            (torch.ones_like(weight), torch.ones_like(bias), *plain[:6], backend),
+        ),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Registration of the KromHC ops for factors that are all 2×2: four forwards, and their backwards as ops of their own.
+"""Registration of the KromHC ops for factors that are all 2×2: three forwards, and their backwards as ops of their own.
 
 Streams x (N, n, C) float32, bfloat16, float16 or float64; h, weight, bias and the saved [z | r] are float32 (float64
 beside float64), whatever the streams are.
@@ -14,14 +14,13 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import differentiable
-from . import eager, reference
+from . import eager
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = {"cpp": (torch.float32, torch.bfloat16), "triton": (torch.float32, *HALVES)}
 PRE = dispatch.register("kronecker_pre", **DTYPES)
 POST = dispatch.register("kronecker_post", **DTYPES)
 STEP = dispatch.register("kronecker_step", **DTYPES)
-PROJECTION = dispatch.register("kronecker_projection", cpp=(torch.float32,), triton=(torch.float32,))
 # Numbers of streams that the compiled kernels hold in registers, or on the CPU in the L1 cache.
 FUSED_STREAMS = {"cpp": (2, 4, 8, 16, 32), "triton": (2, 4, 8)}
 
@@ -175,76 +174,6 @@ def _(
     return (*streams, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0]))
 
 
-def _projection_kernels(backend: str) -> Any:
-    if backend == "cpp":
-        return _cpp()
-    from . import fused_projection
-
-    return fused_projection
-
-
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_projection", mutates_args=())
-def kronecker_projection(
-    alpha: Tensor, beta: Tensor, gamma: Tensor, pre: Tensor, post: Tensor, mixing: Tensor, static_alpha: Tensor,
-    static_beta: Tensor, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(weight, bias)."""
-    backend = dispatch.pick(PROJECTION, alpha, backend)
-    tensors = (alpha, beta, gamma, pre, post, mixing, static_alpha, static_beta)
-    if backend == "eager":
-        return reference.projection(*tensors, factors=_pairs(alpha, beta), transposed=False)
-    return _projection_kernels(backend).kronecker_projection(*(t.contiguous() for t in tensors))
-
-
-def _pairs(alpha: Tensor, beta: Tensor) -> list[int]:
-    return [2] * ((alpha.shape[1] - beta.shape[1]) // 2)
-
-
-@kronecker_projection.register_fake
-def _(
-    alpha: Tensor, beta: Tensor, gamma: Tensor, pre: Tensor, post: Tensor, mixing: Tensor, static_alpha: Tensor,
-    static_beta: Tensor, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rows = 2 * beta.shape[1] + (alpha.shape[1] - beta.shape[1]) // 2
-    return alpha.new_empty(rows, alpha.shape[0]), alpha.new_empty(rows)
-
-
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_projection_backward", mutates_args=())
-def kronecker_projection_backward(
-    dweight: Tensor, dbias: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, pre: Tensor, post: Tensor,
-    mixing: Tensor, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dalpha, dbeta, dgamma, those of the three scalars in one, dstatic_alpha, dstatic_beta)."""
-    backend = dispatch.pick(PROJECTION, alpha, backend)
-    tensors = (dweight, dbias, alpha, beta, gamma, pre, post, mixing)
-    if backend == "eager":
-        return eager.projection_backward(*tensors)
-    return _projection_kernels(backend).kronecker_projection_backward(*(t.contiguous() for t in tensors))
-
-
-@kronecker_projection_backward.register_fake
-def _(
-    dweight: Tensor, dbias: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, pre: Tensor, post: Tensor,
-    mixing: Tensor, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    matrices = (alpha.new_empty(alpha.shape), beta.new_empty(beta.shape), gamma.new_empty(gamma.shape))
-    return *matrices, pre.new_empty(3), alpha.new_empty(alpha.shape[1]), beta.new_empty(beta.shape[1])
-
-
-def _setup_projection(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, _, _, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward_projection(ctx: Any, dweight: Tensor, dbias: Tensor) -> tuple:
-    tensors = ctx.saved_tensors
-    *matrices, dscales, dstatic_alpha, dstatic_beta = kronecker_projection_backward(
-        dweight, dbias, *tensors, ctx.backend
-    )
-    scales = (d.view(t.shape) for d, t in zip(dscales.split(1), tensors[3:], strict=True))
-    return *matrices, *scales, dstatic_alpha, dstatic_beta, None
-
-
 def _setup_pre(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, _, ctx.eps, ctx.backend = inputs
     ctx.set_materialize_grads(False)
@@ -285,7 +214,6 @@ def _backward_step(ctx: Any, dx: Tensor | None, du: Tensor | None, dh: Tensor | 
     return (*kronecker_step_backward(*tensors, ctx.eps, ctx.backend), None, None)
 
 
-projection = differentiable(kronecker_projection, _backward_projection, _setup_projection)
 pre = differentiable(kronecker_pre, _backward_pre, _setup_pre)
 post = differentiable(kronecker_post, _backward_post, _setup_post)
 step = differentiable(kronecker_step, _backward_step, _setup_step)
