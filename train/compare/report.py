@@ -179,7 +179,9 @@ def footnote(finished: Sequence[Record]) -> str:
     leak = any(record.get("tested_on", "test") != "test" for record in finished)
     tested = "; it has no test split, test is the validation split, which picked checkpoints and learning rates"
     data = f"{first['data']}{tested if leak else ''}"
-    return f"Data: {data}. {hardware(first)}, {first['dtype']}, torch {first['torch']}, {when}."
+    # A table may be of comparisons that were run on different machines.
+    machines = "; ".join(dict.fromkeys(hardware(record) for record in finished))
+    return f"Data: {data}. {machines}, {first['dtype']}, torch {first['torch']}, {when}."
 
 
 def by(records: Sequence[Record], key: str) -> dict[Any, list[Record]]:
