@@ -84,7 +84,7 @@ class KromHC(Manifold):
             self.dynamic_alpha_fn, self.dynamic_beta_fn, self.norm.gamma, self.pre_branch_scale, self.h_post_scale,
             self.residual_scale, *statics,
         )  # fmt: skip
-        if weights[0].dtype != dtype:
+        if any(t.dtype != dtype for t in weights):
             weights = [t.to(dtype) for t in weights]
         return kronecker_projection(*weights, factors=self.factors, transposed=self.transposed)
 

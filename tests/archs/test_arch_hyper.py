@@ -421,6 +421,20 @@ def test_a_pytree_keeps_the_recipe_of_streams_that_nothing_has_changed():
         assert pytree.tree_map(lambda t: t.mul_(2), state)._recipe is None
 
 
+@pytest.mark.parametrize("halved", ["norm.gamma", "dynamic_alpha_fn", "static_beta", "h_post_scale"])
+def test_one_parameter_may_be_half(halved):
+    layer = randomised(chain("kromhc", depth=1)).float()[0]
+    parameter = layer.get_parameter(halved)
+    parameter.data = parameter.data.bfloat16().float()
+    x = normal(2, 3, 4, 6).float()
+    expected = layer(x)
+    parameter.data = parameter.data.bfloat16()
+    found = layer(x)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert parameter.grad is not None and parameter.grad.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 def test_branches_that_return_tuples_and_take_arguments(kind):
     def branch(u, scale):
