@@ -13,7 +13,7 @@ import torch
 
 from grassland.archs.io import FORMAT, VERSION
 from grassland.train.__main__ import main
-from grassland.train.compare import Comparison
+from grassland.train.compare import Comparison, figure
 from grassland.train.compare.execute import Runner, in_short
 from grassland.train.compare.figure import plot
 from grassland.train.compare.options import CompareOptions
@@ -218,6 +218,29 @@ def test_without_a_chosen_run_there_is_no_picture(plan, tmp_path):
     records = Runner(replace(plan, lrs=(0.01, 0.02), seeds=(1,)), tmp_path, None).records()
     assert plot([r | {"chosen": False} for r in records], tmp_path / "x.png") is False
     assert not (tmp_path / "x.png").exists()
+
+
+def test_wall_time_is_that_of_the_arms_alone_where_it_was_measured(plan, tmp_path, monkeypatch):
+    drawn, draw = {}, figure._curve
+
+    def watched(axes, runs, key, *rest):
+        drawn.setdefault(key, runs)
+        draw(axes, runs, key, *rest)
+
+    monkeypatch.setattr(figure, "_curve", watched)
+    for arm in ("a", "b"):
+        store_run(plan, tmp_path, arm, 0.01, 1, 2.0)
+    records = Runner(replace(plan, seeds=(1,)), tmp_path, None).records()
+    assert plot(records, tmp_path / "x.png")
+    shared = drawn["seconds"][0]["curve"]
+    for measured in (records[:1], records):
+        drawn.clear()
+        for record in measured:
+            record["alone"] = {"units_per_s": 4.0}
+        assert plot(records, tmp_path / "x.png")
+        curve = drawn["seconds"][0]["curve"]
+        own = shared["seconds"] if len(measured) == 1 else [units / 4 for units in shared["units"]]
+        assert curve["seconds"] == own and curve["units"] == shared["units"]
 
 
 def test_an_interrupted_run_is_resumed_to_the_same_numbers(config, tmp_path):

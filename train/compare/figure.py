@@ -17,8 +17,12 @@ def plot(records: Sequence[Record], path: Path) -> bool:
     if not chosen:
         return False
     figure: Any = matplotlib_module("figure").Figure(figsize=(15, 4.4), layout="constrained")
-    panels = (("step", "step", 1), ("units", f"{chosen[0]['unit']}s", 1), ("seconds", "wall time, minutes", 1 / 60))
     task, curves = chosen[0]["task"], by(chosen, "arm")
+    rates, clock = {arm: rate for arm, runs in curves.items() if (rate := _alone(runs))}, "wall time, minutes"
+    if len(rates) == len(curves):
+        clock = "wall time of an arm alone, minutes"
+        curves = {arm: [_timed(run, rates[arm]) for run in runs] for arm, runs in curves.items()}
+    panels = (("step", "step", 1), ("units", f"{chosen[0]['unit']}s", 1), ("seconds", clock, 1 / 60))
     arms = [arm for arm in by(records, "arm") if arm in curves]
     for axes, (key, label, factor) in zip(figure.subplots(1, 3), panels, strict=True):
         for index, arm in enumerate(arms):
@@ -35,6 +39,16 @@ def plot(records: Sequence[Record], path: Path) -> bool:
     figure.suptitle(chosen[0]["title"])
     figure.savefig(path, dpi=110)
     return True
+
+
+def _alone(runs: Sequence[Record]) -> float | None:
+    """The rate of an arm that had the machine to itself, where it was measured."""
+    return next((rate for run in runs if (rate := run.get("alone", {}).get("units_per_s"))), None)
+
+
+def _timed(run: Record, rate: float) -> Record:
+    """With the seconds that its units take at this rate: its own are those of a run that shared the machine."""
+    return run | {"curve": run["curve"] | {"seconds": [units / rate for units in run["curve"]["units"]]}}
 
 
 def _curve(axes: Any, runs: Sequence[Record], key: str, factor: float, colour: str, label: str) -> None:
