@@ -66,7 +66,7 @@ def kronecker_projection(
     static_alpha: Tensor,
     static_beta: Tensor,
     *,
-    factors: Sequence[int],
+    factors: Sequence[int] | None = None,
     transposed: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,9 @@ def kronecker_projection(
 
     Raises: as `kronecker_pre`.
     """
-    sizes = tuple(factors)
+    if beta.dim() != 2 or beta.shape[1] < 2:
+        raise ValueError(f"beta must be (n C, n) with n >= 2, got {tuple(beta.shape)}")
+    sizes = kronecker_factors(beta.shape[1], factors)
     tensors = [alpha, beta, gamma, pre_scale, post_scale, mixing_scale, static_alpha, static_beta]
     _check_parameters(tensors, sizes)
     if alpha.dtype in op.HALVES:
@@ -297,7 +299,6 @@ def _check_projection(
 
 def _check_parameters(tensors: Sequence[Tensor], factors: tuple[int, ...]) -> None:
     alpha, n = tensors[0], math.prod(factors)
-    kronecker_factors(n, factors)
     width, columns = alpha.shape[0] if alpha.dim() else 0, n + sum(map(math.factorial, factors))
     if width == 0 or width % n:
         raise ValueError(f"alpha must be (n C, {columns}) for factors {factors}, got {tuple(alpha.shape)}")

@@ -12,10 +12,11 @@ from grassland.kernels.kronecker import (
     kronecker_open,
     kronecker_post,
     kronecker_pre,
+    kronecker_projection,
     kronecker_step,
     reference,
 )
-from grassland.kernels.kronecker.cases import SPECS, make_post, make_pre, make_step, projection_case
+from grassland.kernels.kronecker.cases import SPECS, make_post, make_pre, make_projection, make_step, projection_case
 from grassland.kernels.testing import Case, check_backend, normal
 
 BACKENDS = ["eager"] + (["cpp"] if dispatch.extension_error() is None else [])
@@ -190,6 +191,45 @@ def test_bad_input_names_itself(change, error, words):
     with pytest.raises(error) as caught:
         kronecker_step(**(tensors | change))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"alpha": torch.zeros(32, 7)}, ValueError, ("alpha", "8", "(32, 7)")),
+        ({"alpha": torch.zeros(30, 8)}, ValueError, ("alpha", "(30, 8)")),
+        ({"alpha": torch.zeros(32, 8, dtype=torch.int64)}, TypeError, ("alpha", "int64")),
+        ({"beta": torch.zeros(32)}, ValueError, ("beta", "(32,)")),
+        ({"beta": torch.zeros(32, 7)}, ValueError, ("num_streams", "7")),
+        ({"gamma": torch.zeros(31)}, ValueError, ("gamma", "(32,)", "(31,)")),
+        ({"gamma": torch.zeros(32, dtype=torch.float64)}, TypeError, ("gamma", "float64")),
+        ({"gamma": torch.zeros(32, device="meta")}, ValueError, ("gamma", "meta")),
+        ({"post_scale": torch.zeros(2)}, ValueError, ("post_scale", "one number", "(2,)")),
+        ({"static_alpha": torch.zeros(4)}, ValueError, ("static_alpha", "(8,)", "(4,)")),
+        ({"factors": (2, 3)}, ValueError, ("factors", "(2, 3)")),
+        ({"backend": "fast"}, ValueError, ("backend", "fast")),
+    ],
+)
+def test_bad_parameters_name_themselves(change, error, words):
+    tensors = {name: t.float() for name, t in make_projection(streams=4, dim=8).items()}
+    with pytest.raises(error) as caught:
+        kronecker_projection(**(tensors | change))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_projection_of_larger_factors_and_its_transpose():
+    tensors = make_projection(streams=4, dim=6)
+    tensors |= {"alpha": normal(24, 28, seed=8), "static_alpha": normal(28, seed=9)}
+    weight, bias = kronecker_projection(**tensors, factors=(4,))
+    turned, _ = kronecker_projection(**tensors, factors=(4,), transposed=True)
+    scale = 24**0.5 * (1 + tensors["gamma"])
+    assert torch.allclose(weight[8:].T, tensors["mixing_scale"] * tensors["alpha"][:, 4:] * scale[:, None])
+    assert torch.equal(turned[8:], weight[8:][reference.inverses(4)]) and torch.equal(turned[:8], weight[:8])
+    assert torch.equal(
+        bias, torch.cat([tensors["static_alpha"][:4], tensors["static_beta"], tensors["static_alpha"][4:]])
+    )
+    with pytest.raises(BackendError, match="factors of 2"):
+        kronecker_projection(**tensors, factors=(4,), backend="cpp")
 
 
 def test_a_backend_that_cannot_is_an_error():
