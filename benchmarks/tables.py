@@ -161,11 +161,12 @@ def training_table():
     return "\n".join([*lines, "", f"{sizes} The code differs, too: {commits}. {footnote(records)}"])
 
 
-def host_table():
-    """Microseconds of the host for a layer with next to nothing to compute, from benchmarks/host.py."""
-    records = [r for path in sorted(RESULTS.glob("host-*.jsonl")) for r in read(path.name)]
-    if not records:
-        return NONE
+def host_tables():
+    """Microseconds of the host for a layer with next to nothing to compute, a table a machine: benchmarks/host.py."""
+    return "\n\n".join(host_table(read(path.name)) for path in sorted(RESULTS.glob("host-*.jsonl"))) or NONE
+
+
+def host_table(records):
     modes = list(records[0]["microseconds"])
     lines = [f"| µs | {' | '.join(modes)} |", "|---" * (len(modes) + 1) + "|"]
     for r in records:
@@ -309,7 +310,7 @@ TABLES |= {
     "kernels_gpu": functools.partial(kernel_tables, "cuda"),
     "device": device_table,
     "training": training_table,
-    "host": host_table,
+    "host": host_tables,
     "scaling": scaling_tables,
     "profile": profile_table,
     "compare_full": functools.partial(compare_tables, *FULL),

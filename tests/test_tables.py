@@ -81,24 +81,14 @@ def test_what_a_gpu_was_seen_to_do(tables, tmp_path):
     assert "2026-01-02 commit def, 2026-01-02 commit ghi" in table
 
 
-def test_times_of_the_host(tables, tmp_path):
+def test_times_of_the_host_are_a_table_a_machine(tables, tmp_path):
     assert tables.TABLES["host"]() == tables.NONE
-    where = {
-        "device": "cpu",
-        "cpu": "c",
-        "cpu_capability": "v",
-        "threads": 1,
-        "gpus": [],
-        "dtype": "float32",
-        "torch": "2",
-    }
-    record = {
-        "slot": "mixer",
-        "layer": "new",
-        "shape": [1, 8],
-        "microseconds": {"forward": 12.34, "forward + backward": 5.678},
-    }
-    (tmp_path / "host-cpu.jsonl").write_text(json.dumps(record | where) + "\n")
-    lines = tables.TABLES["host"]().splitlines()
-    assert lines[0] == "| µs | forward | forward + backward |" and lines[2] == "| mixer: new | 12.3 | 5.68 |"
-    assert lines[-1] == "Inputs of 1 × 8 numbers. c (v), 1 threads, float32, torch 2."
+    where = {"cpu": "c", "cpu_capability": "v", "threads": 1, "gpus": ["g"], "dtype": "float32", "torch": "2"}
+    times = {"forward": 12.34, "forward + backward": 5.678}
+    record = {"slot": "mixer", "layer": "new", "shape": [1, 8], "microseconds": times}
+    for device in ("cpu", "cuda"):
+        (tmp_path / f"host-{device}.jsonl").write_text(json.dumps(record | where | {"device": device}) + "\n")
+    first, second = (part.splitlines() for part in tables.TABLES["host"]().split("\n\n| µs"))
+    assert first[0] == "| µs | forward | forward + backward |" and first[2] == "| mixer: new | 12.3 | 5.68 |"
+    assert first[-1] == "Inputs of 1 × 8 numbers. c (v), 1 threads, float32, torch 2."
+    assert second[2] == first[2] and second[-1] == "Inputs of 1 × 8 numbers. g, float32, torch 2."

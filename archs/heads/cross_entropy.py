@@ -52,7 +52,7 @@ def linear_cross_entropy(
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     compute = torch.float64 if x.dtype is torch.float64 else compute
     differentiate = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    total = _differentiable(x.reshape(-1, x.shape[-1]), weight, labels, label_smoothing, compute, differentiate)[0]
+    total = _total(x.reshape(-1, x.shape[-1]), weight, labels, label_smoothing, compute, differentiate)[0]
     return total if reduction == "sum" else total / (labels != IGNORE).sum()
 
 
@@ -165,4 +165,4 @@ def _backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple[Tensor | None,
     return (*once("linear_cross_entropy", *found), None, None, None, None)
 
 
-_differentiable = differentiable(_summed, _backward, _save)
+_total = differentiable(_summed, _backward, _save)

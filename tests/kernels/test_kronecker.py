@@ -193,6 +193,19 @@ def test_bad_input_names_itself(change, error, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.parametrize(("call", "make"), [(kronecker_pre, make_pre), (kronecker_step, make_step)])
+def test_gradients_of_one_output_alone(call, make):
+    tensors = {name: t.requires_grad_() for name, t in make(5, streams=4, dim=3).items()}
+    for index in range(len(call(**tensors))):
+        found, expected = (
+            torch.autograd.grad(call(**tensors, backend=backend)[index].square().sum(), list(tensors.values()),
+                                allow_unused=True, materialize_grads=True)
+            for backend in ("eager", "reference")
+        )  # fmt: skip
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

@@ -140,6 +140,17 @@ def test_dropout_is_fixed_by_its_seed_and_keeps_the_mean(backend):
     assert (mean - plain).norm() < 0.06 * plain.norm()
 
 
+def test_gates_and_balance_have_gradients_of_their_own():
+    for pick in (lambda r: r.gates.square().sum(), lambda r: r.balance):
+        logits = normal(9, 4).requires_grad_()
+        found, expected = (
+            torch.autograd.grad(pick(moe_route(logits, backend=backend)), logits)[0]
+            for backend in ("eager", "reference")
+        )
+        assert found.norm() > 0
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.skipif(len(FLOAT32) == 1, reason="the extension is not built")
 @pytest.mark.parametrize(("dim", "inner"), [(300, 409), (17, 1)])
 def test_few_rows_of_every_number(dim, inner):
