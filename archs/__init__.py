@@ -5,7 +5,6 @@ from .config import ModelConfig
 from .encoder import Encoder, EncoderConfig
 from .ffns import MLP, SharedMoE
 from .heads import ClassifierHead, CosineHead, GrassmannHead, LinearHead, TiedHead
-from .heads.cross_entropy import linear_cross_entropy
 from .heads.nli import PluckerNLIHead, TransformerNLIHead
 from .interop.swap import SwapReport, swap
 from .io import CheckpointError, MissingCheckpointError, atomic_write, load_model, read_config, save_model
@@ -67,7 +66,6 @@ __all__ = [
     "atomic_write",
     "create_model",
     "get_init_and_expand_reduce_stream_functions",
-    "linear_cross_entropy",
     "list_models",
     "load_model",
     "model_config",

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.wide import IGNORE
 from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its choices)
 from .config import ModelConfig
-from .heads.cross_entropy import IGNORE
 from .init import init_weights
 from .lm import build_blocks, check_range, is_causal
 from .registry import build_slot, register_assembly

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.wide import IGNORE
 from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its choices)
 from .config import ModelConfig
 from .generate import Window, checked_lengths, stream
-from .heads.cross_entropy import IGNORE
 from .init import init_weights
 from .registry import build_slot, register_assembly, slot_class
 from .sampling import Sampling

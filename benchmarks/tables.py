@@ -297,7 +297,7 @@ SMALL = ("wikitext2-cpu", "cifar10-cpu", "smoke")
 FULL = [name for name in PRESETS if name not in SMALL]
 SUMMARY = ("arm", "parameters", "test", "p (Holm)")
 BACKENDS = {"eager": "eager", "cpp": "C++ on CPU", "triton": "Triton", "cuda": "CUDA C++"}
-OPS = ("plucker", "kronecker", "subspace", "moe")
+OPS = ("plucker", "kronecker", "subspace", "moe", "cross_entropy")
 TABLES = {op: functools.partial(kernel_table, f"{op}-cpu-float32") for op in OPS}
 # Weights and steps on a manifold are float32 in training.
 GPU_DTYPES = {op: "float32" if op == "subspace" else "bfloat16" for op in OPS}

@@ -3,7 +3,7 @@
 // The concatenation is never written: both halves of W accumulate into one buffer, which one pass turns into alpha and
 // out. The backward turns the output gradient into those of x, g and the gate's logits in one pass, and the products
 // with W accumulate onto them.
-#include "common.h"
+#include "linear.h"
 
 namespace grassland {
 namespace {
@@ -63,10 +63,9 @@ template <typename X, typename T>
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& operand, const Tensor& g, const Tensor& weight,
                                    const Tensor& bias) {
   const int64_t tokens = x.size(0), dim = x.size(1);
-  const Tensor out = empty(x, {tokens, dim}, kDtype<X>), alpha = empty(x, {tokens, dim}, kDtype<T>);
-  if (out.numel() == 0) return {out, alpha};
-  mm(alpha, operand, torch::stable::transpose(half(weight, 0, dim), 0, 1));
-  addmm(alpha, g, torch::stable::transpose(half(weight, 1, dim), 0, 1), 1.0);
+  const Tensor out = empty(x, {tokens, dim}, kDtype<X>);
+  if (out.numel() == 0) return {out, empty(x, {tokens, dim}, kDtype<T>)};
+  const Tensor alpha = plus_linear(linear(operand, half(weight, 0, dim)), g, half(weight, 1, dim));
   torch::stable::parallel_for(0, tokens, std::max<int64_t>(1, kGrain / dim), [&](int64_t begin, int64_t end) {
     blend_rows(data<X>(x), data<T>(g), data<T>(bias), begin, end, dim, data<T>(alpha), data<X>(out));
   });
@@ -74,19 +73,22 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& operand, const
 }
 
 template <typename X, typename T>
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& g, const Tensor& weight,
-                                            const Tensor& alpha) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& operand,
+                                                    const Tensor& g, const Tensor& weight, const Tensor& alpha) {
   const int64_t tokens = x.size(0), dim = x.size(1);
-  const Tensor dx = empty(x, {tokens, dim}, kDtype<X>), dg = empty(x, {tokens, dim}, kDtype<T>);
+  Tensor dx = empty(x, {tokens, dim}, kDtype<X>), dg = empty(x, {tokens, dim}, kDtype<T>);
   const Tensor dlogit = empty(x, {tokens, dim}, kDtype<T>);
-  if (dx.numel() == 0) return {dx, dg, dlogit};
+  if (dx.numel() == 0) return {dx, dg, dlogit, zeros(x, {dim, 2 * dim}, kDtype<T>)};
   torch::stable::parallel_for(0, tokens * dim, kGrain, [&](int64_t begin, int64_t end) {
     blend_backward_rows(data<X>(grad), data<X>(x), data<T>(g), data<T>(alpha), begin, end, data<X>(dx), data<T>(dg),
                         data<T>(dlogit));
   });
-  if (std::is_same_v<X, T>) addmm(dx, dlogit, half(weight, 0, dim), 1.0);
-  addmm(dg, dlogit, half(weight, 1, dim), 1.0);
-  return {dx, dg, dlogit};
+  if (std::is_same_v<X, T>) dx = plus_linear(dx, dlogit, flipped(half(weight, 0, dim)));
+  dg = plus_linear(dg, dlogit, flipped(half(weight, 1, dim)));
+  const Tensor dweight = empty(x, {dim, 2 * dim}, kDtype<T>);
+  outer_product(half(dweight, 0, dim), dlogit, operand, false);
+  outer_product(half(dweight, 1, dim), dlogit, g, false);
+  return {dx, dg, dlogit, dweight};
 }
 
 bool is_half(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
@@ -98,23 +100,25 @@ std::tuple<Tensor, Tensor> gated_blend_cpu(const Tensor& x, const Tensor& operan
                     : forward<float, float>(x, operand, g, weight, bias);
 }
 
-std::tuple<Tensor, Tensor, Tensor> gated_blend_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& g,
-                                                            const Tensor& weight, const Tensor& alpha) {
-  if (is_half(x)) return backward<bf16, bf16>(grad, x, g, weight, alpha);
-  return is_half(g) ? backward<float, bf16>(grad, x, g, weight, alpha)
-                    : backward<float, float>(grad, x, g, weight, alpha);
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_blend_backward_cpu(const Tensor& grad, const Tensor& x,
+                                                                    const Tensor& operand, const Tensor& g,
+                                                                    const Tensor& weight, const Tensor& alpha) {
+  if (is_half(x)) return backward<bf16, bf16>(grad, x, operand, g, weight, alpha);
+  return is_half(g) ? backward<float, bf16>(grad, x, operand, g, weight, alpha)
+                    : backward<float, float>(grad, x, operand, g, weight, alpha);
 }
 
 }  // namespace
 }  // namespace grassland
 
 // All tensors contiguous; x, g (tokens, d), weight (d, 2 d), bias (d); all float32, all bfloat16, or x (and grad) float32
-// and the rest bfloat16; operand is x in the dtype of g. Forward: (out, alpha). Backward: (dx, dg, dlogit), where dx
-// lacks dlogit W_x if the dtypes differ; the weight's gradient is dlogit^T [x; g].
+// and the rest bfloat16; operand is x in the dtype of g. Forward: (out, alpha). Backward: (dx, dg, dlogit, dweight), where
+// dx lacks dlogit W_x if the dtypes differ, and dweight = dlogit^T [x; g].
 STABLE_TORCH_LIBRARY_FRAGMENT(grassland_cpp, m) {
   m.def("gated_blend(Tensor x, Tensor operand, Tensor g, Tensor weight, Tensor bias) -> (Tensor, Tensor)");
   m.def(
-      "gated_blend_backward(Tensor grad, Tensor x, Tensor g, Tensor weight, Tensor alpha) -> (Tensor, Tensor, Tensor)");
+      "gated_blend_backward(Tensor grad, Tensor x, Tensor operand, Tensor g, Tensor weight, Tensor alpha) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(grassland_cpp, CPU, m) {

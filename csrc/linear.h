@@ -1,4 +1,4 @@
-// Matrix products whose weight need not be copied or transposed first, and memory that is cheap to touch.
+// Matrix products, each by the library that is faster for it, and memory that is cheap to touch.
 #pragma once
 
 #include "common.h"
@@ -7,21 +7,48 @@
 #include <sys/mman.h>
 #endif
 
-// oneDNN's product, from the C interface for ahead-of-time compiled models. Its header takes no stable-ABI extension, and
-// not every build of torch has it: a weak symbol is null where it is missing.
-#if defined(__GNUC__) && !defined(__APPLE__)
-#define GRASSLAND_HAS_ONEDNN
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
-    AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle* bias, const char* activation, const double** scalars,
-    int64_t num_scalars, const char** algorithm, AtenTensorHandle* out);
-#endif
-
 namespace grassland {
 
 inline Tensor flipped(const Tensor& x) {
   Tensor base = x;
   return torch::stable::transpose(base, 0, 1);
 }
+
+// x w^T + bias for x (n, k), w (m, k) of any strides.
+Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias = nullptr);
+
+// to = from, of float32 or bfloat16; to is float32.
+void put(const Tensor& from, const Tensor& to);
+
+// sum + x w^T, in the memory of sum or in new memory.
+Tensor plus_linear(const Tensor& sum, const Tensor& x, const Tensor& w);
+
+// Gradients of a weight, float32: the sum of left^T right over the chunks of a batch, for contiguous left (n, m) and right
+// (n, h), float32 or bfloat16.
+class OuterSum {
+ public:
+  // In memory of its own.
+  OuterSum(int64_t m, int64_t h) : m_(m), h_(h) {}
+
+  // Into `total`, whose rows may lie apart; on top of what it holds if `add`.
+  OuterSum(const Tensor& total, bool add) : m_(total.size(0)), h_(total.size(1)), total_(total), held_(add) {}
+
+  void add(const Tensor& left, const Tensor& right);
+
+  // (m, h); `like` says where it lies if nothing was added.
+  Tensor result(const Tensor& like);
+
+ private:
+  Tensor& total(const Tensor& like);
+
+  int64_t m_, h_;
+  std::optional<Tensor> total_, part_;  // part_: what oneDNN has summed, which cannot add to memory that is there
+  bool held_ = false;                   // whether total_ holds anything
+  bool turned_ = false;                 // whether part_ is (h, m)
+};
+
+// total (m, h) = or += left^T right. total: of their dtype, or float32.
+void outer_product(const Tensor& total, const Tensor& left, const Tensor& right, bool add);
 
 // Up to so many rows, `skinny` is faster than either library: 1.2 to 2 times at 16.
 constexpr int64_t kSkinny = 64;
@@ -35,41 +62,6 @@ Tensor skinny(const Tensor& x, const Tensor& w, const Tensor* bias);
 // float32 w (m, h) = or += g^T x for contiguous g (n, m), x (n, h), float32 or bfloat16; false, and nothing done, if that is
 // not for this kernel.
 bool skinny_outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add);
-
-// Whether oneDNN is to multiply. It reads a strided w at 1.1 to 1.5 times the speed of mm, but where mm is MKL on a
-// processor of its maker, mm is never slower, and twice as fast in float32 for a wide w that is contiguous along m.
-inline bool use_onednn(ScalarType dtype) {
-#ifdef GRASSLAND_HAS_ONEDNN
-#if defined(__x86_64__)
-  // In bfloat16 it needs AVX-512.
-  if (dtype == ScalarType::Float ? __builtin_cpu_is("intel") : !__builtin_cpu_supports("avx512bw")) return false;
-#endif
-  return aoti_torch_cpu__linear_pointwise != nullptr;
-#else
-  return false;
-#endif
-}
-
-// x w^T + bias for x (n, k), w (m, k) of any strides.
-inline Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias = nullptr) {
-  if (skinny_fits(x, w)) return skinny(x, w, bias);
-#ifdef GRASSLAND_HAS_ONEDNN
-  // It has no sums of no terms.
-  if (x.numel() > 0 && use_onednn(x.scalar_type())) {
-    AtenTensorHandle out, added = bias == nullptr ? nullptr : bias->get();
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
-        x.get(), w.get(), bias == nullptr ? nullptr : &added, "none", nullptr, 0, nullptr, &out));
-    return Tensor(out);
-  }
-#endif
-  const Tensor out = empty(x, {x.size(0), w.size(0)}, x.scalar_type());
-  if (bias == nullptr)
-    mm(out, x, flipped(w));
-  else
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(out.get(), bias->get(), x.get(), flipped(w).get(), 1.0, 1.0));
-  return out;
-}
 
 // Asks for large pages before a fresh tensor is written: a fault for each 4 KiB of a gradient of the experts' size takes
 // longer than writing it.

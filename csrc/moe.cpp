@@ -335,24 +335,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gates,
   return {y, h, o};
 }
 
-// total = left^T right, or total += left^T right; float32 totals of bfloat16 factors are summed beside the product.
-template <typename T>
-void weight_gradient(const Tensor& total, const Tensor& left, const Tensor& right, bool accumulate) {
-  const bool same = total.scalar_type() == kDtype<T>;
-  if (skinny_outer(total, left, right, accumulate)) return;
-  if (same) {
-    if (accumulate) return addmm(total, flipped(left), right, 1.0);
-    return mm(total, flipped(left), right);
-  }
-  const Tensor part = empty(left, {total.size(0), total.size(1)}, kDtype<T>);
-  mm(part, flipped(left), right);
-  const T* p = data<T>(part);
-  float* o = data<float>(total);
-  parallel(total.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) o[k] = (accumulate ? o[k] : 0.0f) + to_float(p[k]);
-  });
-}
-
 template <typename T>
 void bias_gradient(const Tensor& x, const float* gates, const int64_t* order, int64_t n, float* out) {
   const int64_t width = x.size(1);
@@ -401,8 +383,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
       down_backward(data<T>(h) + begin * s.inner, gate, pairs, inner, act, s.inner, first, last, data<T>(d), data<T>(a),
                     data<float>(dgates));
     });
-    if (total_down) weight_gradient<T>(down_totals[e], g, a, accumulate);
-    if (total_up) weight_gradient<T>(up_totals[e], d, gather<T>(x, pairs, s, n), accumulate);
+    if (total_down) outer_product(down_totals[e], g, a, accumulate);
+    if (total_up) outer_product(up_totals[e], d, gather<T>(x, pairs, s, n), accumulate);
     bias_gradient<T>(d, nullptr, pairs, n, data<float>(db_up) + e * s.inner);
     bias_gradient<T>(g, gate, pairs, n, data<float>(db_down) + e * s.dim);
     dsorted.set(e, begin, linear(d, ups[e]));

@@ -5,6 +5,7 @@
 //
 // The wedge of a chunk of tokens is written once, meets W in one ATen product and is forgotten; the backward builds it
 // again, so that nothing of size tokens x r(r-1)/2 outlives a chunk.
+#include "linear.h"
 #include "vec.h"
 
 namespace grassland {
@@ -343,15 +344,20 @@ Tensor filled(const Tensor& z, const Shape& s) {
   return out;
 }
 
-// Adds the bias where at least one offset is valid; elsewhere the wedge is zero and so is the output.
+// out = product, of tokens from `base` on, with the bias where at least one offset is valid; elsewhere the wedge is zero and
+// so is the output. No bias: null.
 template <typename T>
-void add_bias(const Tensor& out, const T* bias, int64_t first_valid, const Shape& s) {
-  T* o = data<T>(out);
-  torch::stable::parallel_for(0, s.tokens, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t token = begin; token < end; ++token) {
-      if (token % s.length < first_valid) continue;
-      T* row = o + token * s.dim;
-      for (int64_t c = 0; c < s.dim; ++c) from_float(to_float(row[c]) + to_float(bias[c]), row[c]);
+void place(const Tensor& product, const T* bias, int64_t first_valid, int64_t base, const Shape& s, T* out) {
+  const T* from = data<T>(product);
+  torch::stable::parallel_for(0, product.size(0), kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const T* in = from + k * s.dim;
+      T* row = out + (base + k) * s.dim;
+      if (bias == nullptr || (base + k) % s.length < first_valid) {
+        std::memcpy(row, in, s.dim * sizeof(T));
+        continue;
+      }
+      for (int64_t c = 0; c < s.dim; ++c) from_float(to_float(in[c]) + to_float(bias[c]), row[c]);
     }
   });
 }
@@ -363,7 +369,8 @@ Tensor forward(const Tensor& z, const Tensor& weight, const std::optional<Tensor
   const Tensor rows_of_z = filled(z, s);
   const Wedge w(data<float>(rows_of_z), offsets, eps, s);
   Tensor out = empty(z, {s.tokens, s.dim}, kDtype<T>);
-  const Tensor transposed = torch::stable::transpose(weight, 0, 1);
+  const T* added = bias ? data<T>(*bias) : nullptr;
+  const int64_t first_valid = *std::min_element(offsets.begin(), offsets.end());
   const int64_t chunk = std::min(kChunk, s.tokens);
   const Tensor wedges = empty(z, {chunk, s.pairs}, kDtype<T>);
   for (int64_t base = 0; base < s.tokens; base += chunk) {
@@ -371,26 +378,9 @@ Tensor forward(const Tensor& z, const Tensor& weight, const std::optional<Tensor
     torch::stable::parallel_for(base, stop, kGrain, [&](int64_t begin, int64_t end) {
       wedge_rows(w, begin, end, base, data<T>(wedges));
     });
-    mm(rows(out, base, stop), rows(wedges, 0, stop - base), transposed);
+    place(linear(rows(wedges, 0, stop - base), weight), added, first_valid, base, s, data<T>(out));
   }
-  if (bias) add_bias(out, data<T>(*bias), *std::min_element(offsets.begin(), offsets.end()), s);
   return torch::stable::view(out, {z.size(0), z.size(1), s.dim});
-}
-
-// dW (float32) over the tokens of one chunk. float32 accumulates inside the product, bf16 beside it.
-template <typename T>
-void accumulate_weight(const Tensor& total, const Tensor& part, const Tensor& grad, const Tensor& wedges, bool first) {
-  const Tensor transposed = torch::stable::transpose(grad, 0, 1);
-  if (std::is_same_v<T, float>) {
-    if (first) return mm(total, transposed, wedges);
-    return addmm(total, transposed, wedges, 1.0);
-  }
-  mm(part, transposed, wedges);
-  const T* p = data<T>(part);
-  float* o = data<float>(total);
-  torch::stable::parallel_for(0, total.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) o[k] = (first ? 0.0f : o[k]) + to_float(p[k]);
-  });
 }
 
 // Sums blocks of kGrain tokens before adding them up, which keeps the rounding error of a long sum small.
@@ -441,21 +431,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& z,
   const Tensor dy = empty(z, {need_z ? s.tokens : 0, w.stride}, ScalarType::Float);
   std::vector<Link> links(need_z ? s.tokens * offsets.size() : 0);
   const Gradients found{data<float>(own), data<float>(dy), links.data()};
-  Tensor dweight = need_weight && s.tokens > 0 ? empty(z, {s.dim, s.pairs}, ScalarType::Float)
-                                               : zeros(z, {need_weight ? s.dim : 0, s.pairs}, ScalarType::Float);
-  const Tensor part = empty(z, {std::is_same_v<T, float> || !need_weight ? 0 : s.dim, s.pairs}, kDtype<T>);
+  OuterSum dweight(need_weight ? s.dim : 0, s.pairs);
   const int64_t chunk = std::min(kChunk, s.tokens);
   const Tensor wedges = empty(z, {need_weight ? chunk : 0, s.pairs}, kDtype<T>);
-  const Tensor dwedges = empty(z, {need_z ? chunk : 0, s.pairs}, kDtype<T>);
   for (int64_t base = 0; base < s.tokens && (need_z || need_weight); base += chunk) {
     const int64_t stop = std::min(base + chunk, s.tokens);
     const Tensor g = rows(flat, base, stop);
-    if (need_z) mm(rows(dwedges, 0, stop - base), g, weight);
+    std::optional<Tensor> dwedges;
+    if (need_z) dwedges = linear(g, flipped(weight));
     torch::stable::parallel_for(base, stop, kGrain, [&](int64_t begin, int64_t end) {
-      wedge_rows_backward(w, begin, end, base, need_z ? data<T>(dwedges) : nullptr,
+      wedge_rows_backward(w, begin, end, base, need_z ? data<T>(*dwedges) : nullptr,
                           need_weight ? data<T>(wedges) : nullptr, found);
     });
-    if (need_weight) accumulate_weight<T>(dweight, part, g, rows(wedges, 0, stop - base), base == 0);
+    if (need_weight) dweight.add(g, rows(wedges, 0, stop - base));
   }
   if (need_z) {
     torch::stable::parallel_for(0, s.tokens, kGrain, [&](int64_t begin, int64_t end) {
@@ -465,7 +453,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& z,
   const int64_t first_valid = *std::min_element(offsets.begin(), offsets.end());
   Tensor dbias = need_bias ? bias_gradient<T>(flat, first_valid, s) : zeros(z, {0}, ScalarType::Float);
   if (need_z) dz = torch::stable::view(dz, {z.size(0), z.size(1), s.rank});
-  return {dz, dweight, dbias};
+  return {dz, dweight.result(z), dbias};
 }
 
 Tensor plucker_mix_cpu(const Tensor& z, const Tensor& weight, std::optional<Tensor> bias, std::vector<int64_t> offsets,

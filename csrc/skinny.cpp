@@ -39,25 +39,6 @@ struct Product {
   bool along;  // w is contiguous along the sum
 };
 
-// Exchanges the lanes whose index has the bit `step` with the vectors whose index has it.
-template <int step, size_t... lane>
-GRASSLAND_INLINE void exchange(Vec (&m)[kLanes], std::index_sequence<lane...>) {
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & step) continue;
-    const Vec low = m[i], high = m[i + step];
-    m[i] = shuffled<(lane & step ? lane - step + kLanes : lane)...>(low, high);
-    m[i + step] = shuffled<(lane & step ? lane + kLanes : lane + step)...>(low, high);
-  }
-}
-
-GRASSLAND_INLINE void transpose(Vec (&m)[kLanes]) {
-  constexpr auto lanes = std::make_index_sequence<kLanes>{};
-  exchange<1>(m, lanes);
-  exchange<2>(m, lanes);
-  exchange<4>(m, lanes);
-  exchange<8>(m, lanes);
-}
-
 // x in panels: (panel, k, lane), zero in lanes without a row.
 GRASSLAND_MULTIARCH void pack(const Product& p, float* panels) {
   for (int64_t first = 0; first < p.n; first += kLanes) {
@@ -93,14 +74,15 @@ struct Sums {
   int64_t row, panel;
 };
 
-// Of V panels, c (R, lanes) = or += sum over k of a, whose rows and terms lie `row` and `term` apart, and b (k, lanes).
+// Of V panels, c (R, lanes) = or += sum over k of a, whose rows and terms lie `row` and `term` apart, and b (k, lanes). Blocks are
+// summed apart before they are added up, which keeps the rounding error of a long sum small.
 template <int R, int V, int row, int term>
 GRASSLAND_INLINE void tile(const float* a, const float* b, int64_t panel, int64_t depth, const Sums& c, bool add,
                            const float* next, int64_t ldw) {
   Vec sum[R][V];
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = add ? load_full(c.at + r * c.row + v * c.panel) : Vec{};
+    for (int v = 0; v < V; ++v) sum[r][v] = Vec{};
   for (int64_t k = 0; k < depth; ++k) {
     prefetch<R, term>(next, ldw, k);
     Vec x[V];
@@ -111,7 +93,10 @@ GRASSLAND_INLINE void tile(const float* a, const float* b, int64_t panel, int64_
   }
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) store_full(sum[r][v], c.at + r * c.row + v * c.panel);
+    for (int v = 0; v < V; ++v) {
+      float* at = c.at + r * c.row + v * c.panel;
+      store_full(add ? load_full(at) + sum[r][v] : sum[r][v], at);
+    }
 }
 
 template <int R, int V, bool along>

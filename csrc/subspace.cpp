@@ -5,24 +5,17 @@
 // products are of the inputs' type, and all else is float32.
 #include <type_traits>
 
-#include "common.h"
+#include "wide.h"
 
 namespace grassland {
 namespace {
 
-// Projections alive at once: 64 MB, or more where that is less than an efficient product's rows.
-constexpr int64_t kChunkElements = 1 << 24;
-constexpr int64_t kChunkRows = 128;
 constexpr float kEps = 1e-12f;
 
 struct Head {
   int64_t rows, n, classes, k;
   float scale;
 };
-
-int64_t chunk_of(const Head& h) {
-  return std::max<int64_t>(1, std::min(h.rows, std::max(kChunkElements / (h.classes * h.k), kChunkRows)));
-}
 
 GRASSLAND_INLINE float dot(const float* a, const float* b, int64_t n) {
   float sum = 0;
@@ -208,11 +201,6 @@ GRASSLAND_INLINE void loss_rows_of(const Head& h, const Target& t, int64_t base,
   }
 }
 
-// total = or += part
-GRASSLAND_MULTIARCH void widen(const bf16* part, int64_t begin, int64_t end, bool add, float* total) {
-  for (int64_t i = begin; i < end; ++i) total[i] = (add ? total[i] : 0.0f) + to_float(part[i]);
-}
-
 // Clones are no templates.
 #define GRASSLAND_ROWS(T)                                                                                            \
   GRASSLAND_MULTIARCH void normalise(const Head& h, int64_t begin, int64_t end, T* x, float* hat, T* rounded,       \
@@ -232,87 +220,45 @@ GRASSLAND_MULTIARCH void widen(const bf16* part, int64_t begin, int64_t end, boo
 GRASSLAND_ROWS(float)
 GRASSLAND_ROWS(bf16)
 
-void widen(const Tensor& part, const Tensor& total, bool add) {
-  torch::stable::parallel_for(0, part.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
-    widen(data<bf16>(part), begin, end, add, data<float>(total));
-  });
-}
-
-// x^ with its norms, and the gradients that the chunks' dz add up to, in float32.
+// x^ with its norms, float32, and x^ as the products take it.
 template <typename T>
-struct Batch {
-  static constexpr bool kHalf = !std::is_same_v<T, float>;
-
+struct Unit {
   Head h;
-  Tensor hat, rounded, norms, dhat, dweight;
-  bool need_x, need_weight;
+  Tensor hat, rounded, norms;
 
-  Batch(const Tensor& x, const Tensor& weight, int64_t k, double scale, bool need_x, bool need_weight)
+  Unit(const Tensor& x, const Tensor& weight, int64_t k, double scale)
       : h{x.size(0), x.size(1), weight.size(0) / k, k, static_cast<float>(scale)},
         hat(empty(x, {h.rows, h.n}, ScalarType::Float)),
-        rounded(kHalf ? empty(x, {h.rows, h.n}, kDtype<T>) : hat),
-        norms(empty(x, {h.rows}, ScalarType::Float)),
-        dhat(need_x ? empty(x, {h.rows, h.n}, ScalarType::Float) : empty(x, {0}, ScalarType::Float)),
-        dweight(!need_weight    ? empty(x, {0}, ScalarType::Float)
-                : h.rows == 0 ? zeros(x, {weight.size(0), h.n}, ScalarType::Float)
-                              : empty(x, {weight.size(0), h.n}, ScalarType::Float)),
-        need_x(need_x),
-        need_weight(need_weight) {
+        rounded(std::is_same_v<T, float> ? hat : empty(x, {h.rows, h.n}, kDtype<T>)),
+        norms(empty(x, {h.rows}, ScalarType::Float)) {
     torch::stable::parallel_for(0, h.rows, 16, [&](int64_t begin, int64_t end) {
       normalise(h, begin, end, data<T>(x), data<float>(hat), data<T>(rounded), data<float>(norms));
     });
   }
 
-  void add(int64_t base, int64_t stop, const Tensor& dz, const Tensor& weight) const {
-    const Tensor transposed = torch::stable::transpose(dz, 0, 1);
-    const Tensor x = rows(rounded, base, stop);
-    if constexpr (kHalf) {
-      if (need_x) {
-        const Tensor part = empty(dz, {stop - base, h.n}, kDtype<T>);
-        mm(part, dz, weight);
-        widen(part, rows(dhat, base, stop), false);
-      }
-      if (need_weight) {
-        const Tensor part = empty(dz, {weight.size(0), h.n}, kDtype<T>);
-        mm(part, transposed, x);
-        widen(part, dweight, base > 0);
-      }
-    } else {
-      if (need_x) mm(rows(dhat, base, stop), dz, weight);
-      if (need_weight && base == 0) mm(dweight, transposed, x);
-      if (need_weight && base > 0) addmm(dweight, transposed, x, 1.0);
-    }
+  // The gradient by x^ becomes that by x.
+  void backward(const Tensor& d) const {
+    torch::stable::parallel_for(0, d.size(0), 16, [&](int64_t begin, int64_t end) {
+      normalise_backward(h, begin, end, data<float>(hat), data<float>(norms), data<float>(d));
+    });
   }
 
-  void finish() const {
-    if (!need_x) return;
-    torch::stable::parallel_for(0, h.rows, 16, [&](int64_t begin, int64_t end) {
-      normalise_backward(h, begin, end, data<float>(hat), data<float>(norms), data<float>(dhat));
+  // use(base, stop, z) with the projections of one chunk after the other.
+  template <typename F>
+  void project(const Tensor& weight, const F& use) const {
+    each_chunk(h.rows, weight.size(0), [&](int64_t base, int64_t stop) {
+      use(base, stop, linear(rows(rounded, base, stop), weight));
     });
   }
 };
 
-// Calls `use(base, stop, z)` with the projections of one chunk after the other.
-template <typename T, typename F>
-void project(const Batch<T>& b, const Tensor& weight, const F& use) {
-  const int64_t chunk = chunk_of(b.h);
-  const Tensor z = empty(b.hat, {chunk, weight.size(0)}, kDtype<T>);
-  const Tensor transposed = torch::stable::transpose(weight, 0, 1);
-  for (int64_t base = 0; base < b.h.rows; base += chunk) {
-    const int64_t stop = std::min(base + chunk, b.h.rows);
-    const Tensor part = rows(z, 0, stop - base);
-    mm(part, rows(b.rounded, base, stop), transposed);
-    use(base, stop, part);
-  }
-}
-
 template <typename T>
 Tensor logits(const Tensor& x, const Tensor& weight, int64_t k, double scale) {
-  const Batch<T> b(x, weight, k, scale, false, false);
-  Tensor out = empty(x, {b.h.rows, b.h.classes}, ScalarType::Float);
-  project(b, weight, [&](int64_t base, int64_t stop, const Tensor& z) {
+  const Unit<T> u(x, weight, k, scale);
+  Tensor out = empty(x, {u.h.rows, u.h.classes}, ScalarType::Float);
+  u.project(weight, [&](int64_t base, int64_t stop, const Tensor& z) {
     torch::stable::parallel_for(0, stop - base, 4, [&](int64_t begin, int64_t end) {
-      logits_rows(b.h, begin, end, data<T>(z), data<float>(out) + base * b.h.classes);
+      logits_rows(u.h, begin, end, data<T>(z), data<float>(out) + base * u.h.classes);
     });
   });
   return out;
@@ -321,38 +267,36 @@ Tensor logits(const Tensor& x, const Tensor& weight, int64_t k, double scale) {
 template <typename T>
 std::tuple<Tensor, Tensor> logits_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, int64_t k,
                                            double scale, bool need_x, bool need_weight) {
-  const Batch<T> b(x, weight, k, scale, need_x, need_weight);
-  project(b, weight, [&](int64_t base, int64_t stop, const Tensor& z) {
+  const Unit<T> u(x, weight, k, scale);
+  Gradients gradients(u.rounded, weight, need_x, need_weight);
+  u.project(weight, [&](int64_t base, int64_t stop, const Tensor& z) {
     torch::stable::parallel_for(0, stop - base, 4, [&](int64_t begin, int64_t end) {
-      logits_backward_rows(b.h, begin, end, data<float>(grad) + base * b.h.classes, data<T>(z));
+      logits_backward_rows(u.h, begin, end, data<float>(grad) + base * u.h.classes, data<T>(z));
     });
-    b.add(base, stop, z, weight);
+    gradients.add(base, stop, z);
   });
-  b.finish();
-  return {b.dhat, b.dweight};
+  if (need_x) u.backward(gradients.dx());
+  return {gradients.dx(), gradients.dweight()};
 }
 
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& target, int64_t k,
                                                  double scale, double smoothing, int64_t ignore_index, bool need_x,
                                                  bool need_weight) {
-  const Batch<T> b(x, weight, k, scale, need_x, need_weight);
-  const bool hard = target.scalar_type() == ScalarType::Long, grad = need_x || need_weight;
+  const Unit<T> u(x, weight, k, scale);
+  Gradients gradients(u.rounded, weight, need_x, need_weight);
+  const bool hard = target.scalar_type() == ScalarType::Long;
   const Target t{hard ? data<int64_t>(target) : nullptr, hard ? nullptr : data<float>(target),
                  static_cast<float>(smoothing), ignore_index};
-  std::vector<double> losses(b.h.rows);
-  project(b, weight, [&](int64_t base, int64_t stop, const Tensor& z) {
+  std::vector<double> losses(u.h.rows);
+  u.project(weight, [&](int64_t base, int64_t stop, const Tensor& z) {
     torch::stable::parallel_for(base, stop, 4, [&](int64_t begin, int64_t end) {
-      loss_rows(b.h, t, base, begin, end, grad, data<T>(z), losses.data());
+      loss_rows(u.h, t, base, begin, end, gradients.needed(), data<T>(z), losses.data());
     });
-    b.add(base, stop, z, weight);
+    gradients.add(base, stop, z);
   });
-  b.finish();
-  double total = 0;
-  for (const double loss : losses) total += loss;
-  Tensor out = empty(x, {}, ScalarType::Float);
-  *data<float>(out) = static_cast<float>(total);
-  return {out, b.dhat, b.dweight};
+  if (need_x) u.backward(gradients.dx());
+  return {total_of(x, losses), gradients.dx(), gradients.dweight()};
 }
 
 bool is_half(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }

@@ -128,4 +128,23 @@ GRASSLAND_INLINE Vec totals(const float* rows) {
   return m[0];
 }
 
+// Exchanges the lanes whose index has the bit `step` with the vectors whose index has it.
+template <int step, size_t... lane>
+GRASSLAND_INLINE void exchange(Vec (&m)[kLanes], std::index_sequence<lane...>) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & step) continue;
+    const Vec low = m[i], high = m[i + step];
+    m[i] = shuffled<(lane & step ? lane - step + kLanes : lane)...>(low, high);
+    m[i + step] = shuffled<(lane & step ? lane + kLanes : lane + step)...>(low, high);
+  }
+}
+
+GRASSLAND_INLINE void transpose(Vec (&m)[kLanes]) {
+  constexpr auto lanes = std::make_index_sequence<kLanes>{};
+  exchange<1>(m, lanes);
+  exchange<2>(m, lanes);
+  exchange<4>(m, lanes);
+  exchange<8>(m, lanes);
+}
+
 }  // namespace grassland

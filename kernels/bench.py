@@ -77,6 +77,7 @@ SCALING: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "kronecker": ("2x1024 C384", "streams", (2, 4, 8)),
     "subspace": ("step n=384", "classes", (100, 1000, 10000)),
     "moe": ("T788 E4", "experts", (2, 4, 8, 16)),
+    "cross_entropy": ("T1024 V30522 C256", "vocab", (1000, 10000, 100000)),
 }
 
 

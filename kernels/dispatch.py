@@ -21,7 +21,7 @@ FASTEST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 ENVIRONMENT = "GRASSLAND_BACKEND"
 # Of the ops. A copy of the kernels under another package name has its own, so that both live in one process.
 NAMESPACE = "grassland" if __package__ == "grassland.kernels" else re.sub(r"\W", "_", __package__ or "grassland")
-PACKAGES = ("plucker", "kronecker", "subspace", "moe")
+PACKAGES = ("plucker", "kronecker", "subspace", "moe", "cross_entropy")
 
 
 class BackendError(RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -16,6 +17,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if cublas:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float() if a.dtype == torch.float16 else a @ b
+
+
+@functools.cache
+def multiplies_halves() -> bool:
+    """Whether the processor has products of bfloat16: without them those of float32 are faster."""
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def boost(dtype: torch.dtype, bound: float) -> float:

@@ -21,6 +21,7 @@ ON_A_GPU = {
     "kronecker": ("LigerMHC", "TransformerEngine mHC", "TileKernels mHC"),
     "subspace": ("Liger fused linear cross entropy",),
     "moe": ("ScatterMoE", "SonicMoE, SwiGLU of equal FLOPs", "triton_kernels"),
+    "cross_entropy": ("Liger fused linear cross entropy", "cut-cross-entropy"),
 }
 SEQUENCE = {"batch": 2, "length": 24, "dim": 128, "rank": 8, "offsets": [1, 2]}
 STREAMS = {"kind": "sublayer", "tokens": 24, "streams": 4, "dim": 40}

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from ..kernels.wide import IGNORE
 from . import parallel
-from .data.blocks import IGNORED
 from .data.image_batches import ImageBatch
 
 BINS = 15
@@ -42,7 +42,7 @@ class Tally:
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """logits (B, K); targets (B,) int64, −100 for rows that do not count."""
-        counted = targets != IGNORED
+        counted = targets != IGNORE
         # Selecting rows would wait for the device; weights do not.
         weight, targets = counted.double(), targets.clamp_min(0)
         log_p = logits.float().log_softmax(-1)

@@ -12,9 +12,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..archs.generate import Window, checked_lengths, stream
-from ..archs.heads.cross_entropy import IGNORE
 from ..archs.lm import check_range
 from ..archs.sampling import Sampling
+from ..kernels.wide import IGNORE
 
 
 @dataclass(frozen=True)

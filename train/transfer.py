@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..archs import CheckpointError, read_config
+from ..kernels.wide import IGNORE
 from .config import VisionConfig
-from .data.blocks import IGNORED
 from .data.image_batches import EvalBatches, load_batches
 from .data.image_sources import ImageData, load_images
 from .data.images import ImageSet
@@ -121,7 +121,7 @@ def features(model: torch.nn.Module, images: ImageSet, config: VisionConfig, dev
     batches = EvalBatches(images, config)
     rows, labels = [], []
     for batch in load_batches(batches, range(len(batches)), config.workers):
-        counted = batch.targets != IGNORED
+        counted = batch.targets != IGNORE
         found = image_features(model, batch.images.to(device)).flatten(1).float().cpu()
         rows.append(found[counted].numpy())
         labels.append(batch.targets[counted].numpy())

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.cross_entropy import linear_cross_entropy
 from ..checks import check_input
 from ..registry import register_slot
 from .classifier import cross_entropy
-from .cross_entropy import linear_cross_entropy
 
 
 @register_slot("head", "cosine")

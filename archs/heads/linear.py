@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.cross_entropy import linear_cross_entropy
 from ..checks import check_input
 from ..init import init_weights
 from ..registry import register_slot
 from ..sharing import Reference
 from .classifier import cross_entropy
-from .cross_entropy import linear_cross_entropy
 
 
 @register_slot("head", "linear")

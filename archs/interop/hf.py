@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.wide import IGNORE
 from ..config import ModelConfig
-from ..heads.cross_entropy import IGNORE
 from ..io import FORMAT, MODEL_TYPE, VERSION, CheckpointError
 from ..lm import LMState, check_range
 from ..registry import assembly_class

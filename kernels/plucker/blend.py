@@ -63,14 +63,16 @@ def gated_blend_backward(
     elif backend == "triton":
         dx, dg, dlogit = triton_kernels().gated_blend_backward(grads, xs, gs, weight, alphas)
     else:
-        dx, dg, dlogit = torch.ops.grassland_cpp.gated_blend_backward(grads, xs, gs, weight, alphas)
+        arguments = (grads, xs, xs.to(g.dtype), gs, weight, alphas)
+        dx, dg, dlogit, dweight = torch.ops.grassland_cpp.gated_blend_backward(*arguments)
         if dx.dtype != dlogit.dtype:
             dx += dlogit @ weight[:, :dim]
     total = torch.promote_types(g.dtype, torch.float32)
     dbias = triton_kernels().column_sum(dlogit) if backend == "triton" else dlogit.sum(0, dtype=total)
-    dweight = torch.empty_like(weight)
-    torch.mm(dlogit.T, xs.to(g.dtype), out=dweight[:, :dim])
-    torch.mm(dlogit.T, gs, out=dweight[:, dim:])
+    if backend != "cpp":
+        dweight = torch.empty_like(weight)
+        torch.mm(dlogit.T, xs.to(g.dtype), out=dweight[:, :dim])
+        torch.mm(dlogit.T, gs, out=dweight[:, dim:])
     return dx.view(x.shape), dg.view(g.shape), dweight, dbias.to(g.dtype)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..wide import check_loss
 from . import op, reference
 from .op import MODES
 
@@ -80,7 +81,7 @@ def subspace_cross_entropy(
     """
     x, weight = _autocast(x, weight)
     _check_head(x, weight, k, scale)
-    _check_loss(x, weight.shape[0] // k, target, label_smoothing, reduction)
+    check_loss(x, weight.shape[0] // k, target, label_smoothing, reduction, soft=True)
     rows = x.reshape(-1, x.shape[-1])
     soft = target.is_floating_point()
     flat = target.reshape(rows.shape[0], weight.shape[0] // k) if soft else target.reshape(-1)
@@ -195,23 +196,6 @@ def _check_head(x: Tensor, weight: Tensor, k: int, scale: float) -> None:
         raise ValueError(f"x must be on the device of weight ({weight.device}), got {x.device}")
     if not (isinstance(scale, Real) and 0 < scale < math.inf):
         raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
-
-
-def _check_loss(x: Tensor, classes: int, target: Tensor, label_smoothing: float, reduction: str) -> None:
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    if not (isinstance(label_smoothing, Real) and 0 <= label_smoothing <= 1):
-        raise ValueError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
-    soft = target.is_floating_point()
-    if not soft and target.dtype != torch.int64:
-        raise TypeError(f"target must be int64 classes or floating-point probabilities, got {target.dtype}")
-    expected = (*x.shape[:-1], classes) if soft else x.shape[:-1]
-    if target.shape != expected:
-        raise ValueError(f"target must be {tuple(expected)} for x {tuple(x.shape)}, got {tuple(target.shape)}")
-    if target.device != x.device:
-        raise ValueError(f"target must be on the device of x ({x.device}), got {target.device}")
-    if target.requires_grad:
-        raise ValueError("target must not require a gradient: none flows to it; detach it")
 
 
 def _check_step(

@@ -16,7 +16,8 @@ import math
 import torch
 from torch import Tensor
 
-from .chunked import Loss, accumulation
+from ..wide import accumulation
+from .chunked import Loss
 
 # Powers of H in the series, and the trace of H above which angles are halved.
 SERIES = 9

@@ -6,7 +6,6 @@ than the step itself.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import differentiable, once, scaled
+from ..products import multiplies_halves
+from ..wide import accumulation, check_labels
 from . import chunked, eager
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -27,12 +28,6 @@ STEP = dispatch.register("grassmann_step", cpp=CPP, triton=TRITON)
 def plain(*tensors: Tensor) -> list[Tensor]:
     """What the C++ kernels take: contiguous float32."""
     return [t.float().contiguous() for t in tensors]
-
-
-@functools.cache
-def multiplies_halves() -> bool:
-    """Whether the processor has products of bfloat16: without them those of float32 are faster."""
-    return torch.cpu._is_avx512_bf16_supported()
 
 
 def operands(x: Tensor, weight: Tensor) -> list[Tensor]:
@@ -61,7 +56,7 @@ def subspace_logits(x: Tensor, weight: Tensor, k: int, scale: float, backend: st
 
 @subspace_logits.register_fake
 def _(x: Tensor, weight: Tensor, k: int, scale: float, backend: str) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0] // k, dtype=chunked.accumulation(x.dtype))
+    return x.new_empty(x.shape[0], weight.shape[0] // k, dtype=accumulation(x.dtype))
 
 
 @torch.library.custom_op(f"{dispatch.NAMESPACE}::subspace_logits_backward", mutates_args=())
@@ -117,7 +112,7 @@ def subspace_cross_entropy(
     """The summed loss, and its gradients by x and weight, float32 or wider: empty (0,) where `mask` says that they are
     not needed."""
     backend = dispatch.pick(CROSS_ENTROPY, weight, backend)
-    _check_labels(target, weight.shape[0] // k, ignore_index)
+    check_labels(target, weight.shape[0] // k, ignore_index)
     if backend != "cpp":
         settings = chunked.Loss(scale, smoothing, ignore_index)
         return chunked.cross_entropy(rows_of(backend), x, weight, target, k, settings, mask)
@@ -125,15 +120,6 @@ def subspace_cross_entropy(
     return torch.ops.grassland_cpp.subspace_cross_entropy(
         *operands(x, weight), target, k, scale, smoothing, ignore_index, *mask
     )
-
-
-def _check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
-    # Looking at values on a GPU would wait for it; there a label out of range makes the loss NaN.
-    if target.is_floating_point() or target.device.type != "cpu" or target.numel() == 0:
-        return
-    wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
-    if wrong.numel():
-        raise ValueError(f"target must be in [0, {classes}) or {ignore_index} (ignored), got {int(wrong[0])}")
 
 
 @subspace_cross_entropy.register_fake
@@ -148,7 +134,7 @@ def _(
     mask: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = chunked.accumulation(x.dtype)
+    wide = accumulation(x.dtype)
     return x.new_empty((), dtype=wide), _like(x, mask[0]).to(wide), _like(weight, mask[1]).to(wide)
 
 

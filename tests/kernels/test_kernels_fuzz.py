@@ -10,6 +10,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grassland.kernels.cross_entropy import linear_cross_entropy
 from grassland.kernels.kronecker import kronecker_columns, kronecker_factors, kronecker_pre
 from grassland.kernels.moe import moe_route
 from grassland.kernels.plucker import gated_blend, plucker_mix
@@ -90,6 +91,14 @@ def classifying(draw):
     return head | {"target": draw(st.sampled_from([labels, soft])), "label_smoothing": 0.1, "reduction": "sum"}
 
 
+def predicting(draw):
+    vocab, dim = draw(st.integers(1, 40)), draw(st.integers(1, 7))
+    x = drawn(draw, *leading(draw), dim)
+    target = (torch.arange(math.prod(x.shape[:-1])) % vocab).reshape(x.shape[:-1])
+    options = {"label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])), "reduction": "sum"}
+    return {"x": x, "weight": drawn(draw, vocab, dim, seed=1), "target": target} | options
+
+
 def stepping(draw):
     head = subspaces(draw)
     buffer, grad = (drawn(draw, *head["weight"].shape, seed=seed) for seed in (2, 3))
@@ -104,6 +113,7 @@ OPS = {
     moe_route: (routing, {"top_k": ODD, "capacity": ODD}),
     subspace_logits: (projecting, {"k": ODD, "scale": ODD}),
     subspace_cross_entropy: (classifying, {"k": ODD, "label_smoothing": ODD, "reduction": st.just("max")}),
+    linear_cross_entropy: (predicting, {"label_smoothing": ODD, "reduction": st.just("max")}),
     grassmann_step: (stepping, {"k": ODD, "lr": ODD, "momentum": ODD}),
 }
 EVERY = [pytest.param(op, id=op.__name__) for op in OPS]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from grassland.kernels.cross_entropy import cases as cross_entropy
 from grassland.kernels.kronecker import cases as kronecker
 from grassland.kernels.moe import cases as moe
 from grassland.kernels.plucker import cases as plucker
@@ -84,6 +85,7 @@ def test_launches_on_the_device_of_the_tensors(spec, monkeypatch):
         ("moe_ffn", lambda tokens: moe.make(tokens, 64, 96, 1, top_k=1), None),
         ("subspace_logits", lambda tokens: subspace.head((tokens,), 10, 4, 32), lambda _: {"k": 4}),
         ("subspace_cross_entropy", lambda tokens: subspace.labelled((tokens,), 10, 4, 32), lambda _: {"k": 4}),
+        ("linear_cross_entropy", lambda tokens: cross_entropy.head((tokens,), 100, 8), None),
     ],
 )
 def test_a_new_sequence_length_compiles_nothing(name, inputs, options, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-IGNORED = -100
+from ...kernels.wide import IGNORE
 
 
 class BlockOrder:
@@ -60,7 +60,7 @@ def evaluation_batches(tokens: NDArray, seq_len: int, batch_size: int) -> Iterat
     stride = batch_size * seq_len
     for start in range(0, len(tokens) - 1, stride):
         piece = torch.from_numpy(tokens[start : start + stride + 1].astype(np.int64))
-        inputs, targets = torch.zeros(stride, dtype=torch.int64), torch.full((stride,), IGNORED)
+        inputs, targets = torch.zeros(stride, dtype=torch.int64), torch.full((stride,), IGNORE)
         inputs[: len(piece) - 1] = piece[:-1]
         targets[: len(piece) - 1] = piece[1:]
         yield inputs.view(batch_size, seq_len), targets.view(batch_size, seq_len)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ...kernels.wide import IGNORE
 from ..config import VisionConfig
 from ..parallel import rank, rows, size
-from .blocks import IGNORED, BlockOrder
+from .blocks import BlockOrder
 from .errors import WorkerError, is_obituary, obituary
 from .images import ImageError, ImageSet
 
@@ -99,7 +100,7 @@ class EvalBatches(Dataset):
 
     def __getitem__(self, number: int) -> ImageBatch | ImageError:
         first, count, side = number * self.config.batch_size, len(self.rows), self.config.img_size
-        images, targets = torch.zeros(count, 3, side, side), torch.full((count,), IGNORED)
+        images, targets = torch.zeros(count, 3, side, side), torch.full((count,), IGNORE)
         skipped = 0
         for row, index in enumerate(first + place for place in self.rows):
             if index >= len(self.images):

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .blocks import IGNORED
+from ...kernels.wide import IGNORE
 from .masked import assemble
 from .sources import ALIASES, SPLITS, first_line, load_hub, looks_local, split_of
 from .tokenizer import special_tokens
@@ -119,7 +119,7 @@ def evaluation_rows(rows: TextBatch, batch_size: int) -> Iterator[TextBatch]:
         place = torch.arange(start, start + batch_size)
         counted = place < len(rows.ids)
         ids, types, mask, classes = (part[place.where(counted, 0)] for part in rows)
-        yield TextBatch(ids, types, mask, classes.where(counted, IGNORED))
+        yield TextBatch(ids, types, mask, classes.where(counted, IGNORE))
 
 
 def _shortened(texts: list[NDArray], room: int) -> list[NDArray]:

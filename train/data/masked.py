@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .blocks import IGNORED
+from ...kernels.wide import IGNORE
 from .corpus import LINE, WORD, Split
 from .tokenizer import SpecialTokens, special_tokens
 
@@ -100,9 +100,9 @@ class MaskedText:
     def _batch(self, draws: Sequence[tuple[int, tuple[int, ...]]], size: int | None = None) -> MaskedBatch:
         shape, told = (size or len(draws), self.seq_len), (size or len(draws), self.most_told)
         ids, types = np.full(shape, self.special.pad), np.zeros(shape, np.int64)
-        mask, positions, labels = np.zeros(shape, bool), np.zeros(told, np.int64), np.full(told, IGNORED)
+        mask, positions, labels = np.zeros(shape, bool), np.zeros(told, np.int64), np.full(told, IGNORE)
         mask[:, 0] = True  # also in rows of padding: experts must have something to route
-        order = np.full(len(ids), IGNORED)
+        order = np.full(len(ids), IGNORE)
         for row, (index, entropy) in enumerate(draws):
             generator = np.random.default_rng(entropy)
             segments, order[row] = self._segments(index, generator)

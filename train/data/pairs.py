@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .blocks import IGNORED
+from ...kernels.wide import IGNORE
 from .sources import ALIASES, HOLDOUT, SPLITS, load_hub, looks_local, split_of
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class PairTokens:
         longest = -(-int(self.lengths[rows].max()) // ROUND) * ROUND
         ids = torch.from_numpy(self.rows[rows, :longest].astype(np.int64))
         mask = torch.arange(ids.shape[1]) < torch.from_numpy(self.lengths[rows])[:, None]
-        return ids, mask, torch.from_numpy(np.where(rows < 0, IGNORED, self.labels[rows]))
+        return ids, mask, torch.from_numpy(np.where(rows < 0, IGNORE, self.labels[rows]))
 
 
 def marks(tokenizer: "Tokenizer") -> tuple[int, int, int]:

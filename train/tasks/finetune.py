@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ...archs import CheckpointError, load_model, save_model
 from ...archs.encoder import Encoder
 from ...archs.registry import unknown
+from ...kernels.wide import IGNORE
 from .. import parallel
 from ..config import RunConfig
 from ..data import BlockOrder, load_tokenizer, save_tokenizer
-from ..data.blocks import IGNORED
 from ..data.labelled import TextBatch, encode_labelled, evaluation_rows, load_labelled
 from ..data.tokenizer import FILE as TOKENIZER_FILE
 from ..text_model import load_text_model
@@ -156,8 +156,8 @@ class Confusion:
     def add(self, logits: Tensor, classes: Tensor) -> None:
         """logits (B, K); classes (B,) int64, −100 for rows that do not count."""
         size = self.counts.shape[0]
-        counted = (classes != IGNORED).double()
-        self.nll += F.cross_entropy(logits.float(), classes, ignore_index=IGNORED, reduction="sum")
+        counted = (classes != IGNORE).double()
+        self.nll += F.cross_entropy(logits.float(), classes, ignore_index=IGNORE, reduction="sum")
         true, guess = (F.one_hot(c, size).double() for c in (classes.clamp_min(0), logits.argmax(-1)))
         self.counts += (true * counted[:, None]).T @ guess
 

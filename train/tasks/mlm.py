@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ...archs import create_model, model_config
 from ...archs.registry import unknown
+from ...kernels.wide import IGNORE
 from ..config import LMConfig
 from ..data import BlockOrder
-from ..data.blocks import IGNORED
 from ..data.masked import MaskedBatch, MaskedText
 from ..data.sources import SPLITS
 from ..parallel import rows, total
@@ -97,7 +97,7 @@ class MaskedLanguageModeling(LanguageModeling):
 
     def weight(self, batch: Any) -> Tensor:
         # The order of sentences, which has one target a sequence, counts by the words of its rows as well.
-        return (batch.labels != IGNORED).sum().float()
+        return (batch.labels != IGNORE).sum().float()
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
@@ -130,7 +130,7 @@ class MaskedLanguageModeling(LanguageModeling):
         batch = self._moved(next(self.texts["test"].evaluation(max(count, 1))))
         encoder: Any = model
         guesses = encoder.predict(batch.ids, **_inputs(batch))[0].argmax(-1)
-        told = batch.ids.scatter(1, batch.positions, guesses.where(batch.labels != IGNORED, batch.ids[:, :1]))
+        told = batch.ids.scatter(1, batch.positions, guesses.where(batch.labels != IGNORE, batch.ids[:, :1]))
         return [
             f"{self._decoded(before[mask])}\n{self._decoded(after[mask])}"
             for before, after, mask in list(zip(batch.ids, told, batch.mask, strict=True))[:count]
@@ -156,8 +156,8 @@ class Hits:
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """logits (…, K); targets (…) int64, −100 where nothing counts."""
         logits, targets = logits.flatten(0, -2).float(), targets.flatten()
-        nll = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-        self.sums += torch.stack([(targets != IGNORED).sum(), nll, (logits.argmax(-1) == targets).sum()])
+        nll = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+        self.sums += torch.stack([(targets != IGNORE).sum(), nll, (logits.argmax(-1) == targets).sum()])
 
     def means(self) -> tuple[float, float]:
         """Cross entropy and accuracy a target, of all processes."""

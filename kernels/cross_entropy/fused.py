@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...kernels.launch import on_its_device
-from ...kernels.rounding import store
+from ..launch import on_its_device
+from ..rounding import store
 
 # Vectors of a program, and numbers in a vector.
 VECTORS, EACH, WARPS = 512, 8, 8
@@ -56,7 +56,10 @@ def rows_kernel(
     total = tl.sum(totals * tl.exp(peaks - peak), 0)
     # a label that is no token: neither found nor ignored
     total = tl.where(known | (label == ignore), total, float("nan"))
-    loss = peak + tl.log(total) - (1 - smoothing) * target - smoothing * (tl.sum(sums, 0) / vocab)
+    hit = target - peak
+    if SMOOTHED:
+        hit += smoothing * (tl.sum(sums, 0) / vocab - target)
+    loss = tl.log(total) - hit
     tl.store(losses + tl.program_id(0), tl.where(counted, loss, 0.0))
     if DIFFERENTIATE:
         # Other threads may still have the target to read.
@@ -73,16 +76,13 @@ def rows_kernel(
 
 @on_its_device
 def row_losses(
-    logits: Tensor, labels: Tensor, vocab: int, smoothing: float, ignore: int, larger: float, differentiate: bool
-) -> Tensor:
-    """Losses (n,) in float32 of logits (n, W), of whose columns the first `vocab` count.
-
-    With `differentiate` the logits become `larger` times their gradient, zero in the other columns.
-    """
-    losses = torch.empty(len(labels), dtype=torch.float32, device=logits.device)
-    if len(labels):
-        rows_kernel[(len(labels),)](
-            logits, labels, losses, vocab, logits.shape[1], logits.stride(0), smoothing, ignore, larger,
+    logits: Tensor, target: Tensor, vocab: int, smoothing: float, ignore_index: int, boost: float, differentiate: bool
+) -> tuple[Tensor, Tensor]:
+    """See eager.row_losses; overwrites the logits, whatever their dtype, with their gradients."""
+    losses = torch.empty(len(target), dtype=torch.float32, device=logits.device)
+    if len(target):
+        rows_kernel[(len(target),)](
+            logits, target, losses, vocab, logits.shape[1], logits.stride(0), smoothing, ignore_index, boost,
             DIFFERENTIATE=differentiate, SMOOTHED=smoothing != 0, VECTORS=VECTORS, EACH=EACH, num_warps=WARPS,
         )  # fmt: skip
-    return losses
+    return losses, logits

@@ -1,0 +1,213 @@
+// The choice between MKL, by way of ATen's mm, and oneDNN, whose products go to new memory and take a strided weight as it
+// lies.
+#include "linear.h"
+#include "vec.h"
+
+// oneDNN's product, from the C interface for ahead-of-time compiled models. Its header takes no stable-ABI extension, and
+// not every build of torch has it: a weak symbol is null where it is missing.
+#if defined(__GNUC__) && !defined(__APPLE__)
+#define GRASSLAND_HAS_ONEDNN
+extern "C" {
+__attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle* bias, const char* activation, const double** scalars,
+    int64_t num_scalars, const char** algorithm, AtenTensorHandle* out);
+__attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise_binary(
+    AtenTensorHandle x, AtenTensorHandle other, AtenTensorHandle w, AtenTensorHandle* bias, const char* operation,
+    AtenTensorHandle* out);
+}
+#endif
+
+namespace grassland {
+namespace {
+
+// Whether oneDNN is to multiply. Where mm is MKL on a processor of its maker, mm is never slower, and twice as fast in
+// float32 for a wide w that is contiguous along m. On AMD's, mm takes 1.6 to 2.5 times as long as oneDNN.
+bool use_onednn(ScalarType dtype) {
+#ifdef GRASSLAND_HAS_ONEDNN
+#if defined(__x86_64__)
+  // In bfloat16 it needs AVX-512.
+  if (dtype == ScalarType::Float ? __builtin_cpu_is("intel") : !__builtin_cpu_supports("avx512bw")) return false;
+#endif
+  return aoti_torch_cpu__linear_pointwise != nullptr && aoti_torch_cpu__linear_pointwise_binary != nullptr;
+#else
+  return false;
+#endif
+}
+
+// A weight whose rows or columns lie side by side: others oneDNN multiplies a thousand times slower.
+Tensor dense(const Tensor& w) {
+  const bool along = w.stride(1) == 1 && w.stride(0) == w.size(1), across = w.stride(0) == 1 && w.stride(1) == w.size(0);
+  return along || across ? w : torch::stable::contiguous(w);
+}
+
+#ifdef GRASSLAND_HAS_ONEDNN
+Tensor onednn(const Tensor& x, const Tensor& w, const Tensor* bias) {
+  AtenTensorHandle out, added = bias == nullptr ? nullptr : bias->get();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
+      x.get(), dense(w).get(), bias == nullptr ? nullptr : &added, "none", nullptr, 0, nullptr, &out));
+  return Tensor(out);
+}
+
+Tensor onednn_plus(const Tensor& sum, const Tensor& x, const Tensor& w) {
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu__linear_pointwise_binary(x.get(), sum.get(), dense(w).get(), nullptr, "add", &out));
+  return Tensor(out);
+}
+#else
+Tensor onednn(const Tensor& x, const Tensor&, const Tensor*) { return x; }
+Tensor onednn_plus(const Tensor& sum, const Tensor&, const Tensor&) { return sum; }
+#endif
+
+struct Matrix {
+  float* at;
+  int64_t row;  // numbers from one row to the next
+};
+
+// Columns of `from` that a thread turns at a time, so that a page of it serves several vectors.
+constexpr int64_t kColumns = 4 * kLanes;
+
+// to (columns, rows) = or += the transpose of columns `begin` to `end` of from (rows, columns).
+GRASSLAND_MULTIARCH void turn(const Matrix& from, const Matrix& to, int64_t rows, int64_t begin, int64_t end, bool add) {
+  for (int64_t block = begin; block < end; block += kColumns)
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      const int64_t live = std::min(kLanes, rows - r);
+      for (int64_t c = block; c < std::min(block + kColumns, end); c += kLanes) {
+        const int64_t width = std::min(kLanes, end - c);
+        Vec m[kLanes] = {};
+        for (int64_t i = 0; i < live; ++i) m[i] = load(from.at + (r + i) * from.row + c, width);
+        transpose(m);
+        for (int64_t i = 0; i < width; ++i) {
+          float* out = to.at + (c + i) * to.row + r;
+          store(add ? load(out, live) + m[i] : m[i], out, live);
+        }
+      }
+    }
+}
+
+template <typename T>
+GRASSLAND_INLINE void put_rows_of(const T* from, const Matrix& to, int64_t columns, int64_t begin, int64_t end, bool add) {
+  for (int64_t r = begin; r < end; ++r) {
+    const T* in = from + r * columns;
+    float* out = to.at + r * to.row;
+    if (add)
+      for (int64_t c = 0; c < columns; ++c) out[c] += to_float(in[c]);
+    else
+      for (int64_t c = 0; c < columns; ++c) out[c] = to_float(in[c]);
+  }
+}
+
+#define GRASSLAND_PUT(T)                                                                                            \
+  GRASSLAND_MULTIARCH void put_rows(const T* from, const Matrix& to, int64_t columns, int64_t begin, int64_t end,   \
+                                    bool add) {                                                                     \
+    put_rows_of(from, to, columns, begin, end, add);                                                                \
+  }
+GRASSLAND_PUT(float)
+GRASSLAND_PUT(bf16)
+
+Matrix matrix(const Tensor& x) { return {data<float>(x), x.stride(0)}; }
+
+// Rows of so many numbers that they are worth a thread.
+int64_t grain(int64_t columns) { return std::max<int64_t>(1, (int64_t{1} << 14) / std::max<int64_t>(1, columns)); }
+
+// to = or += from, contiguous.
+void put(const Tensor& from, const Tensor& to, bool add) {
+  const int64_t columns = from.size(1);
+  torch::stable::parallel_for(0, from.size(0), grain(columns), [&](int64_t begin, int64_t end) {
+    if (from.scalar_type() == ScalarType::BFloat16)
+      put_rows(data<bf16>(from), matrix(to), columns, begin, end, add);
+    else
+      put_rows(data<float>(from), matrix(to), columns, begin, end, add);
+  });
+}
+
+void turn_into(const Tensor& to, const Tensor& from, bool add) {
+  const int64_t blocks = (from.size(1) + kColumns - 1) / kColumns;
+  torch::stable::parallel_for(0, blocks, grain(from.size(0) * kColumns), [&](int64_t begin, int64_t end) {
+    turn(matrix(from), matrix(to), from.size(0), begin * kColumns, std::min(end * kColumns, from.size(1)), add);
+  });
+}
+
+Tensor turned(const Tensor& x) {
+  const Tensor out = empty(x, {x.size(1), x.size(0)}, ScalarType::Float);
+  turn_into(out, x, false);
+  return out;
+}
+
+}  // namespace
+
+Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias) {
+  if (skinny_fits(x, w)) return skinny(x, w, bias);
+  // oneDNN has no sums of no terms.
+  if (x.numel() > 0 && use_onednn(x.scalar_type())) return onednn(x, w, bias);
+  const Tensor out = empty(x, {x.size(0), w.size(0)}, x.scalar_type());
+  if (bias == nullptr)
+    mm(out, x, flipped(w));
+  else
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_addmm_out(out.get(), bias->get(), x.get(), flipped(w).get(), 1.0, 1.0));
+  return out;
+}
+
+void put(const Tensor& from, const Tensor& to) { put(from, to, false); }
+
+Tensor plus_linear(const Tensor& sum, const Tensor& x, const Tensor& w) {
+  if (x.numel() > 0 && use_onednn(x.scalar_type())) return onednn_plus(sum, x, w);
+  addmm(sum, x, flipped(w), 1.0);
+  return sum;
+}
+
+Tensor& OuterSum::total(const Tensor& like) {
+  if (!total_) total_ = empty(like, {m_, h_}, ScalarType::Float);
+  return *total_;
+}
+
+void OuterSum::add(const Tensor& left, const Tensor& right) {
+  const bool dense = !total_ || total_->stride(0) == h_;
+  if (left.numel() == 0 || right.numel() == 0) return;
+  if (dense && left.size(0) <= kSkinny) {
+    skinny_outer(total(left), left, right, held_);
+  } else if (left.scalar_type() == ScalarType::BFloat16) {
+    const Tensor product = empty(left, {m_, h_}, ScalarType::BFloat16);
+    mm(product, flipped(left), right);
+    put(product, total(left), held_);
+  } else if (use_onednn(ScalarType::Float)) {
+    // One factor has to be turned: the smaller, with what turning the sum in the end takes.
+    if (!part_) turned_ = left.size(0) * m_ > left.size(0) * h_ + m_ * h_;
+    const Tensor x = turned(turned_ ? right : left), w = flipped(turned_ ? left : right);
+    part_ = part_ ? onednn_plus(*part_, x, w) : onednn(x, w, nullptr);
+    return;
+  } else if (held_) {
+    addmm(total(left), flipped(left), right, 1.0);
+  } else {
+    mm(total(left), flipped(left), right);
+  }
+  held_ = true;
+}
+
+Tensor OuterSum::result(const Tensor& like) {
+  if (part_ && !turned_ && !total_) return *part_;
+  Tensor& to = total(like);
+  if (part_ && turned_) {
+    turn_into(to, *part_, held_);
+  } else if (part_) {
+    put(*part_, to, held_);
+  } else if (!held_) {
+    torch::stable::zero_(to);
+  }
+  return to;
+}
+
+void outer_product(const Tensor& total, const Tensor& left, const Tensor& right, bool add) {
+  if (total.scalar_type() == ScalarType::Float) {
+    OuterSum sum(total, add);
+    sum.add(left, right);
+    sum.result(total);
+  } else if (add) {
+    addmm(total, flipped(left), right, 1.0);
+  } else {
+    mm(total, flipped(left), right);
+  }
+}
+
+}  // namespace grassland

@@ -1,0 +1,55 @@
+// What losses over many classes share: a batch in chunks of rows, so that what is wide is alive for one chunk alone, and the
+// gradients that the chunks add up to.
+#pragma once
+
+#include "linear.h"
+
+namespace grassland {
+
+// Numbers of a chunk: as many bytes as malloc gives back without asking the system, and enough rows for an efficient product.
+constexpr int64_t kChunkElements = 31 << 18;
+constexpr int64_t kChunkRows = 128;
+
+// use(base, stop) for chunks of about the same size.
+template <typename F>
+void each_chunk(int64_t rows, int64_t width, const F& use) {
+  const int64_t most = std::max(kChunkRows, kChunkElements / width), count = (rows + most - 1) / most;
+  for (int64_t k = 0; k < count; ++k) use(rows * k / count, rows * (k + 1) / count);
+}
+
+// The sum of the rows' losses, a float32 scalar.
+inline Tensor total_of(const Tensor& like, const std::vector<double>& losses) {
+  const Tensor out = empty(like, {}, ScalarType::Float);
+  double total = 0;
+  for (const double loss : losses) total += loss;
+  *data<float>(out) = static_cast<float>(total);
+  return out;
+}
+
+// dx = dz W and dW = dz^T x of x (rows, n), float32, from the chunks' dz.
+class Gradients {
+ public:
+  Gradients(const Tensor& x, const Tensor& weight, bool need_x, bool need_weight)
+      : x_(x), weight_(weight), need_x_(need_x), need_weight_(need_weight),
+        dx_(need_x ? empty(x, {x.size(0), x.size(1)}, ScalarType::Float) : empty(x, {0}, ScalarType::Float)),
+        dweight_(weight.size(0), weight.size(1)) {}
+
+  bool needed() const { return need_x_ || need_weight_; }
+
+  void add(int64_t base, int64_t stop, const Tensor& dz) {
+    if (need_x_) put(linear(dz, flipped(weight_)), rows(dx_, base, stop));
+    if (need_weight_) dweight_.add(dz, rows(x_, base, stop));
+  }
+
+  // Empty (0) where not needed.
+  const Tensor& dx() const { return dx_; }
+  Tensor dweight() { return need_weight_ ? dweight_.result(x_) : empty(x_, {0}, ScalarType::Float); }
+
+ private:
+  Tensor x_, weight_;
+  bool need_x_, need_weight_;
+  Tensor dx_;
+  OuterSum dweight_;
+};
+
+}  // namespace grassland

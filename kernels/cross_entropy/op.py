@@ -1,0 +1,133 @@
+"""Registration of linear_cross_entropy: one opaque op that computes the loss and, in the same pass, its gradients.
+
+A chunk of rows is multiplied with the weight; its logits become losses and the logits' gradient, in place where a
+kernel does it; two products more make the gradients of x and of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dispatch
+from ..autograd import differentiable, once, scaled
+from ..launch import without_autocast
+from ..products import boost, multiplies_halves
+from ..wide import Gradients, accumulation, check_labels, chunks
+from . import eager
+
+# Logits alive at a time: as many bytes as malloc gives back without asking the system for new pages, and enough rows of
+# a vocabulary of 30 k for an efficient product. A GPU has more to fill.
+CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 31 << 18, 1 << 26
+# For rows of 30,522 numbers cuBLAS took kernels of an older chip on an H200, at a quarter of its rate.
+ALIGNMENT = 64
+RowLosses = Callable[..., tuple[Tensor, Tensor]]
+OP = dispatch.register(
+    "linear_cross_entropy",
+    cpp=(torch.float32, torch.bfloat16),
+    triton=(torch.float32, torch.bfloat16, torch.float16),
+)
+
+
+@torch.library.custom_op(f"{dispatch.NAMESPACE}::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    smoothing: float,
+    ignore_index: int,
+    dtype: torch.dtype,
+    mask: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss, and its gradients by x (N, D) and weight, float32 or wider: empty (0,) where `mask` says that
+    they are not needed. dtype: of the products."""
+    check_labels(target, weight.shape[0], ignore_index)
+    weight, target = weight.to(dtype), target.contiguous()
+    backend = dispatch.pick(OP, weight, backend)
+    if backend != "cpp":
+        return chunked(rows_of(backend), x.to(dtype), weight, target, smoothing, ignore_index, mask)
+    if dtype == torch.bfloat16 and not multiplies_halves():
+        dtype = torch.float32
+    x, weight = (t.to(dtype).contiguous() for t in (x, weight))
+    return torch.ops.grassland_cpp.linear_cross_entropy(x, weight, target, smoothing, ignore_index, *mask)
+
+
+def chunked(
+    row_losses: RowLosses,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    smoothing: float,
+    ignore_index: int,
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where PyTorch multiplies and `row_losses` does what is between the products."""
+    vocab = weight.shape[0]
+    weight, larger = padded(weight), boost(x.dtype, 1.0)
+    elements = CHUNK_ELEMENTS if x.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+    gradients = Gradients(x, weight, mask)
+    losses = x.new_empty(x.shape[0], dtype=accumulation(x.dtype))
+    # The op's own dtypes hold inside it, not autocast's.
+    with without_autocast(x.device.type):
+        for rows in chunks(x.shape[0], max(1, elements // weight.shape[0])):
+            logits = x[rows] @ weight.T
+            options = (vocab, smoothing, ignore_index, larger, any(mask))
+            losses[rows], dlogits = row_losses(logits, target[rows], *options)
+            gradients.add(rows, dlogits)
+    dx, dweight = gradients.result(larger)
+    return losses.sum(), dx, dweight.resize_(vocab, x.shape[1]) if mask[1] else dweight  # without the padding
+
+
+def rows_of(backend: str) -> RowLosses:
+    """The function from logits to losses and gradients: see eager.row_losses."""
+    if backend == "eager":
+        return eager.row_losses
+    from . import fused
+
+    return fused.row_losses
+
+
+def padded(matrix: Tensor) -> Tensor:
+    """With rows of zeros up to a multiple of what a GPU's fast products want; a CPU's do without."""
+    missing = -matrix.shape[0] % ALIGNMENT
+    return matrix if matrix.device.type == "cpu" or not missing else F.pad(matrix, (0, 0, 0, missing))
+
+
+@linear_cross_entropy.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    smoothing: float,
+    ignore_index: int,
+    dtype: torch.dtype,
+    mask: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = accumulation(dtype)
+    shapes = ((), x.shape if mask[0] else 0, weight.shape if mask[1] else 0)
+    total, dx, dweight = (x.new_empty(shape, dtype=wide) for shape in shapes)
+    return total, dx, dweight
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    # Without this, autograd would write zeros of the weight's size for the two outputs that nobody uses.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.dtypes = [t.dtype for t in inputs[:2]]
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple:
+    found: list[Tensor | None] = [None, None]
+    if grad is not None:
+        saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
+        found = [scaled(gradient, grad, dtype) if needed else None for gradient, dtype, needed in saved]
+    return (*once("linear_cross_entropy", *found), *[None] * 6)
+
+
+loss = differentiable(linear_cross_entropy, _backward, _setup)

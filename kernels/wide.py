@@ -1,0 +1,85 @@
+"""What losses over many classes share: a batch in chunks of rows, so that what is wide is alive for one chunk alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from .products import product
+
+# The class that does not count, as in PyTorch.
+IGNORE = -100
+
+
+def chunks(rows: int, limit: int) -> list[slice]:
+    """As few slices as hold at most `limit` rows each, as even as they can be."""
+    count = max(1, -(-rows // limit))
+    step = max(1, -(-rows // count))
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Gradients:
+    """Adds up dx = dz W and dW = dz^T x, float32 or wider, from the chunks' dz; `mask` says which are wanted."""
+
+    def __init__(self, x: Tensor, weight: Tensor, mask: Sequence[bool]) -> None:
+        self.x, self.weight, self.mask = x, weight, mask
+        self.dtype = accumulation(weight.dtype)
+        self.dx = x.new_empty(x.shape if mask[0] else 0, dtype=self.dtype)
+        self.dweight: Tensor | None = None
+
+    def add(self, rows: slice, dz: Tensor) -> None:
+        whole = dz.dtype == self.dtype
+        if self.mask[0]:
+            if whole:
+                torch.mm(dz, self.weight, out=self.dx[rows])
+            else:
+                self.dx[rows] = product(dz, self.weight)
+        if self.mask[1]:
+            x = self.x[rows]
+            if self.dweight is None:
+                self.dweight = product(dz.T, x).to(self.dtype)
+            elif whole:
+                self.dweight.addmm_(dz.T, x)
+            else:
+                self.dweight += product(dz.T, x)
+
+    def result(self, boost: float = 1.0) -> tuple[Tensor, Tensor]:
+        """dx and dW from dz that were multiplied with `boost`; empty (0,) where not wanted."""
+        dweight = self.dweight
+        if dweight is None:  # not wanted, or of no rows
+            dweight = self.weight.new_zeros(self.weight.shape if self.mask[1] else 0, dtype=self.dtype)
+        return (self.dx, dweight) if boost == 1 else (self.dx.div_(boost), dweight.div_(boost))
+
+
+def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
+    """ValueError for a class that there is not. On a GPU, where looking would mean waiting, it makes the loss NaN."""
+    if target.is_floating_point() or target.device.type != "cpu" or target.numel() == 0:
+        return
+    wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
+    if wrong.numel():
+        raise ValueError(f"target must be in [0, {classes}) or {ignore_index} (ignored), got {int(wrong[0])}")
+
+
+def check_loss(x: Tensor, classes: int, target: Tensor, label_smoothing: float, reduction: str, soft: bool) -> None:
+    """ValueError or TypeError for what no cross entropy of x (…, n) takes; soft: whether probabilities are a target."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    if not (isinstance(label_smoothing, Real) and 0 <= label_smoothing <= 1):
+        raise ValueError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
+    if target.dtype != torch.int64 and not (soft and target.is_floating_point()):
+        allowed = "int64 classes or floating-point probabilities" if soft else "int64 classes"
+        raise TypeError(f"target must be {allowed}, got {target.dtype}")
+    expected = (*x.shape[:-1], classes) if target.is_floating_point() else x.shape[:-1]
+    if target.shape != expected:
+        raise ValueError(f"target must be {tuple(expected)} for x {tuple(x.shape)}, got {tuple(target.shape)}")
+    if target.device != x.device:
+        raise ValueError(f"target must be on the device of x ({x.device}), got {target.device}")
+    if target.requires_grad:
+        raise ValueError("target must not require a gradient: none flows to it; detach it")

@@ -1,0 +1,222 @@
+"""What holds for the linear head's loss beyond the rungs that every op climbs (test_ops.py, test_triton.py)."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from grassland.kernels import dispatch
+from grassland.kernels.cross_entropy import linear_cross_entropy, op
+from grassland.kernels.cross_entropy.cases import head
+from grassland.kernels.testing import record_launches, resource_usage
+
+needs_extension = pytest.mark.skipif(dispatch.extension_error() is not None, reason=str(dispatch.extension_error()))
+BACKENDS = ["eager", pytest.param("cpp", marks=needs_extension)]
+
+
+@pytest.fixture(params=[1 << 24, 40], ids=["one-chunk", "many-chunks"], autouse=True)
+def chunk_elements(request, monkeypatch):
+    monkeypatch.setattr(op, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(op, "GPU_CHUNK_ELEMENTS", request.param)
+
+
+def inputs(tokens=11, dim=6, vocab=17, dtype=torch.float64, ignored=3):
+    x, weight, target = head((tokens,), vocab, dim, ignored, scale=dim**0.5).values()
+    return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), target
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_it_is_torchs_cross_entropy(backend, reduction, smoothing):
+    exact = backend == "eager"
+    x, weight, target = inputs(dtype=torch.float64 if exact else torch.float32)
+    expected = F.cross_entropy(x @ weight.T, target, reduction=reduction, label_smoothing=smoothing)
+    loss = linear_cross_entropy(x, weight, target, reduction=reduction, label_smoothing=smoothing, backend=backend)
+    tolerance = {"atol": 1e-13 if exact else 1e-5, "rtol": 0 if exact else 1e-6}
+    torch.testing.assert_close(loss, expected, **tolerance)
+    wanted = torch.autograd.grad(3 * expected, (x, weight))
+    torch.testing.assert_close(torch.autograd.grad(3 * loss, (x, weight)), wanted, **tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_class_may_be_ignored(backend):
+    x, weight, target = inputs(dtype=torch.float32, ignored=0)
+    expected = F.cross_entropy(x @ weight.T, target, ignore_index=int(target[0]))
+    found = linear_cross_entropy(x, weight, target, ignore_index=int(target[0]), backend=backend)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_a_frozen_input_gets_no_gradient_and_costs_no_product(frozen, backend):
+    x, weight, target = inputs(dtype=torch.float32)
+    both = torch.autograd.grad(linear_cross_entropy(x, weight, target, backend=backend), (x, weight))
+    (x if frozen == "x" else weight).requires_grad_(False)
+    linear_cross_entropy(x, weight, target, backend=backend).backward()
+    for leaf, expected in zip((x, weight), both, strict=True):
+        assert leaf.grad is None if not leaf.requires_grad else torch.equal(leaf.grad, expected)
+    mask = [x.requires_grad, weight.requires_grad]
+    found = op.linear_cross_entropy(x, weight, target, 0.0, -100, torch.float32, mask, backend)
+    assert [t.shape == (0,) for t in found[1:]] == [not needed for needed in mask]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_multiplies_in_bfloat16_and_sums_in_float32(backend):
+    x, weight, target = inputs(64, 16, 50, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(x, weight, target, backend=backend)
+    loss.backward()
+    rounded_x, rounded_w = (t.detach().bfloat16().float().requires_grad_() for t in (x, weight))
+    expected = F.cross_entropy((rounded_x.bfloat16() @ rounded_w.bfloat16().T).float(), target)
+    expected.backward()
+    assert loss.dtype is torch.float32 and weight.grad.dtype is torch.float32
+    rounds = op.multiplies_halves() or backend == "eager"
+    torch.testing.assert_close(loss, expected, **({} if rounds else {"atol": 0, "rtol": 1e-2}))
+    torch.testing.assert_close(weight.grad, rounded_w.grad, atol=2e-3, rtol=2e-2)
+
+
+def test_float16_gradients_survive_until_they_are_scaled():
+    """Rows that are nearly certain have gradients below float16's smallest number before the loss scale comes."""
+    x, weight, target = inputs(64, 16, 50, torch.float16)
+    with torch.no_grad():
+        target = (x @ weight.T).float().argmax(-1)
+        x *= 4
+    exact_x, exact_w = (t.detach().double().requires_grad_() for t in (x, weight))
+    (65536 * F.cross_entropy(exact_x @ exact_w.T, target)).backward()
+    (65536 * linear_cross_entropy(x, weight, target)).backward()
+    for found, wanted in ((x.grad, exact_x.grad), (weight.grad, exact_w.grad)):
+        assert torch.linalg.vector_norm(found.double() - wanted) < 0.02 * torch.linalg.vector_norm(wanted)
+
+
+def test_bfloat16_gradients_of_a_mean_are_divided_by_the_number_of_rows():
+    """1 / 900 in bfloat16 is 1.0025 / 900: it must not be rounded before it meets the gradients."""
+    x, weight, _ = inputs(900, 64, 20, torch.bfloat16)
+    target = torch.arange(900) % 20
+    summed, mean = (
+        torch.autograd.grad(linear_cross_entropy(x, weight, target, reduction=reduction), weight)[0].double()
+        for reduction in ("sum", "mean")
+    )
+    assert abs(900 * (mean * summed).sum() / summed.square().sum() - 1) < 1e-3
+
+
+def test_second_derivatives_are_refused():
+    x, weight, target = inputs()
+    (gradient,) = torch.autograd.grad(linear_cross_entropy(x, weight, target), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy cannot be differentiated twice"):
+        gradient.square().sum().backward()
+    torch.autograd.gradgradcheck(lambda x, w: linear_cross_entropy(x, w, target, backend="reference"), (x, weight))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_retained_graph_gives_its_gradients_again(backend):
+    x, weight, target = inputs(dtype=torch.float32)
+    loss = linear_cross_entropy(x, weight, target, backend=backend)
+    (3 * loss).backward(retain_graph=True)
+    first = [t.grad.clone() for t in (x, weight)]
+    loss.backward()
+    for leaf, expected in zip((x, weight), first, strict=True):
+        torch.testing.assert_close(leaf.grad, expected * 4 / 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_predict_is_nan_as_in_pytorch(backend):
+    x, weight, target = inputs(dtype=torch.float32)
+    assert linear_cross_entropy(x, weight, torch.full_like(target, -100), backend=backend).isnan()
+    assert linear_cross_entropy(x[:0], weight, target[:0], reduction="sum", backend=backend) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_logits(backend):
+    x, weight, target = inputs(dtype=torch.float32)
+    loss = linear_cross_entropy(x * 1e4, weight, target, backend=backend)
+    loss.backward()
+    assert loss.isfinite() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_counts_where_its_row_does(backend):
+    x, weight, target = inputs(dtype=torch.float32)
+    expected = linear_cross_entropy(x, weight, target, backend=backend)
+    broken = x.detach().clone()
+    broken[target == -100] = torch.nan
+    broken.requires_grad_()
+    loss = linear_cross_entropy(broken, weight, target, backend=backend)
+    (slope,) = torch.autograd.grad(loss, broken)
+    assert loss == expected and torch.equal(slope, torch.autograd.grad(expected, x)[0])
+    assert linear_cross_entropy(broken, weight, target.clamp_min(0), backend=backend).isnan()
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"target": torch.zeros(10, dtype=torch.int64)}, ValueError, r"target must be \(11,\) .*, got \(10,\)"),
+        ({"target": torch.zeros(11)}, TypeError, "target must be int64 classes, got torch.float32"),
+        ({"target": torch.full((11,), 17)}, ValueError, r"target must be in \[0, 17\) or -100 \(ignored\), got 17"),
+        ({"weight": torch.zeros(17, 5).double()}, ValueError, r"x must be \(…, 5\), as wide as weight, got \(11, 6\)"),
+        ({"weight": torch.zeros(17, 6, dtype=torch.int64)}, TypeError, "weight must be float32, .*, got torch.int64"),
+        ({"weight": torch.zeros(0, 6)}, ValueError, r"weight must be \(V, D\) with V >= 1, got \(0, 6\)"),
+        ({"label_smoothing": 2}, ValueError, r"label_smoothing must be a number in \[0, 1\], got 2"),
+        ({"reduction": "none"}, ValueError, "reduction must be 'mean' or 'sum', got 'none'"),
+        ({"backend": "cuda"}, dispatch.BackendError, "linear_cross_entropy has no cuda kernel"),
+    ],
+)
+def test_what_is_wrong_is_named(change, error, message):
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(**(dict(zip(("x", "weight", "target"), inputs(), strict=True)) | change))
+
+
+ROWS = """
+import sys, torch, torch.nn.functional as F
+from grassland.kernels.cross_entropy.fused import row_losses
+device, ignore = sys.argv[1], -100
+logits = 5 * torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
+target = torch.tensor([ignore, 7, 4999])
+for dtype in (torch.float32, torch.bfloat16):
+    exact = logits.to(dtype).double().requires_grad_()
+    truth = F.cross_entropy(exact, target, label_smoothing=0.1, reduction="none")
+    (slope,) = torch.autograd.grad(truth.sum(), exact)
+    whole = F.pad(logits.to(dtype), (0, 56), value=7.0).to(device)
+    losses, found = row_losses(whole, target.to(device), 5000, 0.1, ignore, 1.0, True)
+    assert found is whole and not whole[:, 5000:].any() and not whole[0].any(), "padding and ignored rows are zero"
+    torch.testing.assert_close(losses.cpu(), truth.detach().float())
+    torch.testing.assert_close(whole[:, :5000].cpu().double(), slope, atol=1e-6, rtol=torch.finfo(dtype).eps)
+options = (0.0, ignore, 1.0, False)
+unknown = torch.tensor([4], device=device)
+assert row_losses(torch.zeros(1, 4, device=device), unknown, 4, *options)[0].isnan().all(), "no class is nan"
+broken = torch.full((2, 64), float("nan"), device=device)
+losses, _ = row_losses(broken, torch.full((2,), ignore, device=device), 9, 0.0, ignore, 1.0, True)
+assert not losses.any() and not broken.any(), "an ignored row may be nan"
+print("ok")
+"""
+
+
+def rows_in_a_process(device, **variables):
+    environment = os.environ | variables
+    done = subprocess.run([sys.executable, "-c", ROWS, device], env=environment, capture_output=True, text=True)
+    assert done.stdout == "ok\n", done.stdout + done.stderr
+
+
+def test_padded_rows_in_the_interpreter():
+    pytest.importorskip("triton")
+    rows_in_a_process("cpu", TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+def test_padded_rows_on_a_gpu():
+    rows_in_a_process("cuda")
+
+
+@pytest.mark.parametrize("width", [30528, 50304, 512])
+@pytest.mark.parametrize("chip", [80, 90, 100])
+def test_padded_rows_compile_for_nvidia(chip, width):
+    pytest.importorskip("triton")
+    from grassland.kernels.cross_entropy.fused import row_losses
+
+    logits, target = torch.zeros(8, width, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.int64)
+    for launch in record_launches(lambda: row_losses(logits, target, width - 7, 0.1, -100, 1.0, True)):
+        usage = resource_usage(launch.compile("cuda", chip, 32).asm["cubin"])
+        assert usage["LOCAL"] == usage["STACK"] == 0, usage
