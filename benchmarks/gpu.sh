@@ -26,7 +26,7 @@ limit=${LIMIT:-560}
 sanitizer_s=${SANITIZER_S:-60}
 export PYTHONUNBUFFERED=1 TRITON_CACHE_AUTOTUNING=1
 stages=${*:-install tests warm bench compare sanitizer scaling profile}
-ops="plucker kronecker subspace moe"
+ops="plucker kronecker subspace moe cross_entropy"
 
 wanted() { [[ " $stages " == *" $1 "* ]]; }
 

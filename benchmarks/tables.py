@@ -5,6 +5,7 @@ A table stands between `<!-- table:NAME -->` and `<!-- end -->`.
 """
 
 import functools
+import itertools
 import json
 import re
 import sys
@@ -32,32 +33,50 @@ def footnote(records):
     return f"{hardware(r)}, {r['dtype']}, torch {r['torch']}{when}."
 
 
-def kernel_table(name):
-    """Rivals against settings: the time over ours, in each setting's last mode."""
-    records = read(f"{name}.jsonl")
-    settings = {r["setting"]: r["mode"] for r in records if "mode" in r}
+def kernel_files(pattern):
+    """What benchmarks of kernels wrote: kernels/MACHINE/OP-DEVICE-DTYPE[-scaling].jsonl, in the machines' order."""
+    return [path.relative_to(RESULTS).as_posix() for path in sorted(RESULTS.glob(f"kernels/*/{pattern}.jsonl"))]
+
+
+def kernel_table(op):
+    """Rivals against settings, in each setting's last mode: the time over ours, on one machine after the other."""
+    machines = [read(name) for name in kernel_files(f"{op}-cpu-float32")]
+    if not machines:
+        return NONE
+    settings = {r["setting"]: r["mode"] for r in machines[0] if "mode" in r}
+    title = " · ".join(processor(records[0]) for records in machines)
     heads = [f"{setting}, {mode}" for setting, mode in settings.items()]
-    lines = [f"| time / grassland | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    lines = [f"| time / grassland on {title} | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     absent = {}
-    for rival in dict.fromkeys(r["rival"] for r in records):
-        own = [r for r in records if r["rival"] == rival]
-        if len(reasons := {r.get("error") for r in own}) == 1 and None not in reasons:
+    for rival in dict.fromkeys(r["rival"] for records in machines for r in records):
+        own = [[r for r in records if r["rival"] == rival] for records in machines]
+        if len(reasons := {r.get("error") for found in own for r in found}) == 1 and None not in reasons:
             absent.setdefault(reasons.pop(), []).append(rival)
             continue
-        cells = [next((cell(r) for r in own if shown(r, *item)), "") for item in settings.items()]
+        cells = [joined([cell(found, *item) for found in own]) for item in settings.items()]
         lines.append(f"| {rival} | {' | '.join(cells)} |")
     notes = [f"Not run: {', '.join(rivals)} ({why})." for why, rivals in absent.items()]
-    return "\n".join([*lines, "", " ".join([*notes, footnote(records)])])
+    return "\n".join([*lines, "", " ".join([*notes, *map(footnote, machines)])])
 
 
-def shown(record, setting, mode):
-    return record["setting"] == setting and ("error" in record or record["mode"] == mode)
+def joined(cells):
+    """What the machines say, or nothing where none says anything."""
+    return " · ".join(cell or "–" for cell in cells) if any(cells) else ""
 
 
-def cell(record):
-    if "error" in record:
-        return f"not run: {record['error']}"
-    return f"{figure(record['ms'])} ms" if record["rival"] == "grassland" else f"{record['ratio']:.2f}"
+def processor(record):
+    """A processor's name without what every one of them has."""
+    return re.sub(r"\((R|TM)\)| Processor", "", record["cpu"])
+
+
+def cell(records, setting, mode):
+    """Of one rival on one machine; empty for a setting that it is not for."""
+    found = next((r for r in records if r["setting"] == setting and ("error" in r or r["mode"] == mode)), None)
+    if found is None:
+        return ""
+    if "error" in found:
+        return f"not run: {found['error']}"
+    return f"{figure(found['ms'])} ms" if found["rival"] == "grassland" else f"{found['ratio']:.2f}"
 
 
 def figure(number):
@@ -100,19 +119,26 @@ def support_state(records):
 
 def kernel_tables(device):
     """All kernel benchmarks of one kind of device, a section a file; a sentence if there are none."""
-    paths = [path for op in OPS for path in sorted(RESULTS.glob(f"{op}-*.jsonl")) if path.stem.split("-")[1] == device]
-    plain = [path.stem for path in paths if not path.stem.endswith("-scaling")]
-    parts = [f"#### {stem}\n\n{kernel_details(stem)}{picture(stem)}" for stem in plain]
+    parts = []
+    for op, dtype in itertools.product(OPS, ("float32", "bfloat16")):
+        for name in kernel_files(f"{op}-{device}-{dtype}"):
+            records = read(name)
+            where = hardware(records[0]) if on_gpu(records[0]) else processor(records[0])
+            parts.append(folded(f"{op}, {dtype}, {where}", f"{kernel_details(records)}{picture(name)}"))
     return "\n\n".join(parts) or NONE
 
 
-def picture(stem):
-    return f"\n\n![{stem}](results/{stem}.png)" if (RESULTS / f"{stem}.png").exists() else ""
+def folded(title, text):
+    return f"<details>\n<summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
-def kernel_details(stem):
+def picture(name):
+    path = Path(name).with_suffix(".png")
+    return f"\n\n![{path.stem}](results/{path.as_posix()})" if (RESULTS / path).exists() else ""
+
+
+def kernel_details(records):
     """Every rival in every setting and mode."""
-    records = read(f"{stem}.jsonl")
     gpu = any("graph" in r for r in records)
     heads = ["setting", "mode", "rival", "ms", "time / grassland", "GFLOP/s", "saved MB", "peak MB"]
     heads += ["launched in ms"] if gpu else []
@@ -131,7 +157,8 @@ def kernel_details(stem):
 
 def device_table():
     """A GPU's own time for a call of ours, the rates it comes to, and what launching takes from Python."""
-    records = [r for op in OPS for r in read_if_there(f"{op}-cuda-{GPU_DTYPES[op]}.jsonl")]
+    names = [name for op in OPS for name in kernel_files(f"{op}-cuda-{GPU_DTYPES[op]}")]
+    records = [r for name in names for r in read(name)]
     ours = [r for r in records if r["rival"].startswith("grassland") and "ms" in r]
     if not ours:
         return NONE
@@ -189,13 +216,15 @@ def milliseconds(record):
 
 def scaling_tables():
     """Ours and every rival against the size that was varied, in milliseconds."""
-    stems = [path.stem for path in sorted(RESULTS.glob("*-scaling.jsonl"))]
-    parts = [f"#### {stem}\n\n{scaling_table(stem)}\n\n![{stem}](results/{stem}.png)" for stem in stems]
+    parts = []
+    for op in OPS:
+        for name in kernel_files(f"{op}-cpu-float32-scaling"):
+            records = read(name)
+            parts.append(folded(f"{op}, {processor(records[0])}", f"{scaling_table(records)}{picture(name)}"))
     return "\n\n".join(parts) or NONE
 
 
-def scaling_table(stem):
-    records = read(f"{stem}.jsonl")
+def scaling_table(records):
     modes = {r["setting"]: r["mode"] for r in records if "mode" in r}
     heads = [f"{setting}, {mode}" for setting, mode in modes.items()]
     lines = [f"| ms | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
@@ -261,23 +290,22 @@ def profile_cell(seconds, part):
 
 def without_rivals():
     """The benchmarks on a GPU that have figures of ours alone."""
-    found = {path.name: {r["rival"] for r in read(path.name)} for path in sorted(RESULTS.glob("*-cuda-*.jsonl"))}
+    names = [name for op in OPS for name in kernel_files(f"{op}-cuda-*")]
+    found = {name: {r["rival"] for r in read(name)} for name in names}
     return [name for name, rivals in found.items() if rivals and all(r.startswith("grassland") for r in rivals)]
 
 
 def missing():
     """What the project set out to measure and has not, found by looking for its files."""
     wanted = {
-        "kernels on a GPU": [f"{op}-cuda-{dtype}.jsonl" for op in OPS for dtype in ("float32", "bfloat16")],
-        "kernels on a CPU in bfloat16": [f"{op}-cpu-bfloat16.jsonl" for op in OPS],
-        "kernels against sequence length, streams, experts and classes": [
-            f"{op}-cpu-float32-scaling.jsonl" for op in OPS
-        ],
-        "profile of a training step on a GPU": ["profile-cuda.jsonl"],
+        "kernels on a GPU": [f"{op}-cuda-{dtype}" for op in OPS for dtype in ("float32", "bfloat16")],
+        "kernels on a CPU in bfloat16": [f"{op}-cpu-bfloat16" for op in OPS],
+        "kernels against sequence length, streams, experts and classes": [f"{op}-cpu-float32-scaling" for op in OPS],
+        "profile of a training step on a GPU": ["profile-cuda"],
     }
     lines = []
     for what, files in wanted.items():
-        absent = [name for name in files if not (RESULTS / name).exists()]
+        absent = [name for name in files if not (kernel_files(name) or (RESULTS / f"{name}.jsonl").exists())]
         if absent:
             lines.append(f"- {what}{'' if len(absent) == len(files) else ': ' + ', '.join(absent)}")
     for name in FULL:
@@ -289,7 +317,7 @@ def missing():
     if alone := without_rivals():
         lines.insert(0, f"- rivals of the kernels on a GPU: {', '.join(alone)}")
     text = "Not run, or run and not kept here:\n\n" + "\n".join(lines) if lines else "Everything has been run."
-    gpu = any(RESULTS.glob("*-cuda*.jsonl"))
+    gpu = any(RESULTS.rglob("*-cuda*.jsonl"))
     return text if gpu else f"Nothing on this page was measured on a GPU: none has been at hand.\n\n{text}"
 
 
@@ -298,7 +326,7 @@ FULL = [name for name in PRESETS if name not in SMALL]
 SUMMARY = ("arm", "parameters", "test", "p (Holm)")
 BACKENDS = {"eager": "eager", "cpp": "C++ on CPU", "triton": "Triton", "cuda": "CUDA C++"}
 OPS = ("plucker", "kronecker", "subspace", "moe", "cross_entropy")
-TABLES = {op: functools.partial(kernel_table, f"{op}-cpu-float32") for op in OPS}
+TABLES = {op: functools.partial(kernel_table, op) for op in OPS}
 # Weights and steps on a manifold are float32 in training.
 GPU_DTYPES = {op: "float32" if op == "subspace" else "bfloat16" for op in OPS}
 TABLES |= {

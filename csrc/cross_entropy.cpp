@@ -1,9 +1,9 @@
 // Cross entropy of a linear head on the CPU: l = x W^T, loss = log sum exp(l) - (1 - s) l_y - s mean(l), and in place
 // l <- softmax(l) - (1 - s) onehot - s / V. A chunk of rows of logits stays in the cache between its products, and a row
 // between its passes.
+#include "vec.h"
 #include "wide.h"
 
-#include <limits>
 #include <type_traits>
 
 namespace grassland {
@@ -20,57 +20,47 @@ struct Softmax {
   bool grad;
 };
 
-GRASSLAND_INLINE float largest(const float* l, int64_t n) {
-  float peak = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : peak)
-  for (int64_t c = 0; c < n; ++c) peak = std::max(peak, l[c]);
-  return peak;
-}
-
-// l <- exp(l - peak), and the sums of these and of l - peak
-GRASSLAND_INLINE void exponentials(float* l, int64_t n, float peak, double& powers, double& along) {
+// exp(l - peak) of a row into `powers`, which may be l; the sums of these and of l - peak are added up in float64.
+template <typename T>
+GRASSLAND_INLINE void exponentials(const T* l, int64_t n, float peak, float* powers, double& sum, double& along) {
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, n);
-    float p = 0, a = 0;
-#pragma omp simd reduction(+ : p, a)
-    for (int64_t c = begin; c < end; ++c) {
-      const float below = l[c] - peak;
+    Vec p = {}, a = {};
+    for_each_vector(std::min(kBlock, n - begin), [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+      Vec below = load(l + begin + c, live) - peak, power = exp_below(below);
+      store(power, powers + begin + c, live);
+      for (int64_t i = live; i < kLanes; ++i) below[i] = power[i] = 0;
+      p += power;
       a += below;
-      l[c] = exp_approx(below);
-      p += l[c];
-    }
-    powers += p;
-    along += a;
+    });
+    sum += total(p);
+    along += total(a);
   }
 }
 
-// The row l of float32, whether it lies in memory as such or was widened; NaN logits give a NaN loss and NaN gradients.
-GRASSLAND_INLINE double softmax_row(const Softmax& s, int64_t label, float* l) {
+// The loss of the row l, which becomes its gradient; NaN for a NaN logit, and the gradient, too. room: l itself, or room for
+// as many float32.
+template <typename T>
+GRASSLAND_INLINE double softmax_row(const Softmax& s, int64_t label, T* l, float* room) {
   const float peak = largest(l, s.vocab);
-  const double hit = l[label] - peak;
+  const double hit = to_float(l[label]) - peak;
   double powers = 0, along = 0;
-  exponentials(l, s.vocab, peak, powers, along);
+  exponentials(l, s.vocab, peak, room, powers, along);
   if (s.grad) {
     const float scale = static_cast<float>(1 / powers);
     const float shift = s.smoothing / static_cast<float>(s.vocab);
-    for (int64_t c = 0; c < s.vocab; ++c) l[c] = l[c] * scale - shift;
-    l[label] -= 1 - s.smoothing;
+    const float drop = room[label] * scale - shift - (1 - s.smoothing);
+    for_each_vector(s.vocab, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+      store(load(room + c, live) * scale - shift, l + c, live);
+    });
+    from_float(drop, l[label]);
   }
   // 0 times the mean would be NaN where a logit is -inf
   const double spread = s.smoothing > 0 ? s.smoothing * (along / s.vocab) : 0;
   return std::log(powers) - (1 - s.smoothing) * hit - spread;
 }
 
-// The row as float32, itself or widened into `room`, and back.
-GRASSLAND_INLINE float* opened(float* l, int64_t, float*) { return l; }
-GRASSLAND_INLINE float* opened(const bf16* l, int64_t n, float* room) {
-  for (int64_t c = 0; c < n; ++c) room[c] = to_float(l[c]);
-  return room;
-}
-GRASSLAND_INLINE void closed(const float*, int64_t, float*) {}
-GRASSLAND_INLINE void closed(const float* room, int64_t n, bf16* l) {
-  for (int64_t c = 0; c < n; ++c) from_float(room[c], l[c]);
-}
+GRASSLAND_INLINE float* room_of(float* l, std::vector<float>&) { return l; }
+GRASSLAND_INLINE float* room_of(bf16*, std::vector<float>& room) { return room.data(); }
 
 // Rows `begin` to `end` of the batch, whose logits start at row `base`.
 template <typename T>
@@ -79,14 +69,12 @@ GRASSLAND_INLINE void softmax_rows_of(const Softmax& s, int64_t base, int64_t be
   std::vector<float> room(std::is_same_v<T, float> ? 0 : s.vocab);
   for (int64_t row = begin; row < end; ++row) {
     T* l = logits + (row - base) * s.vocab;
-    if (s.target[row] == s.ignore) {
+    if (s.target[row] != s.ignore) {
+      losses[row] = softmax_row(s, s.target[row], l, room_of(l, room));
+    } else {
       losses[row] = 0;
       if (s.grad) std::memset(l, 0, s.vocab * sizeof(T));
-      continue;
     }
-    float* wide = opened(l, s.vocab, room.data());
-    losses[row] = softmax_row(s, s.target[row], wide);
-    if (s.grad) closed(wide, s.vocab, l);
   }
 }
 
@@ -107,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& x, const Tensor& weight, c
                   gradients.needed()};
   const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 14) / s.vocab);
   std::vector<double> losses(x.size(0));
-  each_chunk(x.size(0), s.vocab, [&](int64_t base, int64_t stop) {
+  each_chunk<T>(x.size(0), s.vocab, [&](int64_t base, int64_t stop) {
     const Tensor logits = linear(rows(x, base, stop), weight);
     torch::stable::parallel_for(base, stop, grain, [&](int64_t begin, int64_t end) {
       softmax_rows(s, base, begin, end, data<T>(logits), losses.data());

@@ -67,22 +67,28 @@ struct Matrix {
 // Columns of `from` that a thread turns at a time, so that a page of it serves several vectors.
 constexpr int64_t kColumns = 4 * kLanes;
 
+// `live` rows from r on and `width` columns from c on; constants but at the edges.
+template <typename R, typename C>
+GRASSLAND_INLINE void turn_tile(const Matrix& from, const Matrix& to, int64_t r, int64_t c, R live, C width, bool add) {
+  Vec m[kLanes] = {};
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < live; ++i) m[i] = load(from.at + (r + i) * from.row + c, width);
+  transpose(m);
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < width; ++i) {
+    float* out = to.at + (c + i) * to.row + r;
+    store(add ? load(out, live) + m[i] : m[i], out, live);
+  }
+}
+
 // to (columns, rows) = or += the transpose of columns `begin` to `end` of from (rows, columns).
 GRASSLAND_MULTIARCH void turn(const Matrix& from, const Matrix& to, int64_t rows, int64_t begin, int64_t end, bool add) {
   for (int64_t block = begin; block < end; block += kColumns)
-    for (int64_t r = 0; r < rows; r += kLanes) {
-      const int64_t live = std::min(kLanes, rows - r);
-      for (int64_t c = block; c < std::min(block + kColumns, end); c += kLanes) {
-        const int64_t width = std::min(kLanes, end - c);
-        Vec m[kLanes] = {};
-        for (int64_t i = 0; i < live; ++i) m[i] = load(from.at + (r + i) * from.row + c, width);
-        transpose(m);
-        for (int64_t i = 0; i < width; ++i) {
-          float* out = to.at + (c + i) * to.row + r;
-          store(add ? load(out, live) + m[i] : m[i], out, live);
-        }
-      }
-    }
+    for_each_vector(rows, [&](int64_t r, auto live) GRASSLAND_INLINE_LAMBDA {
+      for_each_vector(std::min(kColumns, end - block), [&](int64_t c, auto width) GRASSLAND_INLINE_LAMBDA {
+        turn_tile(from, to, r, block + c, live, width, add);
+      });
+    });
 }
 
 template <typename T>

@@ -5,6 +5,7 @@
 // products are of the inputs' type, and all else is float32.
 #include <type_traits>
 
+#include "vec.h"
 #include "wide.h"
 
 namespace grassland {
@@ -143,9 +144,7 @@ struct Target {
 GRASSLAND_INLINE double loss_row(const Head& h, const Target& t, int64_t row, const float* norms, float* p, bool grad) {
   const int64_t classes = h.classes;
   const float uniform = t.smoothing / static_cast<float>(classes);
-  float peak = 0;
-#pragma omp simd reduction(max : peak)
-  for (int64_t c = 0; c < classes; ++c) peak = std::max(peak, norms[c]);
+  const float peak = largest(norms, classes);
   float sum = 0, along = 0;
 #pragma omp simd reduction(+ : sum, along)
   for (int64_t c = 0; c < classes; ++c) {
@@ -246,7 +245,7 @@ struct Unit {
   // use(base, stop, z) with the projections of one chunk after the other.
   template <typename F>
   void project(const Tensor& weight, const F& use) const {
-    each_chunk(h.rows, weight.size(0), [&](int64_t base, int64_t stop) {
+    each_chunk<T>(h.rows, weight.size(0), [&](int64_t base, int64_t stop) {
       use(base, stop, linear(rows(rounded, base, stop), weight));
     });
   }

@@ -4,6 +4,7 @@
 
 #include "common.h"
 
+#include <limits>
 #include <utility>
 
 // Nothing here is called across a function boundary, so that the ABI of vector arguments does not matter.
@@ -12,6 +13,7 @@
 namespace grassland {
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t VecInts __attribute__((vector_size(kLanes * sizeof(int32_t))));
 typedef uint32_t VecBits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 typedef uint16_t VecHalves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 
@@ -99,6 +101,37 @@ GRASSLAND_INLINE Vec keep(const Vec& x, const VecBits& mask) {
   return kept;
 }
 
+// The largest of n numbers that are no NaN.
+template <typename T>
+GRASSLAND_INLINE float largest(const T* x, int64_t n) {
+  Vec peak = Vec{} - std::numeric_limits<float>::infinity();
+  for_each_vector(n, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+    Vec v = load(x + c, live);
+    for (int64_t i = live; i < kLanes; ++i) v[i] = peak[i];
+    peak = v > peak ? v : peak;
+  });
+  float part[kLanes];
+  __builtin_memcpy(part, &peak, sizeof(part));
+  return *std::max_element(part, part + kLanes);
+}
+
+// As exp_approx of common.h for x <= 0: adding and taking away 1.5 x 2^23 rounds to an integer.
+GRASSLAND_INLINE Vec exp_below(const Vec& x) {
+  const Vec least = Vec{} - 87.0f, v = x < least ? least : x;
+  const Vec n = (v * 1.44269504f + 12582912.0f) - 12582912.0f;
+  const Vec r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = (p * r) * r + r + 1.0f;
+  const VecBits bits = __builtin_convertvector(__builtin_convertvector(n, VecInts) + 127, VecBits) << 23;
+  Vec scale;
+  __builtin_memcpy(&scale, &bits, sizeof(scale));
+  return p * scale;
+}
+
 GRASSLAND_INLINE Vec square_root(const Vec& v) {
   float part[kLanes];
   store_full(v, part);
@@ -131,6 +164,7 @@ GRASSLAND_INLINE Vec totals(const float* rows) {
 // Exchanges the lanes whose index has the bit `step` with the vectors whose index has it.
 template <int step, size_t... lane>
 GRASSLAND_INLINE void exchange(Vec (&m)[kLanes], std::index_sequence<lane...>) {
+#pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     if (i & step) continue;
     const Vec low = m[i], high = m[i + step];

@@ -6,14 +6,15 @@
 
 namespace grassland {
 
-// Numbers of a chunk: as many bytes as malloc gives back without asking the system, and enough rows for an efficient product.
-constexpr int64_t kChunkElements = 31 << 18;
+// A chunk has as many bytes as malloc hands back without asking the system, and enough rows for an efficient product.
+constexpr int64_t kChunkBytes = 31 << 20;
 constexpr int64_t kChunkRows = 128;
 
-// use(base, stop) for chunks of about the same size.
-template <typename F>
+// use(base, stop) for chunks of about the same size, of rows of `width` numbers T.
+template <typename T, typename F>
 void each_chunk(int64_t rows, int64_t width, const F& use) {
-  const int64_t most = std::max(kChunkRows, kChunkElements / width), count = (rows + most - 1) / most;
+  const int64_t limit = kChunkBytes / static_cast<int64_t>(sizeof(T)) / width;
+  const int64_t most = std::max(kChunkRows, limit), count = (rows + most - 1) / most;
   for (int64_t k = 0; k < count; ++k) use(rows * k / count, rows * (k + 1) / count);
 }
 

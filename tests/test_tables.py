@@ -18,6 +18,13 @@ def tables(tmp_path, monkeypatch):
     return module
 
 
+def lend(folder, name, machine="machine"):
+    """Where a machine's benchmark of kernels lies."""
+    path = folder / "kernels" / machine / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def finished(arm, seed, perplexity):
     metrics = {"loss": math.log(perplexity), "perplexity": perplexity}
     about = {"comparison": "two-arms", "title": "Two arms", "note": "", "task": "lm", "differs": {"set": arm}}
@@ -52,10 +59,10 @@ def test_what_is_missing_is_found_by_its_files(tables, tmp_path):
         (tmp_path / "compare" / preset).mkdir(parents=True)
         record = finished("base", 0, 10.0) | {"comparison": name}
         (tmp_path / "compare" / preset / "report.jsonl").write_text(json.dumps(record) + "\n")
-    (tmp_path / "moe-cuda-float32.jsonl").write_text("")
+    lend(tmp_path, "moe-cuda-float32").write_text("")
     assert "- comparison `wikitext2-paper` in full: wikitext2-12l\n" in tables.missing()
     assert "comparison `heads` in full" not in tables.missing() and "none has been at hand" not in tables.missing()
-    assert "moe-cuda-bfloat16.jsonl" in tables.missing() and "moe-cuda-float32.jsonl" not in tables.missing()
+    assert "moe-cuda-bfloat16" in tables.missing() and "moe-cuda-float32" not in tables.missing()
 
 
 def test_what_a_gpu_was_seen_to_do(tables, tmp_path):
@@ -63,15 +70,16 @@ def test_what_a_gpu_was_seen_to_do(tables, tmp_path):
     where = {"gpus": ["a GPU"], "dtype": "bfloat16", "torch": "2", "date": "2026-01-01", "commit": "abc"}
     call = {"bench": "moe", "setting": "T1", "mode": "forward", "ms": 0.25, "gflops": 5000.0, "gbytes": 1234.0}
     ours = {"rival": "grassland", "graph": True, "host_ms": 12.0, "ratio": 1.0} | call | where
-    path = tmp_path / "moe-cuda-bfloat16.jsonl"
+    path = lend(tmp_path, "moe-cuda-bfloat16")
     path.write_text(json.dumps(ours) + "\n")
     assert "| moe | T1 | forward |  | 0.25 | 5 | 1,234 | 12.0 |" in tables.TABLES["device"]()
-    assert "rivals of the kernels on a GPU: moe-cuda-bfloat16.jsonl" in tables.missing()
+    assert "rivals of the kernels on a GPU: kernels/machine/moe-cuda-bfloat16.jsonl" in tables.missing()
     path.write_text(json.dumps(ours) + "\n" + json.dumps(ours | {"rival": "other", "graph": False}) + "\n")
     assert "rivals of the kernels" not in tables.missing()
     details = tables.TABLES["kernels_gpu"]().splitlines()
-    assert details[4] == "| T1 | forward | grassland | 0.250 | 1.00 | 5000.0 |  |  | 12.00 |"
-    assert details[5].startswith("| T1 | forward | other | 0.250* |")
+    assert details[:2] == ["<details>", "<summary>moe, bfloat16, a GPU</summary>"]
+    assert details[5] == "| T1 | forward | grassland | 0.250 | 1.00 | 5000.0 |  |  | 12.00 |"
+    assert details[6].startswith("| T1 | forward | other | 0.250* |")
     rates = [("", 1000.0, "def"), ("--cuda-graph", 4000.0, "ghi")]
     rates = [{"how": how, "tokens_per_s": rate, "commit": c, "date": "2026-01-02"} for how, rate, c in rates]
     step = {"model": "m", "batch_size": 2, "seq_len": 3, "rates": rates} | where
@@ -79,6 +87,24 @@ def test_what_a_gpu_was_seen_to_do(tables, tmp_path):
     table = tables.TABLES["training"]()
     assert table.startswith("| model | tokens/s | `--cuda-graph` |") and "| m | 1,000 | 4,000 |" in table
     assert "2026-01-02 commit def, 2026-01-02 commit ghi" in table
+
+
+def test_kernels_side_by_side_on_two_machines(tables, tmp_path):
+    assert tables.TABLES["moe"]() == tables.TABLES["scaling"]() == tables.NONE
+    where = {"cpu": "Maker(R) Fast Processor", "cpu_capability": "v", "threads": 2, "gpus": [], "dtype": "float32"}
+    where |= {"bench": "moe", "setting": "T1", "mode": "forward", "torch": "2", "date": "2026-01-01", "commit": "abc"}
+    slow = where | {"cpu": "Slow", "commit": "def"}
+    absent = {"bench": "moe", "setting": "T1", "rival": "far", "error": "needs a GPU"}
+    one = [{"rival": "grassland", "ms": 2.0, "ratio": 1.0}, {"rival": "other", "ms": 3.0, "ratio": 1.5}, absent]
+    two = [{"rival": "grassland", "ms": 4.0, "ratio": 1.0}, {"rival": "third", "ms": 1.0, "ratio": 0.25}, absent]
+    for machine, common, records in (("a", where, one), ("b", slow, two)):
+        text = "".join(json.dumps(common | r) + "\n" for r in records)
+        lend(tmp_path, "moe-cpu-float32", machine).write_text(text)
+    lines = tables.TABLES["moe"]().splitlines()
+    assert lines[0] == "| time / grassland on Maker Fast · Slow | T1, forward |"
+    assert lines[2:5] == ["| grassland | 2 ms · 4 ms |", "| other | 1.50 · – |", "| third | – · 0.25 |"]
+    assert lines[-1].startswith("Not run: far (needs a GPU). Maker(R) Fast Processor (v), 2 threads")
+    assert lines[-1].endswith("commit abc. Slow (v), 2 threads, float32, torch 2, date 2026-01-01, commit def.")
 
 
 def test_times_of_the_host_are_a_table_a_machine(tables, tmp_path):
