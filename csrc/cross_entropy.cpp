@@ -115,8 +115,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_cpu(const Tensor& x, con
 }  // namespace
 }  // namespace grassland
 
-// Inputs are checked and made contiguous by kernels/cross_entropy/op.py: x and weight float32 or bfloat16 alike, int64 classes
-// in range or ignored. The loss is summed.
+// Inputs are checked and made contiguous by kernels/cross_entropy/op.py: x and weight float32 or bfloat16 alike, int64
+// classes in range or ignored. The loss is summed.
 STABLE_TORCH_LIBRARY_FRAGMENT(grassland_cpp, m) {
   m.def(
       "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, float smoothing, int ignore_index, bool need_x, "

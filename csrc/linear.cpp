@@ -20,10 +20,14 @@ __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise_binary(
 namespace grassland {
 namespace {
 
+// Below so many multiplications, preparing oneDNN's takes longer than they do: 10 us.
+constexpr int64_t kWork = 1 << 20;
+
 // Whether oneDNN is to multiply. Where mm is MKL on a processor of its maker, mm is never slower, and twice as fast in
 // float32 for a wide w that is contiguous along m. On AMD's, mm takes 1.6 to 2.5 times as long as oneDNN.
-bool use_onednn(ScalarType dtype) {
+bool use_onednn(ScalarType dtype, int64_t multiplications) {
 #ifdef GRASSLAND_HAS_ONEDNN
+  if (multiplications < kWork) return false;
 #if defined(__x86_64__)
   // In bfloat16 it needs AVX-512.
   if (dtype == ScalarType::Float ? __builtin_cpu_is("intel") : !__builtin_cpu_supports("avx512bw")) return false;
@@ -144,8 +148,7 @@ Tensor turned(const Tensor& x) {
 
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias) {
   if (skinny_fits(x, w)) return skinny(x, w, bias);
-  // oneDNN has no sums of no terms.
-  if (x.numel() > 0 && use_onednn(x.scalar_type())) return onednn(x, w, bias);
+  if (use_onednn(x.scalar_type(), x.size(0) * w.numel())) return onednn(x, w, bias);
   const Tensor out = empty(x, {x.size(0), w.size(0)}, x.scalar_type());
   if (bias == nullptr)
     mm(out, x, flipped(w));
@@ -158,7 +161,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias) {
 void put(const Tensor& from, const Tensor& to) { put(from, to, false); }
 
 Tensor plus_linear(const Tensor& sum, const Tensor& x, const Tensor& w) {
-  if (x.numel() > 0 && use_onednn(x.scalar_type())) return onednn_plus(sum, x, w);
+  if (use_onednn(x.scalar_type(), x.size(0) * w.numel())) return onednn_plus(sum, x, w);
   addmm(sum, x, flipped(w), 1.0);
   return sum;
 }
@@ -171,13 +174,13 @@ Tensor& OuterSum::total(const Tensor& like) {
 void OuterSum::add(const Tensor& left, const Tensor& right) {
   const bool dense = !total_ || total_->stride(0) == h_;
   if (left.numel() == 0 || right.numel() == 0) return;
-  if (dense && left.size(0) <= kSkinny) {
+  if (dense && left.size(0) <= kSkinny && m_ * h_ >= kLarge) {
     skinny_outer(total(left), left, right, held_);
   } else if (left.scalar_type() == ScalarType::BFloat16) {
     const Tensor product = empty(left, {m_, h_}, ScalarType::BFloat16);
     mm(product, flipped(left), right);
     put(product, total(left), held_);
-  } else if (use_onednn(ScalarType::Float)) {
+  } else if (use_onednn(ScalarType::Float, left.size(0) * m_ * h_)) {
     // One factor has to be turned: the smaller, with what turning the sum in the end takes.
     if (!part_) turned_ = left.size(0) * m_ > left.size(0) * h_ + m_ * h_;
     const Tensor x = turned(turned_ ? right : left), w = flipped(turned_ ? left : right);

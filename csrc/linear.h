@@ -50,8 +50,9 @@ class OuterSum {
 // total (m, h) = or += left^T right. total: of their dtype, or float32.
 void outer_product(const Tensor& total, const Tensor& left, const Tensor& right, bool add);
 
-// Up to so many rows, `skinny` is faster than either library: 1.2 to 2 times at 16.
-constexpr int64_t kSkinny = 64;
+// Up to so many rows, `skinny` is faster than either library with a large weight: 1.2 to 2 times at 16. With a small one
+// its preparations are what takes the time.
+constexpr int64_t kSkinny = 64, kLarge = 1 << 16;
 
 // Whether `skinny` takes these.
 bool skinny_fits(const Tensor& x, const Tensor& w);

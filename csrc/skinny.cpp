@@ -74,8 +74,8 @@ struct Sums {
   int64_t row, panel;
 };
 
-// Of V panels, c (R, lanes) = or += sum over k of a, whose rows and terms lie `row` and `term` apart, and b (k, lanes). Blocks are
-// summed apart before they are added up, which keeps the rounding error of a long sum small.
+// Of V panels, c (R, lanes) = or += sum over k of a, whose rows and terms lie `row` and `term` apart, and b (k, lanes).
+// Blocks are summed apart before they are added up, which keeps the rounding error of a long sum small.
 template <int R, int V, int row, int term>
 GRASSLAND_INLINE void tile(const float* a, const float* b, int64_t panel, int64_t depth, const Sums& c, bool add,
                            const float* next, int64_t ldw) {
@@ -251,8 +251,8 @@ void outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add) {
 }  // namespace
 
 bool skinny_fits(const Tensor& x, const Tensor& w) {
-  return x.scalar_type() == ScalarType::Float && x.numel() > 0 && x.size(0) <= kSkinny && x.stride(1) == 1 &&
-         (w.stride(1) == 1 || w.stride(0) == 1);
+  return x.scalar_type() == ScalarType::Float && x.numel() > 0 && x.size(0) <= kSkinny && w.numel() >= kLarge &&
+         x.stride(1) == 1 && (w.stride(1) == 1 || w.stride(0) == 1);
 }
 
 Tensor skinny(const Tensor& x, const Tensor& w, const Tensor* bias) {
@@ -284,7 +284,7 @@ Tensor skinny(const Tensor& x, const Tensor& w, const Tensor* bias) {
 }
 
 bool skinny_outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add) {
-  if (w.scalar_type() != ScalarType::Float || g.size(0) > kSkinny) return false;
+  if (w.scalar_type() != ScalarType::Float || g.size(0) > kSkinny || w.numel() < kLarge) return false;
   (g.scalar_type() == ScalarType::Float ? outer<float> : outer<bf16>)(w, g, x, add);
   return true;
 }

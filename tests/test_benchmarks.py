@@ -291,7 +291,9 @@ def test_tables_show_settings_that_rivals_do_not_share(tmp_path, monkeypatch):
     records = [{"rival": r, "setting": s, "mode": "step", "ms": 5.0, "ratio": ratio} for r, s, ratio in timed]
     records.append({"rival": "absent", "setting": "a", "error": "no wheel"})
     records.append({"rival": "plain", "setting": "a", "error": "too large"})
-    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(r | facts) for r in records))
+    path = tmp_path / "kernels/machine/x-cpu-float32.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("\n".join(json.dumps(r | facts) for r in records))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     rows = tables.kernel_table("x").splitlines()
     assert "| other | 1.50 |  |" in rows and "| plain | not run: too large | 0.90 |" in rows

@@ -1,0 +1,39 @@
+"""The C++ kernels at sizes where the libraries multiply, a chunk after the other: small cases never get there."""
+
+import pytest
+import torch
+
+from grassland.kernels import dispatch
+from grassland.kernels.cross_entropy import cases as cross_entropy
+from grassland.kernels.moe import cases as moe
+from grassland.kernels.plucker import cases as plucker
+from grassland.kernels.subspace import cases as subspace
+from grassland.kernels.testing import Case, check_backend, specs
+
+pytestmark = pytest.mark.skipif(dispatch.extension_error() is not None, reason=str(dispatch.extension_error()))
+SPECS = {spec.name: spec for spec in specs()}
+CASES = {
+    "linear_cross_entropy": [
+        Case("chunks", lambda: cross_entropy.head((5000,), 1700, 40, ignored=9), {"label_smoothing": 0.1}),
+        Case("wide", lambda: cross_entropy.head((300,), 90, 201)),
+        Case("last-chunk", lambda: cross_entropy.head((129,), 65536, 17, ignored=1)),
+    ],
+    "subspace_cross_entropy": [
+        Case("chunks", lambda: subspace.labelled((300,), 8200, 8, 17), {"k": 8}),
+        Case("one-chunk", lambda: subspace.labelled((300,), 41, 4, 97), {"k": 4, "label_smoothing": 0.1}),
+    ],
+    "subspace_logits": [Case("one-chunk", lambda: subspace.head((300,), 41, 4, 97), {"k": 4, "scale": 25.0})],
+    "plucker_mix": [
+        Case("chunks", lambda: plucker.make(2, 1100, 33, 70), {"offsets": [1, 2, 1030]}),
+        Case("one-chunk", lambda: plucker.make(3, 100, 17, 129), {"offsets": [3]}),
+    ],
+    "gated_blend": [Case("rows", lambda: plucker.blend((300,), 129))],
+    "moe_ffn": [Case("rows", lambda: moe.make(300, 70, 97, 2))],
+}
+EVERY = [pytest.param(name, case, id=f"{name}-{case.id}") for name, cases in CASES.items() for case in cases]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name, case", EVERY)
+def test_accuracy(name, case, dtype):
+    check_backend(SPECS[name], case, "cpp", dtype)
