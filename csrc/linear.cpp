@@ -75,10 +75,8 @@ constexpr int64_t kColumns = 4 * kLanes;
 template <typename R, typename C>
 GRASSLAND_INLINE void turn_tile(const Matrix& from, const Matrix& to, int64_t r, int64_t c, R live, C width, bool add) {
   Vec m[kLanes] = {};
-#pragma GCC unroll 16
   for (int64_t i = 0; i < live; ++i) m[i] = load(from.at + (r + i) * from.row + c, width);
   transpose(m);
-#pragma GCC unroll 16
   for (int64_t i = 0; i < width; ++i) {
     float* out = to.at + (c + i) * to.row + r;
     store(add ? load(out, live) + m[i] : m[i], out, live);
