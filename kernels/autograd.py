@@ -33,6 +33,26 @@ def differentiable(op: Any, backward: Callable[..., Any], setup_context: Callabl
     return call
 
 
+def differentiable_loss(op: Any, name: str) -> Callable[..., Any]:
+    """`differentiable` for a loss that computes its gradients by its first two inputs in the forward: its outputs are
+    the loss and these, float32 or wider. `name` is what a second derivative's error calls it."""
+
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        # Without this, autograd would write zeros of the weight's size for the two outputs that nobody uses.
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[1:])
+        ctx.dtypes = [t.dtype for t in inputs[:2]]
+
+    def backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple:
+        found: list[Tensor | None] = [None, None]
+        if grad is not None:
+            saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
+            found = [scaled(gradient, grad, dtype) if needed else None for gradient, dtype, needed in saved]
+        return (*once(name, *found), *[None] * (len(ctx.needs_input_grad) - 2))
+
+    return differentiable(op, backward, setup_context)
+
+
 def scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """`saved` times the scalar `factor`, then as `dtype`; for the backward of an op that saved its gradients.
 

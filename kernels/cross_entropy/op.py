@@ -7,14 +7,13 @@ kernel does it; two products more make the gradients of x and of the weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..autograd import differentiable, once, scaled
+from ..autograd import differentiable_loss
 from ..launch import without_autocast
 from ..products import boost, multiplies_halves
 from ..wide import Gradients, accumulation, check_labels, chunks
@@ -115,19 +114,4 @@ def _(
     return total, dx, dweight
 
 
-def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    # Without this, autograd would write zeros of the weight's size for the two outputs that nobody uses.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
-    ctx.dtypes = [t.dtype for t in inputs[:2]]
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple:
-    found: list[Tensor | None] = [None, None]
-    if grad is not None:
-        saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
-        found = [scaled(gradient, grad, dtype) if needed else None for gradient, dtype, needed in saved]
-    return (*once("linear_cross_entropy", *found), *[None] * 6)
-
-
-loss = differentiable(linear_cross_entropy, _backward, _setup)
+loss = differentiable_loss(linear_cross_entropy, "linear_cross_entropy")

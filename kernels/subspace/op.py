@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..autograd import differentiable, once, scaled
+from ..autograd import differentiable, differentiable_loss
 from ..products import multiplies_halves
 from ..wide import accumulation, check_labels
 from . import chunked, eager
@@ -138,22 +138,7 @@ def _(
     return x.new_empty((), dtype=wide), _like(x, mask[0]).to(wide), _like(weight, mask[1]).to(wide)
 
 
-def _setup_loss(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    # Without this, autograd would write zeros of the weight's size for the two outputs that nobody uses.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
-    ctx.dtypes = [t.dtype for t in inputs[:2]]
-
-
-def _backward_loss(ctx: Any, grad: Tensor | None, *_: object) -> tuple:
-    found: list[Tensor | None] = [None, None]
-    if grad is not None:
-        saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
-        found = [scaled(gradient, grad, dtype) if needed else None for gradient, dtype, needed in saved]
-    return (*once("subspace_cross_entropy", *found), *[None] * 7)
-
-
-cross_entropy = differentiable(subspace_cross_entropy, _backward_loss, _setup_loss)
+cross_entropy = differentiable_loss(subspace_cross_entropy, "subspace_cross_entropy")
 
 
 @torch.library.custom_op(f"{dispatch.NAMESPACE}::grassmann_step", mutates_args=())
