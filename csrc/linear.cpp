@@ -31,6 +31,8 @@ bool use_onednn(ScalarType dtype, int64_t multiplications) {
 #if defined(__x86_64__)
   // In bfloat16 it needs AVX-512.
   if (dtype == ScalarType::Float ? __builtin_cpu_is("intel") : !__builtin_cpu_supports("avx512bw")) return false;
+#else
+  return false;  // not measured, and not every one takes bfloat16
 #endif
   return aoti_torch_cpu__linear_pointwise != nullptr && aoti_torch_cpu__linear_pointwise_binary != nullptr;
 #else

@@ -49,7 +49,7 @@ def linear_cross_entropy(
     """
     _check(x, weight)
     check_loss(x, weight.shape[0], target, label_smoothing, reduction, soft=False)
-    rows, flat = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    rows, flat = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     dtype = x.dtype if x.dtype == torch.float64 else dtype

@@ -30,7 +30,7 @@ def row_losses(
             wide.sub_(smoothing / vocab)
         wide.scatter_(1, aimed, wide.gather(1, aimed) - (1 - smoothing))
         # not by a product: an ignored row may be NaN
-        wide.masked_fill_(~counted[:, None], 0)
+        whole.masked_fill_(~counted[:, None], 0)
         if boost != 1:
             wide.mul_(boost)
     return losses, whole.to(logits.dtype)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..wide import accumulation
+
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, smoothing: float, ignore_index: int) -> Tensor:
     """Summed over the rows of x (N, D)."""
     # 1. l = W x      2. log p = l - log sum exp(l)      3. loss = -sum q log p, q = (1 - s) onehot + s / V
-    logp = (x @ weight.T).log_softmax(-1)
+    logits = x @ weight.T
+    logp = logits.to(accumulation(logits.dtype)).log_softmax(-1)
     counted = target != ignore_index
     hit = logp.gather(1, torch.where(counted, target, 0)[:, None])[:, 0]
-    losses = -(1 - smoothing) * hit - smoothing * logp.mean(-1)
+    losses = -(1 - smoothing) * hit
+    if smoothing:  # 0 times the mean would be NaN where a logit is -inf
+        losses = losses - smoothing * logp.mean(-1)
     return torch.where(counted, losses, 0).sum()

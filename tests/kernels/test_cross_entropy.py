@@ -129,6 +129,20 @@ def test_nothing_to_predict_is_nan_as_in_pytorch(backend):
     assert linear_cross_entropy(x[:0], weight, target[:0], reduction="sum", backend=backend) == 0
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_features_of_no_width_are_equally_sure_of_every_class(backend):
+    x, weight = torch.zeros(3, 0), torch.zeros(5, 0)
+    loss = linear_cross_entropy(x, weight, torch.arange(3), backend=backend)
+    torch.testing.assert_close(loss, torch.tensor(5.0).log())
+
+
+def test_the_reference_sums_halves_in_float32():
+    """As the transforms of torch.func get it: the sum of 8,192 losses is no float16."""
+    x, weight, target = (torch.zeros(*size) for size in ((8192, 2), (9000, 2), (8192,)))
+    loss = linear_cross_entropy(x.half(), weight.half(), target.long(), backend="reference")
+    torch.testing.assert_close(loss, torch.tensor(9000.0).log())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_extreme_logits(backend):
     x, weight, target = inputs(dtype=torch.float32)
