@@ -2,7 +2,7 @@
 # Everything worth knowing on a lent GPU; the results come back as $OUT/results.tgz. Nothing is downloaded: wheels of what the machine lacks (tyro,
 # tokenizers, tqdm and what they need) lie in ./wheels if they were carried along, an extension built elsewhere in kernels/_C.abi3.so, else it is
 # built. Rivals are measured if their wheels lie there too:
-#   liger-kernel, flash-linear-attention with fla-core and transformers, mamba-ssm and causal-conv1d, flash-attn, hyper-connections, geoopt,
+#   liger-kernel, cut-cross-entropy, flash-linear-attention with fla-core and transformers, mamba-ssm and causal-conv1d, flash-attn, hyper-connections, geoopt,
 #   pogo-torch, pytorch-metric-learning; scattermoe and triton-kernels, built from github.com/shawntan/scattermoe and from python/triton_kernels of
 #   the Triton installed (what PyPI calls triton-kernels is another package); sonic-moe with quack-kernels and nvidia-cutlass-dsl (Python >= 3.12);
 #   tile-kernels below 2 with tilelang; transformer-engine with transformer-engine-torch and the transformer-engine-cu* of the CUDA installed.

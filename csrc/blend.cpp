@@ -1,6 +1,6 @@
 // The gate of Grassmann mixing on the CPU: alpha = sigmoid(W [x; g] + b), out = alpha x + (1 - alpha) g.
 //
-// The concatenation is never written: both halves of W accumulate into one buffer, which one pass turns into alpha and
+// The concatenation is never written: the products with both halves of W are one sum, which one pass turns into alpha and
 // out. The backward turns the output gradient into those of x, g and the gate's logits in one pass, and the products
 // with W accumulate onto them.
 #include "linear.h"

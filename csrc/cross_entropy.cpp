@@ -1,8 +1,8 @@
 // Cross entropy of a linear head on the CPU: l = x W^T, loss = log sum exp(l) - (1 - s) l_y - s mean(l), and in place
-// l <- softmax(l) - (1 - s) onehot - s / V. A chunk of rows of logits stays in the cache between its products, and a row
+// l <- softmax(l) - (1 - s) onehot - s / V. A chunk of logits lives for its three products, and a row stays in the cache
 // between its passes.
+#include "losses.h"
 #include "vec.h"
-#include "wide.h"
 
 #include <type_traits>
 

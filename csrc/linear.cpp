@@ -1,5 +1,5 @@
-// The choice between MKL, by way of ATen's mm, and oneDNN, whose products go to new memory and take a strided weight as it
-// lies.
+// The choice between MKL, by way of ATen's mm, and oneDNN, whose products go to new memory and take a transposed weight as
+// it lies.
 #include "linear.h"
 #include "vec.h"
 

@@ -60,9 +60,8 @@ bool skinny_fits(const Tensor& x, const Tensor& w);
 // x w^T + bias for x (n, k), w (m, k), contiguous along k or m.
 Tensor skinny(const Tensor& x, const Tensor& w, const Tensor* bias);
 
-// float32 w (m, h) = or += g^T x for contiguous g (n, m), x (n, h), float32 or bfloat16; false, and nothing done, if that is
-// not for this kernel.
-bool skinny_outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add);
+// float32 w (m, h) = or += g^T x for contiguous w, g (n, m) and x (n, h), float32 or bfloat16.
+void skinny_outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add);
 
 // Asks for large pages before a fresh tensor is written: a fault for each 4 KiB of a gradient of the experts' size takes
 // longer than writing it.

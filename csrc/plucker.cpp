@@ -3,7 +3,7 @@
 //   delta = z_{t-o} - (<z_t, z_{t-o}> / |z_t|^2) z_t,  N = |z_t| |delta| = |z_t ^ z_{t-o}|
 //   y_t = 1/n_t sum_o delta / max(N, eps)              g_t = W (z_t ^ y_t) + b
 //
-// The wedge of a chunk of tokens is written once, meets W in one ATen product and is forgotten; the backward builds it
+// The wedge of a chunk of tokens is written once, meets W in one product and is forgotten; the backward builds it
 // again, so that nothing of size tokens x r(r-1)/2 outlives a chunk.
 #include "linear.h"
 #include "vec.h"

@@ -1,12 +1,12 @@
 // Grassmann class head on the CPU (arXiv 2308.01547): z = x^ W^T, logit_i = scale |z_i|, softmax cross entropy.
 //
-// A chunk of rows is projected by one ATen product; one pass over each row takes the group norms, the loss and
+// A chunk of rows is projected by one product; one pass over each row takes the group norms, the loss and
 // z <- scale dl z / |z| in place; two products make the gradients. Nothing of size rows x K k outlives a chunk. The
 // products are of the inputs' type, and all else is float32.
 #include <type_traits>
 
+#include "losses.h"
 #include "vec.h"
-#include "wide.h"
 
 namespace grassland {
 namespace {

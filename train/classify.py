@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ..kernels.wide import IGNORE
+from ..kernels.losses import IGNORE
 from . import parallel
 from .data.image_batches import ImageBatch
 

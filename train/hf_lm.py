@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..archs.generate import Window, checked_lengths, stream
 from ..archs.lm import check_range
 from ..archs.sampling import Sampling
-from ..kernels.wide import IGNORE
+from ..kernels.losses import IGNORE
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..archs import CheckpointError, read_config
-from ..kernels.wide import IGNORE
+from ..kernels.losses import IGNORE
 from .config import VisionConfig
 from .data.image_batches import EvalBatches, load_batches
 from .data.image_sources import ImageData, load_images

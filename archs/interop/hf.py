@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.wide import IGNORE
+from ...kernels.losses import IGNORE
 from ..config import ModelConfig
 from ..io import FORMAT, MODEL_TYPE, VERSION, CheckpointError
 from ..lm import LMState, check_range

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..wide import check_loss
+from ..losses import check_loss
 from . import op, reference
 
 __all__ = ["linear_cross_entropy"]

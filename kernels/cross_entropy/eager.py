@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..wide import accumulation
+from ..losses import accumulation
 
 
 def row_losses(
@@ -18,8 +18,11 @@ def row_losses(
     """
     whole = logits.to(accumulation(logits.dtype))
     wide, counted = whole[:, :vocab], target != ignore_index
-    aimed = torch.where(counted, target, 0)[:, None]
+    known = (target >= 0) & (target < vocab)
+    aimed = torch.where(known, target, 0)[:, None]
     normaliser = wide.logsumexp(-1, keepdim=True)
+    # a class that there is not: nobody has looked on a GPU
+    normaliser = normaliser.masked_fill((counted & ~known)[:, None], torch.nan)
     hit = wide.gather(1, aimed)
     if smoothing:
         hit = hit.lerp(wide.mean(-1, keepdim=True), smoothing)

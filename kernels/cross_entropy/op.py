@@ -15,8 +15,8 @@ from torch import Tensor
 from .. import dispatch
 from ..autograd import differentiable_loss
 from ..launch import without_autocast
+from ..losses import Gradients, accumulation, check_labels, chunks
 from ..products import boost, multiplies_halves
-from ..wide import Gradients, accumulation, check_labels, chunks
 from . import eager
 
 # Logits alive at a time: as many bytes as malloc gives back without asking the system for new pages, and enough rows of
@@ -46,13 +46,13 @@ def linear_cross_entropy(
     """The summed loss, and its gradients by x (N, D) and weight, float32 or wider: empty (0,) where `mask` says that
     they are not needed. dtype: of the products."""
     check_labels(target, weight.shape[0], ignore_index)
-    weight, target = weight.to(dtype), target.contiguous()
-    backend = dispatch.pick(OP, weight, backend)
-    if backend != "cpp":
-        return chunked(rows_of(backend), x.to(dtype), weight, target, smoothing, ignore_index, mask)
-    if dtype == torch.bfloat16 and not multiplies_halves():
+    backend = dispatch.pick(OP, weight.new_empty(0, dtype=dtype), backend)
+    if backend == "cpp" and dtype == torch.bfloat16 and not multiplies_halves():
         dtype = torch.float32
-    x, weight = (t.to(dtype).contiguous() for t in (x, weight))
+    x, weight, target = x.to(dtype), weight.to(dtype), target.contiguous()
+    if backend != "cpp":
+        return chunked(rows_of(backend), x, weight, target, smoothing, ignore_index, mask)
+    x, weight = x.contiguous(), weight.contiguous()
     return torch.ops.grassland_cpp.linear_cross_entropy(x, weight, target, smoothing, ignore_index, *mask)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..wide import accumulation
+from ..losses import accumulation
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, smoothing: float, ignore_index: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..wide import check_loss
+from ..losses import check_loss
 from . import op, reference
 from .op import MODES
 

@@ -14,8 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..losses import Gradients, accumulation, chunks
 from ..products import boost
-from ..wide import Gradients, accumulation, chunks
 from .reference import EPS
 
 # Projections alive at a time: 2^24 float32 are 64 MiB, or more where that is less than an efficient product's rows.

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..wide import accumulation
+from ..losses import accumulation
 from .chunked import Loss
 
 # Powers of H in the series, and the trace of H above which angles are halved.

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..launch import next_power_of_2, on_its_device
+from ..losses import accumulation
 from ..rounding import store
-from ..wide import accumulation
 from . import chunked, eager
 from .chunked import Loss
 from .reference import EPS

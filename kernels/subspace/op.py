@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import differentiable, differentiable_loss
+from ..losses import accumulation, check_labels
 from ..products import multiplies_halves
-from ..wide import accumulation, check_labels
 from . import chunked, eager
 
 HALVES = (torch.bfloat16, torch.float16)

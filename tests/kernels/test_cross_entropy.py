@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from grassland.kernels import dispatch
-from grassland.kernels.cross_entropy import linear_cross_entropy, op
+from grassland.kernels.cross_entropy import eager, linear_cross_entropy, op
 from grassland.kernels.cross_entropy.cases import head
 from grassland.kernels.testing import record_launches, resource_usage
 
@@ -162,6 +162,14 @@ def test_nan_counts_where_its_row_does(backend):
     (slope,) = torch.autograd.grad(loss, broken)
     assert loss == expected and torch.equal(slope, torch.autograd.grad(expected, x)[0])
     assert linear_cross_entropy(broken, weight, target.clamp_min(0), backend=backend).isnan()
+
+
+def test_rows_of_a_class_that_there_is_not_are_nan_in_eager():
+    """As in Triton (ROWS); the op itself looks before, on a CPU."""
+    target = torch.tensor([7, -1, 0, -100])
+    losses, slope = eager.row_losses(torch.zeros(4, 7), target, 7, 0.1, -100, 1.0, True)
+    assert losses.isnan().tolist() == [True, True, False, False]
+    assert slope.isnan().all(-1).tolist() == [True, True, False, False] and not slope[3].any()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels.wide import IGNORE
+from ...kernels.losses import IGNORE
 
 
 class BlockOrder:

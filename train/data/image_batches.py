@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ...kernels.wide import IGNORE
+from ...kernels.losses import IGNORE
 from ..config import VisionConfig
 from ..parallel import rank, rows, size
 from .blocks import BlockOrder

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels.wide import IGNORE
+from ...kernels.losses import IGNORE
 from .masked import assemble
 from .sources import ALIASES, SPLITS, first_line, load_hub, looks_local, split_of
 from .tokenizer import special_tokens

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels.wide import IGNORE
+from ...kernels.losses import IGNORE
 from .corpus import LINE, WORD, Split
 from .tokenizer import SpecialTokens, special_tokens
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels.wide import IGNORE
+from ...kernels.losses import IGNORE
 from .sources import ALIASES, HOLDOUT, SPLITS, load_hub, looks_local, split_of
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...archs import CheckpointError, load_model, save_model
 from ...archs.encoder import Encoder
 from ...archs.registry import unknown
-from ...kernels.wide import IGNORE
+from ...kernels.losses import IGNORE
 from .. import parallel
 from ..config import RunConfig
 from ..data import BlockOrder, load_tokenizer, save_tokenizer

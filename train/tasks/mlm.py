@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...archs import create_model, model_config
 from ...archs.registry import unknown
-from ...kernels.wide import IGNORE
+from ...kernels.losses import IGNORE
 from ..config import LMConfig
 from ..data import BlockOrder
 from ..data.masked import MaskedBatch, MaskedText
