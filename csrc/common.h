@@ -32,6 +32,9 @@
 // A clone inherits vectorisation only from what is inlined into it.
 #define GRASSLAND_INLINE __attribute__((always_inline)) static inline
 
+// Before the body of a lambda: one that is not inlined would be compiled for the baseline.
+#define GRASSLAND_INLINE_LAMBDA __attribute__((always_inline))
+
 namespace grassland {
 
 using torch::headeronly::ScalarType;

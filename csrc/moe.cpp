@@ -4,8 +4,10 @@
 // them (gather, bias, GELU, dropout, gate, combination) is one pass each. Experts run side by side, a thread each, if that
 // divides the work evenly, else one after the other on all threads. Sums run in a fixed order.
 #include "linear.h"
+#include "vec.h"
 
 #include <numeric>
+#include <type_traits>
 #include <utility>
 
 namespace grassland {
@@ -17,7 +19,8 @@ struct Shape {
   int64_t tokens, top_k, experts, dim, inner, pairs;
 };
 
-GRASSLAND_INLINE uint32_t hashed(uint32_t x) {
+template <typename Bits>
+GRASSLAND_INLINE Bits hashed(Bits x) {
   x ^= x >> 16;
   x *= 0x7feb352du;
   x ^= x >> 15;
@@ -32,32 +35,53 @@ struct Dropout {
   bool on;
 };
 
-GRASSLAND_INLINE float factor(const Dropout& d, uint32_t row, int64_t c) {
-  return !d.on || hashed(row ^ static_cast<uint32_t>(c)) >= d.threshold ? d.scale : 0.0f;
-}
-
 GRASSLAND_INLINE uint32_t row_hash(const Dropout& d, int64_t pair) {
   return d.on ? hashed(static_cast<uint32_t>(pair) ^ hashed(d.seed)) : 0u;
+}
+
+// The factors of the elements from c on.
+template <bool drop>
+GRASSLAND_INLINE Vec factors(const Dropout& d, uint32_t row, int64_t c) {
+  if (!drop) return Vec{} + 1.0f;
+  constexpr VecBits lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return keep(Vec{} + d.scale, (VecBits)(hashed((lanes + static_cast<uint32_t>(c)) ^ row) >= d.threshold));
 }
 
 // gelu(x) = x sigmoid(1.6 x (1 + 0.045 x^2)): that sigmoid, and what it lacks to one, which a difference would not be as
 // exact in.
 struct Gate {
-  float open, shut;
+  Vec open, shut;
 };
 
-GRASSLAND_INLINE Gate gate_of_gelu(float x) {
-  const float e = exp_approx(-1.5957691216f * x * (1.0f + 0.044715f * x * x)), open = 1.0f / (1.0f + e);
+GRASSLAND_INLINE Gate gate_of_gelu(const Vec& x) {
+  const Vec e = exp_clamped(-1.5957691216f * x * (1.0f + 0.044715f * x * x)), open = 1.0f / (1.0f + e);
   return {open, e * open};
 }
 
-GRASSLAND_INLINE float gelu(float x) { return x * gate_of_gelu(x).open; }
+GRASSLAND_INLINE Vec gelu(const Vec& x) { return x * gate_of_gelu(x).open; }
 
-GRASSLAND_INLINE float gelu_slope(float x, const Gate& g) {
+GRASSLAND_INLINE Vec gelu_slope(const Vec& x, const Gate& g) {
   return g.open + x * g.open * g.shut * 1.5957691216f * (1.0f + 0.134145f * x * x);
 }
 
-// a = drop(gelu(h)), over h; `kept` gets h itself, if there is one.
+// use(a, b) with the flags as constants.
+template <typename F>
+GRASSLAND_INLINE void with_constants(bool a, bool b, const F& use) {
+  if (a)
+    b ? use(std::true_type{}, std::true_type{}) : use(std::true_type{}, std::false_type{});
+  else
+    b ? use(std::false_type{}, std::true_type{}) : use(std::false_type{}, std::false_type{});
+}
+
+// a = drop(gelu(h)), over h
+template <bool drop, typename T>
+GRASSLAND_INLINE void up_row(const Dropout& d, uint32_t row, int64_t width, T* h) {
+  for_each_vector(width, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+    store(gelu(load(h + c, live)) * factors<drop>(d, row, c), h + c, live);
+  });
+}
+
+// `kept` gets h itself, if there is one.
 template <typename T>
 GRASSLAND_INLINE void up_body(const int64_t* order, const Dropout& d, int64_t width, int64_t begin, int64_t end, T* h,
                               T* kept) {
@@ -65,14 +89,17 @@ GRASSLAND_INLINE void up_body(const int64_t* order, const Dropout& d, int64_t wi
     const uint32_t row = row_hash(d, order[r]);
     T* hr = h + r * width;
     if (kept != nullptr) std::memcpy(kept + r * width, hr, width * sizeof(T));
-    if (d.on) {
-#pragma omp simd
-      for (int64_t c = 0; c < width; ++c) from_float(gelu(to_float(hr[c])) * factor(d, row, c), hr[c]);
-    } else {
-#pragma omp simd
-      for (int64_t c = 0; c < width; ++c) from_float(gelu(to_float(hr[c])), hr[c]);
-    }
+    d.on ? up_row<true>(d, row, width, hr) : up_row<false>(d, row, width, hr);
   }
+}
+
+// total += gate drop(act(o))
+template <bool act, bool drop, typename T>
+GRASSLAND_INLINE void add_row(const T* o, float gate, const Dropout& d, uint32_t row, int64_t dim, float* total) {
+  for_each_vector(dim, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+    const Vec v = load(o + c, live);
+    store(load(total + c, live) + gate * factors<drop>(d, row, c) * (act ? gelu(v) : v), total + c, live);
+  });
 }
 
 // y_t = sum_k g_tk drop(act(o)) over the kept pairs of a token
@@ -80,74 +107,67 @@ template <typename T>
 GRASSLAND_INLINE void combine_body(const T* const* rows, const float* gates, const int64_t* slots, const Dropout& d, bool act,
                                    const Shape& s, int64_t begin, int64_t end, T* y) {
   std::vector<float> sum(s.dim);
-  for (int64_t t = begin; t < end; ++t) {
-    std::fill(sum.begin(), sum.end(), 0.0f);
-    float* total = sum.data();
-    for (int64_t pair = t * s.top_k; pair < (t + 1) * s.top_k; ++pair) {
-      if (slots[pair] < 0) continue;
-      const T* o = rows[slots[pair]];
-      const float gate = gates == nullptr ? 1.0f : gates[pair];
-      const uint32_t row = row_hash(d, pair);
-      if (act || d.on) {
-#pragma omp simd
-        for (int64_t c = 0; c < s.dim; ++c) {
-          const float v = to_float(o[c]);
-          total[c] += gate * factor(d, row, c) * (act ? gelu(v) : v);
-        }
-      } else {
-#pragma omp simd
-        for (int64_t c = 0; c < s.dim; ++c) total[c] += gate * to_float(o[c]);
-      }
+  with_constants(act, d.on, [&](auto activated, auto dropped) GRASSLAND_INLINE_LAMBDA {
+    for (int64_t t = begin; t < end; ++t) {
+      std::fill(sum.begin(), sum.end(), 0.0f);
+      for (int64_t pair = t * s.top_k; pair < (t + 1) * s.top_k; ++pair)
+        if (slots[pair] >= 0)
+          add_row<activated(), dropped()>(rows[slots[pair]], gates == nullptr ? 1.0f : gates[pair], d,
+                                          row_hash(d, pair), s.dim, sum.data());
+      for_each_vector(s.dim, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+        store(load(sum.data() + c, live), y + t * s.dim + c, live);
+      });
     }
-    for (int64_t c = 0; c < s.dim; ++c) from_float(sum[c], y[t * s.dim + c]);
-  }
+  });
 }
 
-// The output rows' gradient before the gate, G = dy_t drop act'(o), and what it adds to d gate: <dy drop, act(o)> with an
+// The output row's gradient before the gate, G = dy_t drop act'(o), and what it adds to d gate: <dy drop, act(o)> with an
 // activation, <G, b_down> without.
+template <bool act, bool drop, typename T>
+GRASSLAND_INLINE float output_backward_row(const T* dy, const T* o, const T* bias, const Dropout& d, uint32_t row,
+                                           int64_t dim, T* g) {
+  Vec sum = {};
+  for_each_vector(dim, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+    const Vec v = load(dy + c, live) * factors<drop>(d, row, c);
+    if (act) {
+      const Vec pre = load(o + c, live);
+      const Gate gate = gate_of_gelu(pre);
+      sum += v * pre * gate.open;
+      store(v * gelu_slope(pre, gate), g + c, live);
+    } else {
+      sum += v * load(bias + c, live);
+      store(v, g + c, live);
+    }
+  });
+  return total(sum);
+}
+
 template <typename T>
 GRASSLAND_INLINE void output_backward_body(const T* grad, const T* o, const T* bias, const int64_t* order,
                                            const Dropout& d, bool act, const Shape& s, int64_t begin, int64_t end, T* g,
                                            float* dgate) {
-  for (int64_t r = begin; r < end; ++r) {
-    const uint32_t row = row_hash(d, order[r]);
-    const T* from = grad + order[r] / s.top_k * s.dim;
-    T* to = g + r * s.dim;
-    float sum = 0;
-    if (act || d.on) {
-      for (int64_t c = 0; c < s.dim; ++c) {
-        const float v = to_float(from[c]) * factor(d, row, c);
-        const float pre = act ? to_float(o[r * s.dim + c]) : 0.0f;
-        const Gate gate = gate_of_gelu(pre);
-        sum += v * (act ? pre * gate.open : to_float(bias[c]));
-        from_float(act ? v * gelu_slope(pre, gate) : v, to[c]);
-      }
-    } else {
-#pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < s.dim; ++c) {
-        sum += to_float(from[c]) * to_float(bias[c]);
-        to[c] = from[c];
-      }
-    }
-    dgate[order[r]] = sum;
-  }
+  with_constants(act, d.on, [&](auto activated, auto dropped) GRASSLAND_INLINE_LAMBDA {
+    for (int64_t r = begin; r < end; ++r)
+      dgate[order[r]] = output_backward_row<activated(), dropped()>(grad + order[r] / s.top_k * s.dim,
+                                                                    activated() ? o + r * s.dim : nullptr, bias, d,
+                                                                    row_hash(d, order[r]), s.dim, g + r * s.dim);
+  });
 }
 
 // From D = G W_down and h: a g (over a), dh = g drop gelu'(h) D (over D), and <D, a> for d gate.
-template <typename T, bool Drop>
+template <bool drop, typename T>
 GRASSLAND_INLINE float down_backward_row(const T* h, float gate, const Dropout& d, uint32_t row, int64_t width, T* dh,
                                          T* a) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < width; ++c) {
-    const float x = to_float(h[c]), v = to_float(dh[c]);
+  Vec sum = {};
+  for_each_vector(width, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+    const Vec x = load(h + c, live), v = load(dh + c, live), kept = factors<drop>(d, row, c);
     const Gate half = gate_of_gelu(x);
-    const float keep = Drop ? factor(d, row, c) : 1.0f, value = x * half.open * keep;
+    const Vec value = x * half.open * kept;
     sum += v * value;
-    from_float(value * gate, a[c]);
-    from_float(v * gate * keep * gelu_slope(x, half), dh[c]);
-  }
-  return sum;
+    store(value * gate, a + c, live);
+    store(v * gate * kept * gelu_slope(x, half), dh + c, live);
+  });
+  return total(sum);
 }
 
 template <typename T>
@@ -158,8 +178,8 @@ GRASSLAND_INLINE void down_backward_body(const T* h, const float* gates, const i
     const uint32_t row = row_hash(d, order[r]);
     const float gate = gates[order[r]];
     const int64_t at = r * width;
-    const float sum = d.on ? down_backward_row<T, true>(h + at, gate, d, row, width, dh + at, a + at)
-                           : down_backward_row<T, false>(h + at, gate, d, row, width, dh + at, a + at);
+    const float sum = d.on ? down_backward_row<true>(h + at, gate, d, row, width, dh + at, a + at)
+                           : down_backward_row<false>(h + at, gate, d, row, width, dh + at, a + at);
     if (!act) dgate[order[r]] += sum;
   }
 }
@@ -176,8 +196,9 @@ GRASSLAND_INLINE void column_sums_body(const T* x, const float* gates, const int
     for (int64_t r = base; r < std::min(base + 64, n); ++r) {
       const float gate = gates == nullptr ? 1.0f : gates[order[r]];
       const T* row = x + r * width + begin;
-#pragma omp simd
-      for (int64_t c = 0; c < end - begin; ++c) b[c] += gate * to_float(row[c]);
+      for_each_vector(end - begin, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+        store(load(b + c, live) + gate * load(row + c, live), b + c, live);
+      });
     }
     for (int64_t c = begin; c < end; ++c) out[c] += block[c - begin];
   }

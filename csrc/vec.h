@@ -80,9 +80,6 @@ GRASSLAND_INLINE void for_each_vector(int64_t size, F&& f) {
   if (c < size) f(c, size - c);
 }
 
-// Before the body of a lambda: one that is not inlined would be compiled for the baseline.
-#define GRASSLAND_INLINE_LAMBDA __attribute__((always_inline))
-
 GRASSLAND_INLINE float total(const Vec& v) {
   float part[kLanes];
   __builtin_memcpy(part, &v, sizeof(part));
@@ -115,9 +112,8 @@ GRASSLAND_INLINE float largest(const T* x, int64_t n) {
   return *std::max_element(part, part + kLanes);
 }
 
-// As exp_approx of common.h for x <= 0: adding and taking away 1.5 x 2^23 rounds to an integer.
-GRASSLAND_INLINE Vec exp_below(const Vec& x) {
-  const Vec least = Vec{} - 87.0f, v = x < least ? least : x;
+// As exp_approx of common.h for |v| <= 87: adding and taking away 1.5 x 2^23 rounds to an integer.
+GRASSLAND_INLINE Vec exp_within(const Vec& v) {
   const Vec n = (v * 1.44269504f + 12582912.0f) - 12582912.0f;
   const Vec r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
   Vec p = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
@@ -130,6 +126,17 @@ GRASSLAND_INLINE Vec exp_below(const Vec& x) {
   Vec scale;
   __builtin_memcpy(&scale, &bits, sizeof(scale));
   return p * scale;
+}
+
+// e^x for x <= 0
+GRASSLAND_INLINE Vec exp_below(const Vec& x) {
+  const Vec least = Vec{} - 87.0f;
+  return exp_within(x < least ? least : x);
+}
+
+GRASSLAND_INLINE Vec exp_clamped(const Vec& x) {
+  const Vec most = Vec{} + 87.0f;
+  return exp_below(x > most ? most : x);
 }
 
 GRASSLAND_INLINE Vec square_root(const Vec& v) {

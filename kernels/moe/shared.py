@@ -2,8 +2,9 @@
 
 All calls between a weight and its next backward use the same alias of it, the output of `_Alias`. In the backward each
 call adds its gradient of the weight, with beta = 1, to one float32 buffer and hands autograd nothing; `_Alias` runs
-once all of its users have, as autograd's order demands, and returns the buffer. What stands before the weight (hooks,
-accumulation, DDP) sees one complete gradient a backward, as ever.
+once all of its users have, as autograd's order demands, and returns the buffer. A single call, which has nothing to add,
+writes it in the weight's dtype. What stands before the weight (hooks, accumulation, DDP) sees one complete gradient a
+backward, as ever.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class SharedWeight:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self.weight, self.dtype, self.version = weight, dtype, weight._version
-        self.sums = _Sums(weight, torch.promote_types(dtype, torch.float32))
+        self.sums = _Sums(weight, dtype)
         self.alias: Tensor = _Alias.apply(weight, dtype, self.sums)
 
     def serves(self, weight: Tensor, dtype: torch.dtype) -> bool:
@@ -45,14 +46,18 @@ class _Sums:
     """Buffers by backward: one may run inside another, and one that fails must leave nothing to the next."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.shape, self.device, self.dtype = weight.shape, weight.device, dtype
+        self.shape, self.device = weight.shape, weight.device
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.narrow = dtype if weight.dtype == dtype else self.wide
         self.totals: dict[int, Tensor] = {}
+        self.calls = 0
         self.used = False
 
     def total(self, backward: int) -> tuple[Tensor, bool]:
         filled = backward in self.totals
         if not filled:
-            self.totals[backward] = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            dtype = self.narrow if self.calls == 1 else self.wide
+            self.totals[backward] = torch.empty(self.shape, dtype=dtype, device=self.device)
         return self.totals[backward], filled
 
     def take(self, backward: int) -> Tensor | None:
@@ -130,6 +135,7 @@ def shared(weight: Tensor, dtype: torch.dtype) -> SharedWeight | None:
     found = _open.get(id(weight))
     if found is None or not found.serves(weight, dtype):
         found = _open[id(weight)] = SharedWeight(weight, dtype)
+    found.sums.calls += 1
     return found
 
 
