@@ -89,13 +89,13 @@ GRASSLAND_SOFTMAX(bf16)
 
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& x, const Tensor& weight, const Tensor& target, double smoothing,
-                                        int64_t ignore_index, bool need_x, bool need_weight) {
-  Gradients gradients(x, weight, need_x, need_weight);
+                                        int64_t ignore_index, bool need_x, bool need_weight, bool wide) {
+  Gradients gradients(x, weight, need_x, need_weight, kDtype<T>, wide ? ScalarType::Float : kDtype<T>);
   const Softmax s{weight.size(0), data<int64_t>(target), static_cast<float>(smoothing), ignore_index,
                   gradients.needed()};
   const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 14) / s.vocab);
   std::vector<double> losses(x.size(0));
-  each_chunk<T>(x.size(0), s.vocab, [&](int64_t base, int64_t stop) {
+  each_chunk<T>(x.size(0), weight, [&](int64_t base, int64_t stop) {
     const Tensor logits = linear(rows(x, base, stop), weight);
     torch::stable::parallel_for(base, stop, grain, [&](int64_t begin, int64_t end) {
       softmax_rows(s, base, begin, end, data<T>(logits), losses.data());
@@ -107,20 +107,21 @@ std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& x, const Tensor& weight, c
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_cpu(const Tensor& x, const Tensor& weight, const Tensor& target,
                                                             double smoothing, int64_t ignore_index, bool need_x,
-                                                            bool need_weight) {
+                                                            bool need_weight, bool wide) {
   const auto run = x.scalar_type() == ScalarType::BFloat16 ? loss<bf16> : loss<float>;
-  return run(x, weight, target, smoothing, ignore_index, need_x, need_weight);
+  return run(x, weight, target, smoothing, ignore_index, need_x, need_weight, wide);
 }
 
 }  // namespace
 }  // namespace grassland
 
 // Inputs are checked and made contiguous by kernels/cross_entropy/op.py: x and weight float32 or bfloat16 alike, int64
-// classes in range or ignored. The loss is summed.
+// classes in range or ignored. The loss is summed, float32; the gradients are of the inputs' dtype, that of the weight float32
+// if `wide`.
 STABLE_TORCH_LIBRARY_FRAGMENT(grassland_cpp, m) {
   m.def(
       "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, float smoothing, int ignore_index, bool need_x, "
-      "bool need_weight) -> (Tensor, Tensor, Tensor)");
+      "bool need_weight, bool wide) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(grassland_cpp, CPU, m) {

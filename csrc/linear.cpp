@@ -65,8 +65,9 @@ Tensor onednn(const Tensor& x, const Tensor&, const Tensor*) { return x; }
 Tensor onednn_plus(const Tensor& sum, const Tensor&, const Tensor&) { return sum; }
 #endif
 
+template <typename T>
 struct Matrix {
-  float* at;
+  T* at;
   int64_t row;  // numbers from one row to the next
 };
 
@@ -75,7 +76,8 @@ constexpr int64_t kColumns = 4 * kLanes;
 
 // `live` rows from r on and `width` columns from c on; constants but at the edges.
 template <typename R, typename C>
-GRASSLAND_INLINE void turn_tile(const Matrix& from, const Matrix& to, int64_t r, int64_t c, R live, C width, bool add) {
+GRASSLAND_INLINE void turn_tile(const Matrix<float>& from, const Matrix<float>& to, int64_t r, int64_t c, R live, C width,
+                                bool add) {
   Vec m[kLanes] = {};
   for (int64_t i = 0; i < live; ++i) m[i] = load(from.at + (r + i) * from.row + c, width);
   transpose(m);
@@ -86,7 +88,8 @@ GRASSLAND_INLINE void turn_tile(const Matrix& from, const Matrix& to, int64_t r,
 }
 
 // to (columns, rows) = or += the transpose of columns `begin` to `end` of from (rows, columns).
-GRASSLAND_MULTIARCH void turn(const Matrix& from, const Matrix& to, int64_t rows, int64_t begin, int64_t end, bool add) {
+GRASSLAND_MULTIARCH void turn(const Matrix<float>& from, const Matrix<float>& to, int64_t rows, int64_t begin, int64_t end,
+                              bool add) {
   for (int64_t block = begin; block < end; block += kColumns)
     for_each_vector(rows, [&](int64_t r, auto live) GRASSLAND_INLINE_LAMBDA {
       for_each_vector(std::min(kColumns, end - block), [&](int64_t c, auto width) GRASSLAND_INLINE_LAMBDA {
@@ -95,46 +98,51 @@ GRASSLAND_MULTIARCH void turn(const Matrix& from, const Matrix& to, int64_t rows
     });
 }
 
-template <typename T>
-GRASSLAND_INLINE void put_rows_of(const T* from, const Matrix& to, int64_t columns, int64_t begin, int64_t end, bool add) {
+template <typename From, typename To>
+GRASSLAND_INLINE void put_rows_of(const Matrix<From>& from, const Matrix<To>& to, int64_t columns, int64_t begin,
+                                  int64_t end, bool add) {
   for (int64_t r = begin; r < end; ++r) {
-    const T* in = from + r * columns;
-    float* out = to.at + r * to.row;
-    if (add)
-      for (int64_t c = 0; c < columns; ++c) out[c] += to_float(in[c]);
-    else
-      for (int64_t c = 0; c < columns; ++c) out[c] = to_float(in[c]);
+    const From* in = from.at + r * from.row;
+    To* out = to.at + r * to.row;
+    for_each_vector(columns, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+      const Vec v = load(in + c, live);
+      store(add ? load(out + c, live) + v : v, out + c, live);
+    });
   }
 }
 
-#define GRASSLAND_PUT(T)                                                                                            \
-  GRASSLAND_MULTIARCH void put_rows(const T* from, const Matrix& to, int64_t columns, int64_t begin, int64_t end,   \
-                                    bool add) {                                                                     \
-    put_rows_of(from, to, columns, begin, end, add);                                                                \
+#define GRASSLAND_PUT(From, To)                                                                             \
+  GRASSLAND_MULTIARCH void put_rows(const Matrix<From>& from, const Matrix<To>& to, int64_t columns,        \
+                                    int64_t begin, int64_t end, bool add) {                                 \
+    put_rows_of(from, to, columns, begin, end, add);                                                        \
   }
-GRASSLAND_PUT(float)
-GRASSLAND_PUT(bf16)
+GRASSLAND_PUT(float, float)
+GRASSLAND_PUT(float, bf16)
+GRASSLAND_PUT(bf16, float)
+GRASSLAND_PUT(bf16, bf16)
 
-Matrix matrix(const Tensor& x) { return {data<float>(x), x.stride(0)}; }
+template <typename T>
+Matrix<T> matrix(const Tensor& x) {
+  return {data<T>(x), x.stride(0)};
+}
 
 // Rows of so many numbers that they are worth a thread.
 int64_t grain(int64_t columns) { return std::max<int64_t>(1, (int64_t{1} << 14) / std::max<int64_t>(1, columns)); }
 
-// to = or += from, contiguous.
-void put(const Tensor& from, const Tensor& to, bool add) {
+template <typename From, typename To>
+void put_as(const Tensor& from, const Tensor& to, bool add) {
   const int64_t columns = from.size(1);
   torch::stable::parallel_for(0, from.size(0), grain(columns), [&](int64_t begin, int64_t end) {
-    if (from.scalar_type() == ScalarType::BFloat16)
-      put_rows(data<bf16>(from), matrix(to), columns, begin, end, add);
-    else
-      put_rows(data<float>(from), matrix(to), columns, begin, end, add);
+    put_rows(matrix<From>(from), matrix<To>(to), columns, begin, end, add);
   });
 }
+
+bool is_half(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
 
 void turn_into(const Tensor& to, const Tensor& from, bool add) {
   const int64_t blocks = (from.size(1) + kColumns - 1) / kColumns;
   torch::stable::parallel_for(0, blocks, grain(from.size(0) * kColumns), [&](int64_t begin, int64_t end) {
-    turn(matrix(from), matrix(to), from.size(0), begin * kColumns, std::min(end * kColumns, from.size(1)), add);
+    turn(matrix<float>(from), matrix<float>(to), from.size(0), begin * kColumns, std::min(end * kColumns, from.size(1)), add);
   });
 }
 
@@ -158,7 +166,12 @@ Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias) {
   return out;
 }
 
-void put(const Tensor& from, const Tensor& to) { put(from, to, false); }
+void put(const Tensor& from, const Tensor& to, bool add) {
+  if (is_half(from))
+    is_half(to) ? put_as<bf16, bf16>(from, to, add) : put_as<bf16, float>(from, to, add);
+  else
+    is_half(to) ? put_as<float, bf16>(from, to, add) : put_as<float, float>(from, to, add);
+}
 
 Tensor plus_linear(const Tensor& sum, const Tensor& x, const Tensor& w) {
   if (use_onednn(x.scalar_type(), x.size(0) * w.numel())) return onednn_plus(sum, x, w);
@@ -171,15 +184,25 @@ Tensor& OuterSum::total(const Tensor& like) {
   return *total_;
 }
 
+void OuterSum::fold() {
+  for (const Tensor& half : halves_) {
+    put(half, total(half), held_);
+    held_ = true;
+  }
+  halves_.clear();
+}
+
 void OuterSum::add(const Tensor& left, const Tensor& right) {
   const bool dense = !total_ || total_->stride(0) == h_;
   if (left.numel() == 0 || right.numel() == 0) return;
   if (dense && left.size(0) <= kSkinny && m_ * h_ >= kLarge) {
     skinny_outer(total(left), left, right, held_);
-  } else if (left.scalar_type() == ScalarType::BFloat16) {
-    const Tensor product = empty(left, {m_, h_}, ScalarType::BFloat16);
-    mm(product, flipped(left), right);
-    put(product, total(left), held_);
+  } else if (is_half(left)) {
+    if (halves_.size() == 2) fold();
+    halves_.push_back(empty(left, {m_, h_}, ScalarType::BFloat16));
+    mm(halves_.back(), flipped(left), right);
+    if (total_) fold();
+    return;
   } else if (use_onednn(ScalarType::Float, left.size(0) * m_ * h_)) {
     // One factor has to be turned: the smaller, with what turning the sum in the end takes.
     if (!part_) turned_ = left.size(0) * m_ > left.size(0) * h_ + m_ * h_;
@@ -196,6 +219,11 @@ void OuterSum::add(const Tensor& left, const Tensor& right) {
 
 Tensor OuterSum::result(const Tensor& like) {
   if (part_ && !turned_ && !total_) return *part_;
+  if (dtype_ == ScalarType::BFloat16 && !total_ && !halves_.empty()) {
+    if (halves_.size() == 2) put(halves_[1], halves_[0], true);
+    return halves_[0];
+  }
+  fold();
   Tensor& to = total(like);
   if (part_ && turned_) {
     turn_into(to, *part_, held_);
@@ -204,7 +232,10 @@ Tensor OuterSum::result(const Tensor& like) {
   } else if (!held_) {
     torch::stable::zero_(to);
   }
-  return to;
+  if (dtype_ == ScalarType::Float) return to;
+  const Tensor narrow = empty(like, {m_, h_}, dtype_);
+  put(to, narrow);
+  return narrow;
 }
 
 void outer_product(const Tensor& total, const Tensor& left, const Tensor& right, bool add) {

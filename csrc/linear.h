@@ -17,18 +17,18 @@ inline Tensor flipped(const Tensor& x) {
 // x w^T + bias for x (n, k), w (m, k) of any strides.
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias = nullptr);
 
-// to = from, of float32 or bfloat16; to is float32.
-void put(const Tensor& from, const Tensor& to);
+// to = or += from, each float32 or bfloat16, rows of `to` may lie apart.
+void put(const Tensor& from, const Tensor& to, bool add = false);
 
 // sum + x w^T, in the memory of sum or in new memory.
 Tensor plus_linear(const Tensor& sum, const Tensor& x, const Tensor& w);
 
-// Gradients of a weight, float32: the sum of left^T right over the chunks of a batch, for contiguous left (n, m) and right
+// Gradients of a weight: the sum of left^T right over the chunks of a batch, in float32, for contiguous left (n, m) and right
 // (n, h), float32 or bfloat16.
 class OuterSum {
  public:
-  // In memory of its own.
-  OuterSum(int64_t m, int64_t h) : m_(m), h_(h) {}
+  // In memory of its own; of `dtype` in the end, of which bfloat16 is for bfloat16 factors.
+  OuterSum(int64_t m, int64_t h, ScalarType dtype = ScalarType::Float) : m_(m), h_(h), dtype_(dtype) {}
 
   // Into `total`, whose rows may lie apart; on top of what it holds if `add`.
   OuterSum(const Tensor& total, bool add) : m_(total.size(0)), h_(total.size(1)), total_(total), held_(add) {}
@@ -40,9 +40,12 @@ class OuterSum {
 
  private:
   Tensor& total(const Tensor& like);
+  void fold();
 
   int64_t m_, h_;
+  ScalarType dtype_ = ScalarType::Float;
   std::optional<Tensor> total_, part_;  // part_: what oneDNN has summed, which cannot add to memory that is there
+  std::vector<Tensor> halves_;          // bfloat16 products, two at most, that may do without a total
   bool held_ = false;                   // whether total_ holds anything
   bool turned_ = false;                 // whether part_ is (h, m)
 };

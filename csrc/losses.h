@@ -6,14 +6,15 @@
 
 namespace grassland {
 
-// A chunk has as many bytes as malloc hands back without asking the system, and enough rows for an efficient product.
+// A chunk has as many bytes as malloc hands back without asking the system, or as the weight, whose gradient would be summed
+// for each chunk more; and enough rows for an efficient product.
 constexpr int64_t kChunkBytes = 31 << 20;
 constexpr int64_t kChunkRows = 128;
 
-// use(base, stop) for chunks of about the same size, of rows of `width` numbers T.
+// use(base, stop) for chunks of about the same size of the rows that are multiplied with weight (width, n).
 template <typename T, typename F>
-void each_chunk(int64_t rows, int64_t width, const F& use) {
-  const int64_t limit = kChunkBytes / static_cast<int64_t>(sizeof(T)) / width;
+void each_chunk(int64_t rows, const Tensor& weight, const F& use) {
+  const int64_t limit = std::max<int64_t>(kChunkBytes / static_cast<int64_t>(sizeof(T)) / weight.size(0), weight.size(1));
   const int64_t most = std::max(kChunkRows, limit), count = (rows + most - 1) / most;
   for (int64_t k = 0; k < count; ++k) use(rows * k / count, rows * (k + 1) / count);
 }
@@ -27,13 +28,14 @@ inline Tensor total_of(const Tensor& like, const std::vector<double>& losses) {
   return out;
 }
 
-// dx = dz W and dW = dz^T x of x (rows, n), float32, from the chunks' dz.
+// dx = dz W and dW = dz^T x of x (rows, n) from the chunks' dz; float32, or in the dtype of x and of the weight.
 class Gradients {
  public:
-  Gradients(const Tensor& x, const Tensor& weight, bool need_x, bool need_weight)
-      : x_(x), weight_(weight), need_x_(need_x), need_weight_(need_weight),
-        dx_(need_x ? empty(x, {x.size(0), x.size(1)}, ScalarType::Float) : empty(x, {0}, ScalarType::Float)),
-        dweight_(weight.size(0), weight.size(1)) {}
+  Gradients(const Tensor& x, const Tensor& weight, bool need_x, bool need_weight, ScalarType dx = ScalarType::Float,
+            ScalarType dweight = ScalarType::Float)
+      : x_(x), weight_(weight), need_x_(need_x), need_weight_(need_weight), dtype_(dweight),
+        dx_(empty(x, need_x ? std::vector<int64_t>{x.size(0), x.size(1)} : std::vector<int64_t>{0}, dx)),
+        dweight_(weight.size(0), weight.size(1), dweight) {}
 
   bool needed() const { return need_x_ || need_weight_; }
 
@@ -44,11 +46,12 @@ class Gradients {
 
   // Empty (0) where not needed.
   const Tensor& dx() const { return dx_; }
-  Tensor dweight() { return need_weight_ ? dweight_.result(x_) : empty(x_, {0}, ScalarType::Float); }
+  Tensor dweight() { return need_weight_ ? dweight_.result(x_) : empty(x_, {0}, dtype_); }
 
  private:
   Tensor x_, weight_;
   bool need_x_, need_weight_;
+  ScalarType dtype_;
   Tensor dx_;
   OuterSum dweight_;
 };

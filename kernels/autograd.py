@@ -35,7 +35,7 @@ def differentiable(op: Any, backward: Callable[..., Any], setup_context: Callabl
 
 def differentiable_loss(op: Any, name: str) -> Callable[..., Any]:
     """`differentiable` for a loss that computes its gradients by its first two inputs in the forward: its outputs are
-    the loss and these, float32 or wider. `name` is what a second derivative's error calls it."""
+    the loss and these, in whatever dtype does not lose by it. `name` is what a second derivative's error calls it."""
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
         # Without this, autograd would write zeros of the weight's size for the two outputs that nobody uses.
@@ -56,12 +56,16 @@ def differentiable_loss(op: Any, name: str) -> Callable[..., Any]:
 def scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """`saved` times the scalar `factor`, then as `dtype`; for the backward of an op that saved its gradients.
 
-    An op with half inputs saves float32: the factor holds the loss scale and 1 / rows, without which a half gradient
-    underflows. In place where autograd frees the graph afterwards, which spares a tensor of the weight's size: on a
+    An op with float16 inputs saves float32: the factor holds the loss scale and 1 / rows, without which a float16
+    gradient underflows. The factor is not rounded to bfloat16: a CPU, where gradients are saved in it, multiplies by a
+    float32 scalar. In place where autograd frees the graph afterwards, which spares a tensor of the weight's size: on a
     CPU, most of such a pass is the first touch of fresh memory. With `retain_graph` or `create_graph` the saved one
     stays as it is.
     """
-    factor = factor.to(saved.dtype)
+    factor = factor.to(torch.promote_types(saved.dtype, torch.float32))
+    wide = torch.promote_types(saved.dtype, dtype)
+    if wide != saved.dtype:
+        return (saved.to(wide) * factor).to(dtype)
     # What traces a backward (torch.compile) has tensor types of its own, and does without the spare tensor anyway.
     if type(saved) is not Tensor or _C._autograd._get_current_graph_task_keep_graph():
         return (saved * factor).to(dtype)

@@ -43,17 +43,29 @@ def linear_cross_entropy(
     mask: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss, and its gradients by x (N, D) and weight, float32 or wider: empty (0,) where `mask` says that
-    they are not needed. dtype: of the products."""
+    """The summed loss, and its gradients by x (N, D) and weight, of the dtypes that `planned` says: empty (0,) where
+    `mask` says that they are not needed. dtype: of the products."""
     check_labels(target, weight.shape[0], ignore_index)
-    backend = dispatch.pick(OP, weight.new_empty(0, dtype=dtype), backend)
-    if backend == "cpp" and dtype == torch.bfloat16 and not multiplies_halves():
-        dtype = torch.float32
+    backend, dtype, (_, saved) = planned(weight, dtype, backend)
     x, weight, target = x.to(dtype), weight.to(dtype), target.contiguous()
     if backend != "cpp":
         return chunked(rows_of(backend), x, weight, target, smoothing, ignore_index, mask)
-    x, weight = x.contiguous(), weight.contiguous()
-    return torch.ops.grassland_cpp.linear_cross_entropy(x, weight, target, smoothing, ignore_index, *mask)
+    arguments = x.contiguous(), weight.contiguous(), target, smoothing, ignore_index, *mask, saved != dtype
+    return torch.ops.grassland_cpp.linear_cross_entropy(*arguments)
+
+
+def planned(
+    weight: Tensor, dtype: torch.dtype, backend: str
+) -> tuple[str, torch.dtype, tuple[torch.dtype, torch.dtype]]:
+    """The backend, the dtype of its products, and those of the gradients of x and weight: float32 or wider, but where
+    C++ multiplies bfloat16, in which x's gradient is one product and a bfloat16 weight's ends anyway."""
+    backend = dispatch.pick(OP, weight.new_empty(0, dtype=dtype), backend)
+    wide = accumulation(dtype)
+    if backend != "cpp" or dtype != torch.bfloat16:
+        return backend, dtype, (wide, wide)
+    if not multiplies_halves():
+        return backend, wide, (wide, wide)
+    return backend, dtype, (dtype, dtype if weight.dtype == dtype else wide)
 
 
 def chunked(
@@ -108,10 +120,12 @@ def _(
     mask: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = accumulation(dtype)
-    shapes = ((), x.shape if mask[0] else 0, weight.shape if mask[1] else 0)
-    total, dx, dweight = (x.new_empty(shape, dtype=wide) for shape in shapes)
-    return total, dx, dweight
+    saved = planned(weight, dtype, backend)[2]
+    dx, dweight = (
+        t.new_empty(t.shape if needed else 0, dtype=kept)
+        for t, needed, kept in zip((x, weight), mask, saved, strict=True)
+    )
+    return x.new_empty((), dtype=accumulation(dtype)), dx, dweight
 
 
 loss = differentiable_loss(linear_cross_entropy, "linear_cross_entropy")

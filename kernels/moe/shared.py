@@ -2,8 +2,8 @@
 
 All calls between a weight and its next backward use the same alias of it, the output of `_Alias`. In the backward each
 call adds its gradient of the weight, with beta = 1, to one float32 buffer and hands autograd nothing; `_Alias` runs
-once all of its users have, as autograd's order demands, and returns the buffer. A single call, which has nothing to add,
-writes it in the weight's dtype. What stands before the weight (hooks, accumulation, DDP) sees one complete gradient a
+once all of its users have, as autograd's order demands, and returns the buffer. One call alone has nothing to add, and
+writes in the weight's dtype. What stands before the weight (hooks, accumulation, DDP) sees one complete gradient a
 backward, as ever.
 """
 

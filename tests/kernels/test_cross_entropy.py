@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from grassland.kernels import dispatch
 from grassland.kernels.cross_entropy import eager, linear_cross_entropy, op
 from grassland.kernels.cross_entropy.cases import head
+from grassland.kernels.products import multiplies_halves
 from grassland.kernels.testing import record_launches, resource_usage
 
 needs_extension = pytest.mark.skipif(dispatch.extension_error() is not None, reason=str(dispatch.extension_error()))
@@ -170,6 +171,20 @@ def test_rows_of_a_class_that_there_is_not_are_nan_in_eager():
     losses, slope = eager.row_losses(torch.zeros(4, 7), target, 7, 0.1, -100, 1.0, True)
     assert losses.isnan().tolist() == [True, True, False, False]
     assert slope.isnan().all(-1).tolist() == [True, True, False, False] and not slope[3].any()
+
+
+@pytest.mark.parametrize("master", [torch.float32, torch.bfloat16])
+@pytest.mark.skipif(dispatch.extension_error() is not None, reason=str(dispatch.extension_error()))
+def test_a_gradient_is_kept_as_its_weight_where_products_are_bfloat16(master):
+    """Half the memory between forward and backward; a float32 weight under autocast keeps its float32 sum."""
+    x, weight, target = head((9,), 40, 16).values()
+    arguments = (x, weight.to(master), target, 0.0, -100, torch.bfloat16, [True, True], "cpp")
+    kept = [t.dtype for t in op.linear_cross_entropy(*arguments)[1:]]
+    expected = [torch.bfloat16, master] if multiplies_halves() else [torch.float32] * 2
+    assert kept == expected
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in arguments]
+        assert [t.dtype for t in op.linear_cross_entropy(*fake)[1:]] == expected
 
 
 @pytest.mark.parametrize(

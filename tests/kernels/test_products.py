@@ -17,6 +17,9 @@ CASES = {
         Case("chunks", lambda: cross_entropy.head((5000,), 1700, 40, ignored=9), {"label_smoothing": 0.1}),
         Case("wide", lambda: cross_entropy.head((300,), 90, 201)),
         Case("last-chunk", lambda: cross_entropy.head((129,), 65536, 17, ignored=1)),
+        Case("two-halves", lambda: cross_entropy.head((260,), 65536, 9)),
+        Case("three-halves", lambda: cross_entropy.head((520,), 65536, 9)),
+        Case("one-large-chunk", lambda: cross_entropy.head((140,), 65536, 150)),
     ],
     "subspace_cross_entropy": [
         Case("chunks", lambda: subspace.labelled((300,), 8200, 8, 17), {"k": 8}),
