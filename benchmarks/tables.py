@@ -49,14 +49,40 @@ def kernel_table(op):
     lines = [f"| time / grassland on {title} | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     absent = {}
     for rival in dict.fromkeys(r["rival"] for records in machines for r in records):
-        own = [[r for r in records if r["rival"] == rival] for records in machines]
-        if len(reasons := {r.get("error") for found in own for r in found}) == 1 and None not in reasons:
+        reasons = {r.get("error") for records in machines for r in records if r["rival"] == rival}
+        if len(reasons) == 1 and None not in reasons:
             absent.setdefault(reasons.pop(), []).append(rival)
             continue
-        cells = [joined([cell(found, *item) for found in own]) for item in settings.items()]
+        cells = [of_rival(machines, rival, *item) for item in settings.items()]
         lines.append(f"| {rival} | {' | '.join(cells)} |")
     notes = [f"Not run: {', '.join(rivals)} ({why})." for why, rivals in absent.items()]
     return "\n".join([*lines, "", " ".join([*notes, *map(footnote, machines)])])
+
+
+def headline_table():
+    """An op a row: our time, and over it that of the closest rival and of what else one would take."""
+    files = {name: read(name) for name in kernel_files("*-cpu-float32")}
+    folders = {Path(name).parent: records[0] for name, records in files.items()}
+    if not files:
+        return NONE
+    heads = ["forward + backward, or a step", f"grassland on {' · '.join(map(processor, folders.values()))}"]
+    heads += ["closest rival that computes the same", "best-known alternative"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, (op, setting, mode, same, other) in HEADLINE.items():
+        machines = [files.get((folder / f"{op}-cpu-float32.jsonl").as_posix(), []) for folder in folders]
+        timed = [r for records in machines for r in records if (r["setting"], r.get("mode")) == (setting, mode)]
+        if not timed:
+            continue
+        closest = min((r for r in timed if r["rival"] in same), key=lambda r: r["ratio"])["rival"]
+        ours, near, known = (of_rival(machines, rival, setting, mode) for rival in ("grassland", closest, other))
+        lines.append(f"| {name}, {setting} | {ours} | {closest}: {near} | {other}: {known} |")
+    origin = "; ".join(map(hardware, folders.values()))
+    return "\n".join([*lines, "", f"Times of rivals over grassland's, float32. {origin}."])
+
+
+def of_rival(machines, rival, setting, mode):
+    """One rival's cells, machine by machine."""
+    return joined([cell([r for r in records if r["rival"] == rival], setting, mode) for records in machines])
 
 
 def joined(cells):
@@ -259,15 +285,18 @@ def compare_tables(*presets):
 
 def compare_summary(preset):
     """One row an arm: size, test metric, difference to the first arm."""
-    parts, finished = [], []
+    parts = []
     for records in comparisons(preset).values():
-        finished += done(records)
         rows = report.arm_rows(records)
         kept = [place for place, head in enumerate(rows[0]) if head.startswith(SUMMARY)]
         heads, *cells = [[row[place] for place in kept] for row in rows]
-        first = done(records)[0]
-        parts.append(f"**{records[0]['title']}**, {first['steps']} steps\n\n{report.markdown(heads, cells)}")
-    return "\n\n".join([*parts, report.footnote(finished)]) if parts else NONE
+        chosen = [record for record in done(records) if record["chosen"]]
+        seeds = len({record["seed"] for record in chosen})
+        size = f"{chosen[0]['steps']} steps, {seeds} seed{'' if seeds == 1 else 's'}"
+        # When and of which code is in the full table.
+        origin = re.sub(r"(, [\d-]+, commit [\w+]+)+\.$", ".", report.footnote(chosen))
+        parts.append(f"**{records[0]['title']}**, {size}\n\n{report.markdown(heads, cells)}\n\n{origin}")
+    return "\n\n".join(parts) or NONE
 
 
 def profile_table():
@@ -326,10 +355,62 @@ FULL = [name for name in PRESETS if name not in SMALL]
 SUMMARY = ("arm", "parameters", "test", "p (Holm)")
 BACKENDS = {"eager": "eager", "cpp": "C++ on CPU", "triton": "Triton", "cuda": "CUDA C++"}
 OPS = ("plucker", "kronecker", "subspace", "moe", "cross_entropy")
+HEADLINE = {  # op, setting, mode, rivals that compute the same, what else one would take
+    "Grassmann mixer": (
+        "plucker",
+        "B8 L256",
+        "forward+backward",
+        ("literal eager", "collapsed eager", "torch.compile, collapsed"),
+        "causal SDPA sublayer",
+    ),
+    "KromHC sublayer": (
+        "kronecker",
+        "2x1024 C768",
+        "forward+backward",
+        ("official KromHC, eager", "official KromHC, torch.compile"),
+        "mHC, torch.compile",
+    ),
+    "class head and loss": (
+        "subspace",
+        "head n=2048",
+        "forward+backward",
+        ("composed eager", "torch.compile, composed head"),
+        "linear head",
+    ),
+    "its Riemannian step": (
+        "subspace",
+        "step n=2048",
+        "step",
+        ("composed eager", "official SVD geodesic"),
+        "momentum SGD, torch fused",
+    ),
+    "mixture of experts": (
+        "moe",
+        "T788 E4",
+        "forward+backward",
+        (
+            "eager loop, separate experts",
+            "eager loop, stacked experts",
+            "F.grouped_mm",
+            "F.grouped_mm + torch.compile",
+            "padded baddbmm",
+            "one-hot einsum",
+        ),
+        "dense FFN, equal FLOPs",
+    ),
+    "language model's loss": (
+        "cross_entropy",
+        "T1024 V30522 C256",
+        "forward+backward",
+        ("whole logits, eager", "whole logits, torch.compile", "chunks, eager", "F.linear_cross_entropy"),
+        "F.linear_cross_entropy",
+    ),
+}
 TABLES = {op: functools.partial(kernel_table, op) for op in OPS}
 # Weights and steps on a manifold are float32 in training.
 GPU_DTYPES = {op: "float32" if op == "subspace" else "bfloat16" for op in OPS}
 TABLES |= {
+    "headline": headline_table,
     "support": support_table,
     "text": functools.partial(compare_summary, "wikitext2-cpu"),
     "images": functools.partial(compare_summary, "cifar10-cpu"),

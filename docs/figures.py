@@ -1,4 +1,6 @@
-"""The figures of the documentation, drawn from the mathematics: `python docs/figures.py FOLDER` writes them."""
+"""The figures of the documentation, drawn from the mathematics: `python docs/figures.py FOLDER [NAME …]`
+writes them; `docs slots` the one that README.md shows.
+"""
 
 import io
 import math
@@ -237,7 +239,7 @@ FIGURES: dict[str, Callable[[], str]] = {
 }
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in FIGURES.items():
-        (folder / f"{name}.svg").write_text(draw())
+    for name in names or FIGURES:
+        (folder / f"{name}.svg").write_text(FIGURES[name]())

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -182,6 +183,33 @@ def test_an_unreadable_baseline_names_itself(tiny, tmp_path):
 def test_readme_tables_are_those_of_the_results():
     done = subprocess.run([sys.executable, ROOT / "benchmarks/tables.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def lent_machine(tmp_path, *stages):
+    """benchmarks/gpu.sh where no program runs, no time is left and no data lies."""
+    python = tmp_path / "bin/python3"
+    python.parent.mkdir(exist_ok=True)
+    python.write_text("#!/bin/sh\n")
+    python.chmod(0o755)
+    folders = {"OUT": tmp_path / "out", "RESULTS": tmp_path / "results", "DATA": tmp_path / "none"}
+    known = os.environ | {name: str(folder) for name, folder in folders.items()} | {"LIMIT": "0", "PACK_S": "0.1"}
+    known["PATH"] = f"{python.parent}:{known['PATH']}"
+    command = ["bash", ROOT / "benchmarks/gpu.sh", *stages]
+    return subprocess.run(command, env=known, capture_output=True, text=True, timeout=60)
+
+
+def test_gpu_script_without_data_leaves_out_the_comparison(tmp_path):
+    done = lent_machine(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"compare needs {tmp_path / 'none'}/wikitext-2: set DATA" in done.stderr
+    left_out = [line for line in done.stdout.splitlines() if line.startswith("no time for ")]
+    assert [line.split()[-1] for line in left_out] == ["install", "tests", "bench", "sanitizer", "scaling", "profile"]
+    assert (tmp_path / "out/results.tgz").exists()
+
+
+def test_gpu_script_refuses_a_comparison_that_was_asked_for_and_has_no_data(tmp_path):
+    done = lent_machine(tmp_path, "tests", "compare")
+    assert done.returncode == 2 and "or leave compare out" in done.stderr and done.stdout == ""
 
 
 def test_a_rival_is_held_to_its_own_truth(tiny, monkeypatch):

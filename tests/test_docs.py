@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 OUTSIDE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+LINKING = [*OUTSIDE, ROOT / "benchmarks/README.md"]
 PAGES = [*OUTSIDE, *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -97,11 +98,30 @@ def test_option_parser_is_asked(listings):
     assert listings.ask("lm", ["--lr", "0.5"]).found.lr == 0.5
 
 
-@pytest.mark.parametrize("page", OUTSIDE, ids=lambda page: page.name)
+def test_readme_picture_is_the_figure_of_the_site():
+    """Where the matplotlib that drew it is installed: another one may draw the same with other text."""
+    committed, drawn = (DOCS / "slots.svg").read_text(), load("figures").FIGURES["slots"]()
+    drawer = re.compile(r"Matplotlib v[\d.]+")
+    if drawer.findall(committed) != drawer.findall(drawn):
+        pytest.skip(f"drawn by {drawer.findall(committed)}")
+    assert committed == drawn, "python docs/figures.py docs slots"
+
+
+def anchors(page):
+    """What GitHub makes of a page's headings."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=str(p.relative_to(ROOT))) for p in LINKING])
 def test_links_to_files(page):
     """Those inside the site are the build's to check: it knows what is generated."""
-    targets = [link.partition("#")[0] for link in LINK.findall(page.read_text()) if "://" not in link]
-    assert [target for target in targets if target and not (page.parent / target).exists()] == []
+    for link in LINK.findall(page.read_text()):
+        if "://" not in link:
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
 
 
 def test_every_command_preset_and_recipe_is_listed(listings):

@@ -42,13 +42,14 @@ def test_comparisons_in_short_and_in_full(tables, tmp_path):
     records = [finished("base", 0, 10.0), finished("base", 1, 12.0), finished("new", 0, 9.0), finished("new", 1, 10.0)]
     (folder / "report.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     lines = tables.TABLES["text"]().splitlines()
-    assert lines[0] == "**Two arms**, 7 steps"
+    assert lines[0] == "**Two arms**, 7 steps, 2 seeds"
     assert lines[2] == "| arm | parameters | test perplexity | test − first arm [95 %] | p (Holm) |"
     assert lines[4] == "| base | 1,000 | 11.00 ± 1.41 |  |  |"
     assert lines[5] == "| new | 1,000 | 9.50 ± 0.71 | -1.50 [-7.85, +4.85] | 0.205 |"
-    assert lines[-1] == "Data: text. c (v), 1 threads, float32, torch 2, 2026-01-01, commit abc."
+    assert lines[-1] == "Data: text. c (v), 1 thread, float32, torch 2."
     whole, picture = tables.TABLES["compare_wikitext2_cpu"](), "![two-arms](results/compare/wikitext2-cpu/two-arms.png)"
     assert whole.startswith("#### Two arms") and whole.endswith(picture)
+    assert "c (v), 1 thread, float32, torch 2, 2026-01-01, commit abc." in whole
     assert tables.TABLES["compare_smoke"]() == tables.NONE
 
 
@@ -107,6 +108,33 @@ def test_kernels_side_by_side_on_two_machines(tables, tmp_path):
     assert lines[-1].endswith("commit abc. Slow (v), 2 threads, float32, torch 2, date 2026-01-01, commit def.")
 
 
+def test_headline_names_the_closest_of_those_that_compute_the_same(tables, tmp_path):
+    assert tables.TABLES["headline"]() == tables.NONE
+    where = {"cpu_capability": "v", "threads": 2, "gpus": [], "dtype": "float32", "torch": "2"}
+    _, setting, mode, same, other = tables.HEADLINE["mixture of experts"]
+    where |= {"setting": setting, "mode": mode}
+    ours = {"rival": "grassland", "ms": 2.0, "ratio": 1.0}
+    one = [ours, *({"rival": name, "ratio": 3.0 + place} for place, name in enumerate(same))]
+    two = [ours, {"rival": same[0], "ratio": 2.5}, {"rival": same[1], "ratio": 1.25}, {"rival": other, "ratio": 0.5}]
+    two.append({"rival": same[2], "ratio": 1.0, "mode": "another"})
+    for cpu, records in (("one", one), ("two", two)):
+        text = "".join(json.dumps(where | {"cpu": cpu} | r) + "\n" for r in records)
+        lend(tmp_path, "moe-cpu-float32", cpu).write_text(text)
+    title, _, row, _, note = tables.TABLES["headline"]().splitlines()
+    assert "| grassland on one · two |" in title
+    assert row.endswith(f"| 2 ms · 2 ms | {same[1]}: 4.00 · 1.25 | {other}: – · 0.50 |")
+    assert note.endswith("float32. one (v), 2 threads; two (v), 2 threads.")
+
+
+def test_headline_finds_its_settings_and_rivals(monkeypatch):
+    """In the benchmarks themselves: a renamed rival would leave its row out in silence."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    for op, setting, mode, same, other in importlib.import_module("tables").HEADLINE.values():
+        benchmark = importlib.import_module(f"grassland.kernels.{op}.rivals").BENCHMARK
+        assert setting in {s.id for s in benchmark.settings}, mode
+        assert {*same, other} <= {rival.name for rival in benchmark.rivals}
+
+
 def test_times_of_the_host_are_a_table_a_machine(tables, tmp_path):
     assert tables.TABLES["host"]() == tables.NONE
     where = {"cpu": "c", "cpu_capability": "v", "threads": 1, "gpus": ["g"], "dtype": "float32", "torch": "2"}
@@ -116,5 +144,5 @@ def test_times_of_the_host_are_a_table_a_machine(tables, tmp_path):
         (tmp_path / f"host-{device}.jsonl").write_text(json.dumps(record | where | {"device": device}) + "\n")
     first, second = (part.splitlines() for part in tables.TABLES["host"]().split("\n\n| µs"))
     assert first[0] == "| µs | forward | forward + backward |" and first[2] == "| mixer: new | 12.3 | 5.68 |"
-    assert first[-1] == "Inputs of 1 × 8 numbers. c (v), 1 threads, float32, torch 2."
+    assert first[-1] == "Inputs of 1 × 8 numbers. c (v), 1 thread, float32, torch 2."
     assert second[2] == first[2] and second[-1] == "Inputs of 1 × 8 numbers. g, float32, torch 2."

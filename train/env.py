@@ -38,7 +38,8 @@ def hardware(record: Mapping[str, Any]) -> str:
     """What a record was measured on: the machine's GPUs, or its processor and the threads in use."""
     if on_gpu(record):
         return ", ".join(record["gpus"])
-    return f"{record['cpu']} ({record['cpu_capability']}), {record['threads']} threads"
+    plural = "" if record["threads"] == 1 else "s"
+    return f"{record['cpu']} ({record['cpu_capability']}), {record['threads']} thread{plural}"
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
