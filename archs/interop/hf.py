@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...kernels.losses import IGNORE
 from ..config import ModelConfig
+from ..ffns import SharedMoE
 from ..io import FORMAT, MODEL_TYPE, VERSION, CheckpointError
 from ..lm import LMState, check_range
 from ..registry import assembly_class
@@ -32,8 +33,6 @@ except ImportError as error:
     raise ImportError("grassland.archs.interop.hf needs transformers: pip install 'grassland[hf]'") from error
 
 PREFIX = "model."
-# What layers tell optimisers by their parameters; loading makes new parameters.
-MARKS = ("optim_group", "subspace_dim")
 
 
 class GrasslandConfig(transformers.PreTrainedConfig):
@@ -159,7 +158,6 @@ class GrasslandPreTrainedModel(transformers.PreTrainedModel):
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if found := sorted(map(str, info[what])):
                 raise CheckpointError(f"{args[0] if args else ''}: {what.replace('_', ' ')}: {', '.join(found[:3])}")
-        _copy_marks(model)
         return (model, info) if wanted else model
 
     def save_pretrained(
@@ -172,7 +170,9 @@ class GrasslandPreTrainedModel(transformers.PreTrainedModel):
         )
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the layers have drawn their weights when they were made."""
+        """Zeroes the tally, which no checkpoint holds; the layers themselves draw the weights of a fresh model."""
+        if isinstance(module, SharedMoE):
+            module.tally.zero_()
 
     def get_input_embeddings(self) -> nn.Module:
         if not hasattr(self.model, "embed"):
@@ -321,16 +321,6 @@ def _add_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *res
     for name in [name for name in state_dict if not name.startswith(prefix + PREFIX)]:
         if name.startswith(prefix):
             state_dict[prefix + PREFIX + name.removeprefix(prefix)] = state_dict.pop(name)
-
-
-def _copy_marks(model: GrasslandPreTrainedModel) -> None:
-    own = model.model.config
-    with torch.device("meta"):
-        fresh = dict(assembly_class(own.kind)(own).named_parameters())
-    for name, parameter in model.model.named_parameters():
-        for mark in MARKS:
-            if hasattr(fresh[name], mark):
-                setattr(parameter, mark, getattr(fresh[name], mark))
 
 
 register()
