@@ -95,13 +95,29 @@ class GrasslandCache(transformers.Cache):
         super().__init__(layers=[])
         self.state = state
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """False a layer: `generate` then feeds what the cache has not seen, where of no layers it feeds everything."""
+        return [False] * len(self.state.layers)
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding included."""
         return self.state.progress.extent
 
+    def reset(self) -> None:
+        for part in self._parts():
+            part.seen, part.extent = torch.zeros_like(part.seen), 0
+
+    def _parts(self) -> list[Any]:
+        return [*self.state.layers, self.state.progress]
+
     def select(self, rows: Tensor) -> None:
         """Replace the batch by some of its rows, by index."""
-        for part in (*self.state.layers, self.state.progress):
+        for part in self._parts():
             for name, value in vars(part).items():
                 if isinstance(value, Tensor):
                     setattr(part, name, value.index_select(0, rows.to(value.device)))

@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import grassland.archs.interop.hf as hf
 from grassland.archs import CheckpointError, create_model, load_model, save_model
+from grassland.archs.heads import reproject_
 from grassland.train.optim import parameter_groups
 
 IDS = torch.tensor([[3, 7, 1, 9, 4, 4, 2], [2, 2, 8, 30, 1, 6, 11]])
@@ -29,7 +30,16 @@ VARIANTS = {
 def lm(name="grassmann", **more):
     torch.manual_seed(0)
     sizes = {"dim": 16, "depth": 2, "ffn_dim": 32, "vocab_size": 50, "max_len": 32, "norm": "pre"}
-    return create_model("lm", **sizes, **VARIANTS[name], **more).eval()
+    return create_model("lm", **{**sizes, **VARIANTS[name], **more}).eval()
+
+
+def sharp(name):
+    """A model whose continuations differ: other weights than those it starts with, which all give one token."""
+    model = lm(name)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    return reproject_(model)
 
 
 def vision(**more):
@@ -87,6 +97,19 @@ def test_a_loaded_model_has_counted_no_tokens(tmp_path, monkeypatch):
     assert torch.equal(*beams)
     sampled = wrapped.generate(IDS, do_sample=True, num_return_sequences=2, max_new_tokens=3)
     assert sampled.shape == (4, 10)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_generate_goes_on_from_a_cache_of_what_it_has_generated(name):
+    wrapped = hf.GrasslandForCausalLM.wrap(sharp(name))
+    options = {"max_new_tokens": 4, "do_sample": False}
+    first = wrapped.generate(IDS, return_dict_in_generate=True, **options)
+    more = torch.cat([first.sequences, IDS[:, :2]], 1)
+    assert torch.equal(wrapped.generate(more, cache=first.cache, **options), wrapped.generate(more, **options))
+    assert first.cache.get_seq_length() == more.shape[1] + 3 and not first.cache.is_croppable
+    first.cache.reset()
+    assert first.cache.get_seq_length() == 0
+    assert torch.equal(wrapped.generate(IDS, cache=first.cache, **options), first.sequences)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
