@@ -248,7 +248,8 @@ class GrasslandForCausalLM(GrasslandPreTrainedModel, transformers.GenerationMixi
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """input_ids (B, T); attention_mask (B, T), or (B, past + T) with a cache: 0 for padding.
+        """input_ids (B, T); attention_mask (B, T), or (B, past + T) with a cache: 0 for padding, whose logits are those
+        of the token before it.
 
         labels (B, T): input_ids again, −100 not counting; shifted here. The loss is the mean over the labels that
         count, or their sum over `num_items_in_batch`; in training the auxiliary losses are added.
@@ -321,15 +322,18 @@ def _causal_features(
     """Features (B, T, dim) and auxiliary losses. Padding is moved to the right end of its row, where a causal model
     does not see it, and back."""
     state = None if cache is None else cache.state
-    length = ids.shape[1]
-    if mask is None or (state is not None and length == 1 and not state.progress.fresh):
+    if mask is None:
         return model._features(ids, state)
-    mask = mask[:, -length:].bool()
+    past = 0 if cache is None else cache.get_seq_length()
+    if mask.shape != (wanted := (ids.shape[0], past + ids.shape[1])):
+        tokens = f"{past} tokens in the cache and input_ids {tuple(ids.shape)}"
+        raise ValueError(f"attention_mask must be {wanted} for {tokens}, got {tuple(mask.shape)}")
+    mask = mask[:, past:].bool()
     order = mask.int().argsort(dim=1, descending=True, stable=True)
-    lengths = mask.sum(1)
     aligned = ids.gather(1, order).masked_fill(~mask.gather(1, order), 0)
-    x, auxiliary = model._features(aligned, state, lengths)
-    return torch.zeros_like(x).scatter(1, order[..., None].expand_as(x), x), auxiliary
+    x, auxiliary = model._features(aligned, state, mask.sum(1))
+    seen = mask.cumsum(1)[..., None]
+    return x.gather(1, (seen - 1).clamp_min(0).expand_as(x)).masked_fill(seen == 0, 0), auxiliary
 
 
 def _add_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
