@@ -252,7 +252,8 @@ class GrasslandForCausalLM(GrasslandPreTrainedModel, transformers.GenerationMixi
         of the token before it.
 
         labels (B, T): input_ids again, −100 not counting; shifted here. The loss is the mean over the labels that
-        count, or their sum over `num_items_in_batch`; in training the auxiliary losses are added.
+        count, or their sum over `num_items_in_batch`; in training the auxiliary losses are added, with the weight that
+        these labels have among the items.
         """
         input_ids = _given(input_ids, "input_ids")
         use_cache = bool(self.config.use_cache and not self.training) if use_cache is None else use_cache
@@ -271,9 +272,11 @@ class GrasslandForCausalLM(GrasslandPreTrainedModel, transformers.GenerationMixi
         if labels.shape != x.shape[:2]:
             raise ValueError(f"labels must have input_ids' shape {tuple(x.shape[:2])}, got {tuple(labels.shape)}")
         check_range("labels", labels, self.model.config.vocab_size, ignore=IGNORE)
-        loss = self.model.head.loss(x[:, :-1], labels[:, 1:], "mean" if items is None else "sum")
-        loss = loss if items is None else loss / items
-        return loss + sum(auxiliary) if self.training and auxiliary else loss
+        labels = labels[:, 1:]
+        loss = self.model.head.loss(x[:, :-1], labels, "mean" if items is None else "sum")
+        if self.training and auxiliary:
+            loss = loss + sum(auxiliary) * (1 if items is None else (labels != IGNORE).sum())
+        return loss if items is None else loss / items
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -320,7 +323,7 @@ def _causal_features(
     model: Any, ids: Tensor, mask: Tensor | None, cache: GrasslandCache | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Features (B, T, dim) and auxiliary losses. Padding is moved to the right end of its row, where a causal model
-    does not see it, and back."""
+    does not see it; its features are those of the token before it, which is where right-padded prompts go on, or 0."""
     state = None if cache is None else cache.state
     if mask is None:
         return model._features(ids, state)

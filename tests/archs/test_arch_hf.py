@@ -74,6 +74,15 @@ def test_loaded_parameters_go_to_the_optimiser_groups_they_were_in(name, tmp_pat
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     ours, theirs = parameter_groups(model), parameter_groups(loaded)
     assert {k: [p.shape for p in v] for k, v in ours.items()} == {k: [p.shape for p in v] for k, v in theirs.items()}
+    assert all(p.subspace_dim == 2 for p in theirs["manifold"]) and bool(theirs["manifold"]) == (name[-4:] == "head")
+
+
+def test_a_loaded_model_has_counted_no_tokens(tmp_path, monkeypatch):
+    save_model(lm("kromhc-shared-moe"), tmp_path)
+    empty = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kw: torch.Tensor.fill_(empty(*args, **kw), 7))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.model.blocks[0].ffn.branch.tally.tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -84,15 +93,6 @@ def test_generate_with_the_state_gives_what_it_gives_without(name):
     options = {"max_new_tokens": 9, "do_sample": False}
     assert torch.equal(wrapped.generate(IDS, **options), own)
     assert torch.equal(wrapped.generate(IDS, use_cache=False, **options), own)
-    assert all(p.subspace_dim == 2 for p in theirs["manifold"]) and bool(theirs["manifold"]) == (name[-4:] == "head")
-
-
-def test_a_loaded_model_has_counted_no_tokens(tmp_path, monkeypatch):
-    save_model(lm("kromhc-shared-moe"), tmp_path)
-    empty = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kw: torch.Tensor.fill_(empty(*args, **kw), 7))
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.model.blocks[0].ffn.branch.tally.tolist() == [[0, 0, 0], [0, 0, 0]]
     beams = [wrapped.generate(IDS, num_beams=3, use_cache=use, **options) for use in (True, False)]
     assert torch.equal(*beams)
     sampled = wrapped.generate(IDS, do_sample=True, num_return_sequences=2, max_new_tokens=3)
