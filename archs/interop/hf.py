@@ -323,7 +323,8 @@ def _causal_features(
     model: Any, ids: Tensor, mask: Tensor | None, cache: GrasslandCache | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Features (B, T, dim) and auxiliary losses. Padding is moved to the right end of its row, where a causal model
-    does not see it; its features are those of the token before it, which is where right-padded prompts go on, or 0."""
+    does not see it, and back; it gets the features of the token before it, from where right-padded prompts go on, or 0.
+    """
     state = None if cache is None else cache.state
     if mask is None:
         return model._features(ids, state)
