@@ -8,6 +8,7 @@ Nothing here imports those libraries.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,15 +23,22 @@ Branch = Callable[[Tensor], Tensor]
 # A block and the keywords of its call → its two branches, norms included, without the residual connections.
 Branches = Callable[[Any, dict[str, Any]], tuple[Branch, Branch]]
 
+# What the branches below take in, and attributes of such layers that have no part in what they compute.
+LLAMA_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+LLAMA_NOTES = {"hidden_size", "layer_idx", "config", "attention_type", "gradient_checkpointing"}
+VIT_PARTS = {f"{part}{number}" for part in ("norm", "ls", "drop_path") for number in (1, 2)} | {"attn", "mlp"}
+
 
 class GrassmannAttention(nn.Module):
     """`CausalGrassmannMixer` in the place of the self-attention of a Hugging Face decoder (GPT-2's, Llama's …).
 
     Returns what those expect, (hidden states (B, T, dim), None), and decodes with Hugging Face's dynamic cache, which
-    holds the reduced vectors z in place of the keys: rank numbers a token and layer.
+    holds the reduced vectors z in place of the keys: rank numbers a token and layer. The cache is the keyword argument
+    that has a `get_seq_length`, whatever the decoder calls it.
 
-    ValueError for left padding (right padding needs no mask, since the mixing is causal), for cross-attention and for a
-    cache of fixed size.
+    ValueError for left padding (right padding needs no mask, since the mixing is causal), for cross-attention, for a
+    cache of fixed size, past the window of sliding attention, and for more than one positional argument, such as the
+    residual stream that BLOOM's attention adds.
     """
 
     def __init__(self, dim: int, layer_idx: int, **options: Any) -> None:
@@ -41,26 +49,27 @@ class GrassmannAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        *args: Any,
-        cache: Any = None,
+        *others: Any,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         **keywords: Any,
     ) -> tuple[Tensor, None]:
+        if others:
+            raise ValueError(f"hidden_states must be the only positional argument, got {len(others)} more")
         if encoder_hidden_states is not None:
             raise ValueError("encoder_hidden_states must be None: Grassmann mixing is no cross-attention")
         if attention_mask is not None:
             _check_padding(attention_mask)
-        if cache is None:
-            return self.mixer(hidden_states), None
-        return self.mixer(hidden_states, self._state(hidden_states, cache)), None
+        caches = [value for value in keywords.values() if hasattr(value, "get_seq_length")]
+        state = self._state(hidden_states, *caches) if caches else None
+        return self.mixer(hidden_states, state), None
 
     def _state(self, x: Tensor, cache: Any) -> Any:
         """The mixer's state before x; the cache gets x's reduced vectors."""
         z = self.mixer.reduce(x)[:, None]
         history = cache.update(z, z[..., :0], self.layer_idx)[0][:, 0, : -x.shape[1]]
         if cache.get_seq_length(self.layer_idx) != history.shape[1] + x.shape[1]:
-            raise ValueError("cache must be a DynamicCache that is not offloaded, got one of fixed size")
+            raise ValueError("cache must be a DynamicCache that is not offloaded, got one of fixed size or window")
         state = self.mixer.init_state(x.shape[0], history.shape[1], x.device, z.dtype)
         if (seen := history.shape[1]) > 0:
             span = min(seen, state.z.shape[1])
@@ -76,7 +85,9 @@ def _check_padding(mask: Tensor) -> None:
         # (B, 1, T, T'): whether the last token sees the first; added to scores, 0 shows and −∞ hides.
         first = mask[:, 0, -1, 0] if mask.dtype == torch.bool else mask[:, 0, -1, 0] == 0
     if not bool(first.all()):
-        raise ValueError("attention_mask must not hide the first token: Grassmann mixing takes no left padding")
+        raise ValueError(
+            "attention_mask must not hide the first token: Grassmann mixing takes no left padding and no sliding window"
+        )
 
 
 def grassmann_attention(**options: Any) -> Callable[[Any], GrassmannAttention]:
@@ -93,16 +104,31 @@ class HyperBlock(nn.Module):
     """A pre-norm block of two branches whose residual connections are hyper-connections.
 
     x (…, dim) goes into the first block and comes out of the last one; streams (…, n, dim) pass between them.
-    `block` is the old block, whose parameters and norms go on serving.
+    `block` is the old block, whose parameters and norms go on serving. So does the checkpointing of activations that
+    transformers has switched on for it.
+
+    ValueError for `output_hidden_states`, since there are none between the blocks, and for a cache while activations
+    are checkpointed, which would be written twice.
     """
 
     def __init__(self, block: nn.Module, branches: Branches, first: nn.Module, second: nn.Module, ends: str) -> None:
         super().__init__()
-        self.block, self.branches, self.ends = block, branches, ends
+        self.branches, self.ends = branches, ends
+        self.block: Any = block
         self.first: Any = first
         self.second: Any = second
+        self.config = next((module.config for module in block.modules() if hasattr(module, "config")), None)
 
     def forward(self, hidden_states: Any, **keywords: Any) -> Tensor:
+        if keywords.get("output_hidden_states") or getattr(self.config, "output_hidden_states", False):
+            raise ValueError("output_hidden_states must be False: streams pass between blocks with hyper-connections")
+        if not (getattr(self.block, "gradient_checkpointing", False) and self.training and torch.is_grad_enabled()):
+            return self._forward(hidden_states, **keywords)
+        if used := [key for key, value in keywords.items() if hasattr(value, "get_seq_length")]:
+            raise ValueError(f"{used[0]} must be None while activations are checkpointed: set use_cache=False")
+        return self.block._gradient_checkpointing_func(partial(self._forward, **keywords), hidden_states)
+
+    def _forward(self, hidden_states: Any, **keywords: Any) -> Tensor:
         x = self.first.expand(hidden_states) if "first" in self.ends else hidden_states
         connections = (self.first, self.second)
         for connection, branch in zip(connections, self.branches(self.block, keywords), strict=True):
@@ -137,7 +163,11 @@ def hyper_blocks(
 
 
 def llama_branches(layer: Any, keywords: dict[str, Any]) -> tuple[Branch, Branch]:
-    """Of a `LlamaDecoderLayer` and the many decoder layers of transformers with the same attributes."""
+    """Of a `LlamaDecoderLayer` and the many decoder layers of transformers with the same attributes.
+
+    ValueError for a layer with others: Gemma 2's has norms after its branches, Granite's scales them.
+    """
+    _check_block(layer, LLAMA_PARTS, LLAMA_NOTES)
 
     def attend(u: Tensor) -> Tensor:
         return layer.self_attn(hidden_states=layer.input_layernorm(u), **keywords)[0]
@@ -146,12 +176,31 @@ def llama_branches(layer: Any, keywords: dict[str, Any]) -> tuple[Branch, Branch
 
 
 def vit_branches(block: Any, keywords: dict[str, Any]) -> tuple[Branch, Branch]:
-    """Of the `Block` of timm's vision transformers, layer scale and stochastic depth included."""
+    """Of the `Block` of timm's vision transformers, layer scale and stochastic depth included.
+
+    ValueError for a block with other attributes: SAM's cuts its tokens into windows.
+    """
+    _check_block(block, VIT_PARTS, set())
 
     def attend(u: Tensor) -> Tensor:
         return block.drop_path1(block.ls1(block.attn(block.norm1(u), **keywords)))
 
     return attend, lambda u: block.drop_path2(block.ls2(block.mlp(block.norm2(u))))
+
+
+def _check_block(block: nn.Module, parts: set[str], notes: set[str]) -> None:
+    """ValueError unless the block is made of `parts`: what else it holds, the branches would leave out.
+
+    notes: names of attributes that have no part in what it computes.
+    """
+    # Libraries that place a model on several devices give its modules a `forward` of their own.
+    held = {*vars(block), *block._modules, *block._parameters, *block._buffers} - notes - {"training", "forward"}
+    other = {name for name in held if not name.startswith("_")} ^ parts
+    if other:
+        raise ValueError(
+            f"{type(block).__name__} must be made of {', '.join(sorted(parts))} alone, but differs in "
+            f"{', '.join(sorted(other))}: write the function that returns its two branches"
+        )
 
 
 class MoEMlp(nn.Module):

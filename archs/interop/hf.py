@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...kernels.losses import IGNORE
 from ..config import ModelConfig
+from ..ffns import SharedMoE
 from ..io import FORMAT, MODEL_TYPE, VERSION, CheckpointError
 from ..lm import LMState, check_range
 from ..registry import assembly_class
@@ -32,8 +33,6 @@ except ImportError as error:
     raise ImportError("grassland.archs.interop.hf needs transformers: pip install 'grassland[hf]'") from error
 
 PREFIX = "model."
-# What layers tell optimisers by their parameters; loading makes new parameters.
-MARKS = ("optim_group", "subspace_dim")
 
 
 class GrasslandConfig(transformers.PreTrainedConfig):
@@ -96,13 +95,29 @@ class GrasslandCache(transformers.Cache):
         super().__init__(layers=[])
         self.state = state
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """False a layer: `generate` then feeds what the cache has not seen, where of no layers it feeds everything."""
+        return [False] * len(self.state.layers)
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding included."""
         return self.state.progress.extent
 
+    def reset(self) -> None:
+        for part in self._parts():
+            part.seen, part.extent = torch.zeros_like(part.seen), 0
+
+    def _parts(self) -> list[Any]:
+        return [*self.state.layers, self.state.progress]
+
     def select(self, rows: Tensor) -> None:
         """Replace the batch by some of its rows, by index."""
-        for part in (*self.state.layers, self.state.progress):
+        for part in self._parts():
             for name, value in vars(part).items():
                 if isinstance(value, Tensor):
                     setattr(part, name, value.index_select(0, rows.to(value.device)))
@@ -159,7 +174,6 @@ class GrasslandPreTrainedModel(transformers.PreTrainedModel):
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if found := sorted(map(str, info[what])):
                 raise CheckpointError(f"{args[0] if args else ''}: {what.replace('_', ' ')}: {', '.join(found[:3])}")
-        _copy_marks(model)
         return (model, info) if wanted else model
 
     def save_pretrained(
@@ -172,7 +186,9 @@ class GrasslandPreTrainedModel(transformers.PreTrainedModel):
         )
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the layers have drawn their weights when they were made."""
+        """Zeroes the tally, which no checkpoint holds; the layers themselves draw the weights of a fresh model."""
+        if isinstance(module, SharedMoE):
+            module.tally.zero_()
 
     def get_input_embeddings(self) -> nn.Module:
         if not hasattr(self.model, "embed"):
@@ -232,10 +248,12 @@ class GrasslandForCausalLM(GrasslandPreTrainedModel, transformers.GenerationMixi
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """input_ids (B, T); attention_mask (B, T), or (B, past + T) with a cache: 0 for padding.
+        """input_ids (B, T); attention_mask (B, T), or (B, past + T) with a cache: 0 for padding, whose logits are those
+        of the token before it.
 
         labels (B, T): input_ids again, −100 not counting; shifted here. The loss is the mean over the labels that
-        count, or their sum over `num_items_in_batch`; in training the auxiliary losses are added.
+        count, or their sum over `num_items_in_batch`; in training the auxiliary losses are added, with the weight that
+        these labels have among the items.
         """
         input_ids = _given(input_ids, "input_ids")
         use_cache = bool(self.config.use_cache and not self.training) if use_cache is None else use_cache
@@ -254,9 +272,11 @@ class GrasslandForCausalLM(GrasslandPreTrainedModel, transformers.GenerationMixi
         if labels.shape != x.shape[:2]:
             raise ValueError(f"labels must have input_ids' shape {tuple(x.shape[:2])}, got {tuple(labels.shape)}")
         check_range("labels", labels, self.model.config.vocab_size, ignore=IGNORE)
-        loss = self.model.head.loss(x[:, :-1], labels[:, 1:], "mean" if items is None else "sum")
-        loss = loss if items is None else loss / items
-        return loss + sum(auxiliary) if self.training and auxiliary else loss
+        labels = labels[:, 1:]
+        loss = self.model.head.loss(x[:, :-1], labels, "mean" if items is None else "sum")
+        if self.training and auxiliary:
+            loss = loss + sum(auxiliary) * (1 if items is None else (labels != IGNORE).sum())
+        return loss if items is None else loss / items
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -303,17 +323,21 @@ def _causal_features(
     model: Any, ids: Tensor, mask: Tensor | None, cache: GrasslandCache | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Features (B, T, dim) and auxiliary losses. Padding is moved to the right end of its row, where a causal model
-    does not see it, and back."""
+    does not see it, and back; it gets the features of the token before it, from where right-padded prompts go on, or 0.
+    """
     state = None if cache is None else cache.state
-    length = ids.shape[1]
-    if mask is None or (state is not None and length == 1 and not state.progress.fresh):
+    if mask is None:
         return model._features(ids, state)
-    mask = mask[:, -length:].bool()
+    past = 0 if cache is None else cache.get_seq_length()
+    if mask.shape != (wanted := (ids.shape[0], past + ids.shape[1])):
+        tokens = f"{past} tokens in the cache and input_ids {tuple(ids.shape)}"
+        raise ValueError(f"attention_mask must be {wanted} for {tokens}, got {tuple(mask.shape)}")
+    mask = mask[:, past:].bool()
     order = mask.int().argsort(dim=1, descending=True, stable=True)
-    lengths = mask.sum(1)
     aligned = ids.gather(1, order).masked_fill(~mask.gather(1, order), 0)
-    x, auxiliary = model._features(aligned, state, lengths)
-    return torch.zeros_like(x).scatter(1, order[..., None].expand_as(x), x), auxiliary
+    x, auxiliary = model._features(aligned, state, mask.sum(1))
+    seen = mask.cumsum(1)[..., None]
+    return x.gather(1, (seen - 1).clamp_min(0).expand_as(x)).masked_fill(seen == 0, 0), auxiliary
 
 
 def _add_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -321,16 +345,6 @@ def _add_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *res
     for name in [name for name in state_dict if not name.startswith(prefix + PREFIX)]:
         if name.startswith(prefix):
             state_dict[prefix + PREFIX + name.removeprefix(prefix)] = state_dict.pop(name)
-
-
-def _copy_marks(model: GrasslandPreTrainedModel) -> None:
-    own = model.model.config
-    with torch.device("meta"):
-        fresh = dict(assembly_class(own.kind)(own).named_parameters())
-    for name, parameter in model.model.named_parameters():
-        for mark in MARKS:
-            if hasattr(fresh[name], mark):
-                setattr(parameter, mark, getattr(fresh[name], mark))
 
 
 register()

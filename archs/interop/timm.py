@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..heads.cosine import CosineHead
-from ..heads.grassmann import GrassmannHead, grassmann_heads, reproject_
+from ..heads.grassmann import GrassmannHead, grassmann_heads
 
 
 def put_grassmann_head(
@@ -72,16 +72,6 @@ def classifier_names(model: nn.Module) -> list[str]:
             f"model {type(model).__name__} has no linear classifier to replace (num_classes=0, or a convolutional one)"
         )
     return found
-
-
-def reproject_ema_(ema: Any) -> nn.Module:
-    """Re-project the Grassmann heads of an averaged model before it is evaluated or saved; returns the model.
-
-    An average of orthonormal bases is not orthonormal, and its logits are too small. ema: timm's `ModelEmaV2` or
-    `ModelEmaV3`, torch's `AveragedModel` (anything with `.module`), or the model itself.
-    """
-    inner = getattr(ema, "module", ema)
-    return reproject_(inner)
 
 
 def _put(model: nn.Module, num_classes: int | None, make: Callable[..., nn.Module], again: Any) -> nn.Module:

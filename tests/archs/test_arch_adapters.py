@@ -34,13 +34,22 @@ def gpt2():
 
 @pytest.fixture
 def llama():
+    return decoder("Llama")
+
+
+def decoder(name, **more):
+    """A small one of transformers, with weights whose continuations differ."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    config = getattr(transformers, f"{name}Config")(
         vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-        bos_token_id=0, eos_token_id=49, pad_token_id=None,
+        bos_token_id=0, eos_token_id=49, pad_token_id=None, **more,
     )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
 
 
 @pytest.fixture
@@ -100,6 +109,29 @@ def test_gpt2_with_grassmann_mixing_generates_with_the_cache_what_it_does_withou
     assert cache.layers[0].keys.shape == (2, 1, 6, 4) and cache.layers[0].values.numel() == 0
 
 
+@pytest.mark.parametrize(("name", "where"), [("GPTNeoX", "*.attention"), ("Falcon", "*.self_attention")])
+def test_the_cache_is_found_by_whatever_name_it_comes(name, where):
+    model = decoder(name)
+    swap(model, {where: grassmann_attention(rank=4, offsets=(1, 3, 8))})
+    with torch.no_grad():
+        for module in model.modules():
+            for p in module.parameters() if isinstance(module, GrassmannAttention) else ():
+                p.add_(torch.randn_like(p) * 0.2)
+    cache = model(IDS[:, :2], use_cache=True).cache
+    parts = [model(IDS[:, 2:5], cache=cache).logits, model(IDS[:, 5:], cache=cache).logits]
+    assert cache.get_seq_length() == 6
+    assert torch.allclose(torch.cat(parts, 1), model(IDS).logits[:, 2:], atol=1e-5)
+
+
+def test_a_sliding_window_is_named_past_its_end():
+    mistral = decoder("Mistral", num_key_value_heads=2, sliding_window=4)
+    swap(mistral, {"*.self_attn": grassmann_attention(rank=4, offsets=(1, 2))}, example=IDS[:, :4])
+    with pytest.raises(ValueError, match="no left padding and no sliding window"):
+        mistral(IDS)
+    with pytest.raises(ValueError, match="got one of fixed size or window"):
+        mistral.generate(IDS[:, :3], max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_grassmann_mixing_refuses_left_padding_and_takes_right_padding(gpt2, implementation):
     gpt2.set_attn_implementation(implementation)
@@ -130,17 +162,61 @@ def test_hyper_connections_around_the_branches_of_llama(llama, kind):
     assert torch.equal(llama.eval()(IDS).logits, before)
 
 
-def test_hyper_connections_with_gradient_checkpointing_give_the_same_gradients(llama):
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_hyper_connections_with_checkpointed_activations_give_the_same_gradients(llama, reentrant):
     swap(llama, {decoder_layer(): hyper_blocks(llama_branches, 16, 3)})
+    runs = []
+    llama.model.layers[1].block.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     llama.train()
     llama(IDS, labels=IDS).loss.backward()
     plain = {name: p.grad.clone() for name, p in llama.named_parameters()}
     llama.zero_grad()
-    block = llama.model.layers[1]
-    forward = block.forward
-    block.forward = lambda x, **keywords: torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False, **keywords)
-    llama(IDS, labels=IDS).loss.backward()
+    llama.activation_checkpointing_enable({"use_reentrant": reentrant})
+    llama(IDS, labels=IDS, use_cache=False).loss.backward()
+    assert len(runs) == 3
     assert all(torch.allclose(p.grad, plain[name], atol=1e-6) for name, p in llama.named_parameters())
+    hidden, cache = torch.zeros(1, 2, 16), pytest.importorskip("transformers").DynamicCache()
+    with pytest.raises(ValueError, match="cache must be None while activations are checkpointed"):
+        llama.model.layers[0](hidden, cache=cache)
+    llama.eval()(IDS)
+    llama.train().activation_checkpointing_disable()
+    llama(IDS)
+    assert len(runs) == 5
+
+
+def test_hyper_connections_have_no_hidden_states_to_show(llama):
+    swap(llama, {decoder_layer(): hyper_blocks(llama_branches, 16, 3)})
+    with pytest.raises(ValueError, match="output_hidden_states must be False"):
+        llama(IDS, output_hidden_states=True)
+    llama.config.output_hidden_states = True
+    with pytest.raises(ValueError, match="output_hidden_states must be False"):
+        llama(IDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "other", "compiled"),
+    [
+        ("Gemma2", {"head_dim": 8}, "post_feedforward_layernorm, pre_feedforward_layernorm", False),
+        ("Olmo2", {}, "input_layernorm, post_feedforward_layernorm", False),
+        ("Granite", {"residual_multiplier": 0.3}, "residual_multiplier", False),
+        ("Granite", {"residual_multiplier": 0.3}, "residual_multiplier", True),
+    ],
+)
+def test_the_branches_of_llama_are_not_those_of_layers_with_more(name, more, other, compiled):
+    model = decoder(name, num_key_value_heads=2, **more)
+    kind = type(model.model.layers[0])
+    swap(model, {kind: hyper_blocks(llama_branches, 16, 3, init="identity")})
+    run = torch.compile(model, backend="eager") if compiled else model
+    with pytest.raises(ValueError, match=f"{kind.__name__} must be made of .* alone, but differs in {other}: "):
+        run(IDS, use_cache=False)
+
+
+def test_the_branches_of_a_vit_are_not_those_of_blocks_with_windows():
+    sam = pytest.importorskip("timm").models.vision_transformer_sam
+    model = nn.ModuleDict({"0": sam.Block(16, 2, window_size=2)})
+    swap(model, {"0": hyper_blocks(vit_branches, 16, 1)})
+    with pytest.raises(ValueError, match=r"Block must be made of .* alone, but differs in window_size: "):
+        model["0"](torch.zeros(1, 4, 4, 16))
 
 
 def test_hyper_blocks_must_be_numbered(llama):
@@ -236,7 +312,9 @@ def test_a_grassmann_head_by_swap_is_undone():
     assert torch.equal(model(images), before)
 
 
-def test_the_attention_adapter_refuses_cross_attention():
+def test_the_attention_adapter_refuses_cross_attention_and_a_residual_stream():
     layer = GrassmannAttention(8, 0, rank=4, offsets=(1,))
     with pytest.raises(ValueError, match="encoder_hidden_states must be None"):
         layer(torch.zeros(1, 2, 8), encoder_hidden_states=torch.zeros(1, 2, 8))
+    with pytest.raises(ValueError, match="hidden_states must be the only positional argument, got 1 more"):
+        layer(torch.zeros(1, 2, 8), torch.zeros(1, 2, 8))

@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import grassland.archs.interop.hf as hf
 from grassland.archs import CheckpointError, create_model, load_model, save_model
+from grassland.archs.heads import reproject_
 from grassland.train.optim import parameter_groups
 
 IDS = torch.tensor([[3, 7, 1, 9, 4, 4, 2], [2, 2, 8, 30, 1, 6, 11]])
@@ -29,7 +30,16 @@ VARIANTS = {
 def lm(name="grassmann", **more):
     torch.manual_seed(0)
     sizes = {"dim": 16, "depth": 2, "ffn_dim": 32, "vocab_size": 50, "max_len": 32, "norm": "pre"}
-    return create_model("lm", **sizes, **VARIANTS[name], **more).eval()
+    return create_model("lm", **{**sizes, **VARIANTS[name], **more}).eval()
+
+
+def sharp(name):
+    """A model whose continuations differ: other weights than those it starts with, which all give one token."""
+    model = lm(name)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    return reproject_(model)
 
 
 def vision(**more):
@@ -64,6 +74,15 @@ def test_loaded_parameters_go_to_the_optimiser_groups_they_were_in(name, tmp_pat
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     ours, theirs = parameter_groups(model), parameter_groups(loaded)
     assert {k: [p.shape for p in v] for k, v in ours.items()} == {k: [p.shape for p in v] for k, v in theirs.items()}
+    assert all(p.subspace_dim == 2 for p in theirs["manifold"]) and bool(theirs["manifold"]) == (name[-4:] == "head")
+
+
+def test_a_loaded_model_has_counted_no_tokens(tmp_path, monkeypatch):
+    save_model(lm("kromhc-shared-moe"), tmp_path)
+    empty = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kw: torch.Tensor.fill_(empty(*args, **kw), 7))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.model.blocks[0].ffn.branch.tally.tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -78,6 +97,19 @@ def test_generate_with_the_state_gives_what_it_gives_without(name):
     assert torch.equal(*beams)
     sampled = wrapped.generate(IDS, do_sample=True, num_return_sequences=2, max_new_tokens=3)
     assert sampled.shape == (4, 10)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_generate_goes_on_from_a_cache_of_what_it_has_generated(name):
+    wrapped = hf.GrasslandForCausalLM.wrap(sharp(name))
+    options = {"max_new_tokens": 4, "do_sample": False}
+    first = wrapped.generate(IDS, return_dict_in_generate=True, **options)
+    more = torch.cat([first.sequences, IDS[:, :2]], 1)
+    assert torch.equal(wrapped.generate(more, cache=first.cache, **options), wrapped.generate(more, **options))
+    assert first.cache.get_seq_length() == more.shape[1] + 3 and not first.cache.is_croppable
+    first.cache.reset()
+    assert first.cache.get_seq_length() == 0
+    assert torch.equal(wrapped.generate(IDS, cache=first.cache, **options), first.sequences)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -112,11 +144,64 @@ def test_padding_on_either_side_changes_nothing(name, side):
         logits = wrapped(padded, attention_mask=mask, use_cache=use).logits
         assert torch.allclose(logits[1:, inside], alone, atol=1e-5)
         assert torch.allclose(logits[:1], wrapped(IDS[:1]).logits, atol=1e-5)
-    if left:
-        options = {"max_new_tokens": 5, "do_sample": False}
-        both = wrapped.generate(padded, attention_mask=mask, pad_token_id=0, **options)
-        assert torch.equal(both[1:, 3:], wrapped.generate(IDS[1:, 3:], **options))
-        assert torch.equal(both[:1], wrapped.generate(IDS[:1], **options))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_prompts_are_continued_as_they_are_alone(name, side):
+    wrapped = hf.GrasslandForCausalLM.wrap(sharp(name))
+    mask = torch.ones_like(IDS)
+    mask[1, slice(0, 3) if side == "left" else slice(4, 7)] = 0
+    padded = torch.where(mask.bool(), IDS, 49)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    alone = [wrapped.generate(row[keep.bool()][None], **options)[0, -5:] for row, keep in zip(IDS, mask, strict=True)]
+    for use in (True, False):
+        both = wrapped.generate(padded, attention_mask=mask, use_cache=use, **options)
+        assert torch.equal(both[:, :7], padded) and torch.equal(both[:, 7:], torch.stack(alone))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("size", [1, 3])
+def test_left_padding_in_chunks_changes_nothing(name, size):
+    wrapped = hf.GrasslandForCausalLM.wrap(sharp(name))
+    mask = torch.ones_like(IDS)
+    mask[1, :2] = 0
+    expected, cache, parts = wrapped(IDS, attention_mask=mask).logits, None, []
+    for start in range(0, 7, size):
+        end = min(start + size, 7)
+        output = wrapped(IDS[:, start:end], attention_mask=mask[:, :end], cache=cache, use_cache=True)
+        cache, parts = output.cache, [*parts, output.logits]
+    assert torch.allclose(torch.cat(parts, 1)[mask.bool()], expected[mask.bool()], atol=1e-5)
+
+
+def test_the_auxiliary_loss_has_its_labels_share_of_the_items():
+    wrapped = hf.GrasslandForCausalLM.wrap(
+        lm("kromhc-shared-moe", noise=False, balance_weight=1.0, dropout=0.0)
+    ).train()
+    labels = IDS.clone()
+    labels[0, :5] = -100
+    count, items = 2 + 6, 20
+    mean = wrapped(IDS, labels=labels).loss
+    assert mean > wrapped.eval()(IDS, labels=labels).loss + 1
+    shared = wrapped.train()(IDS, labels=labels, num_items_in_batch=torch.tensor(items)).loss
+    assert torch.allclose(shared, mean * count / items)
+    nothing = wrapped(IDS, labels=torch.full_like(IDS, -100), num_items_in_batch=items).loss
+    assert nothing == 0
+
+
+@pytest.mark.parametrize("batch", [8, 1])
+def test_the_trainers_accumulation_leaves_the_loss_as_it_is(tmp_path, batch):
+    pytest.importorskip("accelerate")
+    rows = [{"input_ids": row, "labels": row} for row in IDS[:1].repeat(8, 1)]
+    options = {"noise": False, "capacity_factor": None, "balance_weight": 1.0, "dropout": 0.0}
+    wrapped = hf.GrasslandForCausalLM.wrap(lm("kromhc-shared-moe", **options)).train()
+    expected = wrapped(IDS[:1], labels=IDS[:1]).loss.item()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch,
+        max_steps=1, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    loss = transformers.Trainer(wrapped, arguments, train_dataset=rows).train().training_loss
+    assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_loss_shifts_labels_and_counts_items():
@@ -238,6 +323,8 @@ def test_errors_name_what_is_wrong(tmp_path):
         wrapped.resize_token_embeddings(60)
     with pytest.raises(ValueError, match=r"labels must have input_ids' shape \(2, 7\)"):
         wrapped(IDS, labels=IDS[:, :3])
+    with pytest.raises(ValueError, match=r"attention_mask must be \(2, 7\) for 0 tokens in the cache .*got \(2, 4\)"):
+        wrapped(IDS, attention_mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match="input_ids must be given"):
         wrapped()
     save_model(lm(), tmp_path)

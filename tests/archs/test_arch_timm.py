@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grassland.archs import GrassmannHead
-from grassland.archs.heads import grassmann_heads
-from grassland.archs.interop.timm import classifier_names, put_grassmann_head, reproject_ema_
+from grassland.archs.heads import grassmann_heads, reproject_
+from grassland.archs.interop.timm import classifier_names, put_grassmann_head
 from grassland.train.ema import WeightAverage
 
 timm = pytest.importorskip("timm")
@@ -173,7 +173,7 @@ def test_the_classifier_is_replaced_and_survives_reset_classifier():
     ema.update(model)
     averaged = ema.module.get_submodule(name)
     assert averaged.orthogonality_error() > 1e-2
-    reproject_ema_(ema)
+    reproject_(ema)
     assert averaged.orthogonality_error() < 1e-6
 
     for builder in (
