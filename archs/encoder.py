@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels.losses import IGNORE
 from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its choices)
+from .checks import first_rows
 from .config import ModelConfig
 from .init import init_weights
 from .lm import build_blocks, check_range, is_causal
@@ -196,7 +197,17 @@ class Encoder(nn.Module):
                 raise ValueError(f"positions must be ({x.shape[0]}, P), got {tuple(positions.shape)}")
             check_range("positions", positions, x.shape[1])
             x = x.gather(1, positions[..., None].expand(-1, -1, x.shape[2]))
-        return F.linear(x, self.proj.weight.T)
+        return F.linear(x, self._transposed(x))
+
+    def _transposed(self, x: Tensor) -> Tensor:
+        """The matrix of `proj` transposed, (embed_dim, dim), for features x."""
+        # Hooks of the projection see it where it is called, which this is not.
+        if type(self.proj) is nn.Linear:
+            return self.proj.weight.T
+        # What an adapter or a quantised projection adds to its weight shows in what it makes of unit vectors.
+        unit = torch.eye(self.config.embed_dim + 1, self.config.embed_dim, device=x.device, dtype=x.dtype)
+        rows = self.proj(unit)
+        return rows[:-1] - rows[-1]
 
     def _embed(self, ids: Tensor, types: Tensor | None) -> Tensor:
         config = self.config
@@ -206,13 +217,13 @@ class Encoder(nn.Module):
             raise ValueError(f"input_ids reach length {ids.shape[1]}, but the model has max_len={config.max_len}")
         check_range("input_ids", ids, config.vocab_size)
         if types is None:
-            kinds = self.types.weight[0]
+            kinds = first_rows(self.types, 1, ids.device)[0]
         elif types.shape != ids.shape:
             raise ValueError(f"token_types must have input_ids' shape {tuple(ids.shape)}, got {tuple(types.shape)}")
         else:
             check_range("token_types", types, config.num_types)
             kinds = self.types(types)
-        x = self.embed(ids) + self.positions.weight[: ids.shape[1]] + kinds
+        x = self.embed(ids) + first_rows(self.positions, ids.shape[1], ids.device) + kinds
         return self.proj(self.dropout(self.embed_norm(x)))
 
     def num_parameters(self) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels.losses import IGNORE
 from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its choices)
+from .checks import first_rows
 from .config import ModelConfig
 from .generate import Window, checked_lengths, stream
 from .init import init_weights
@@ -128,7 +129,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"input_ids reach length {end}, but the model has max_len={self.config.max_len} positions")
         check_range("input_ids", ids, self.config.vocab_size)
         if state is None or state.progress.fresh:
-            positions = self.positions.weight[: ids.shape[1]]
+            positions = first_rows(self.positions, ids.shape[1], ids.device)
         else:
             # Padding of a ragged chunk may lie past the last position; what it reads does not matter.
             positions = self.positions(state.progress.positions(ids.shape[1]).clamp_max(self.config.max_len - 1))

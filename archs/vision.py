@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its choices)
+from .checks import first_rows
 from .config import ModelConfig
 from .init import init_weights
 from .lm import Block, build_blocks, is_causal
@@ -138,7 +139,7 @@ class VisionModel(nn.Module):
             raise ValueError(f"images must be {wanted}, got {tuple(images.shape)}")
         patches = self.patches(images).flatten(2).transpose(1, 2)
         x = torch.cat([patches.new_zeros(len(images), 1, config.dim), patches], dim=1)
-        return self.dropout(x + self.positions.weight)
+        return self.dropout(x + first_rows(self.positions, self.num_tokens, x.device))
 
     def num_parameters(self) -> int:
         """Number of parameters; shared ones count once."""

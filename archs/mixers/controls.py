@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.plucker import gated_blend
 from ..checks import check_input
 from ..init import init_weights
 from ..registry import register_slot
-from .grassmann import ReducedHistory, checked_offsets
+from .grassmann import ReducedHistory, blended, checked_offsets
 
 
 class Control(nn.Module, ABC):
@@ -116,7 +115,7 @@ class Control(nn.Module, ABC):
         g = self.pair(own, window, positions, chosen)
         if self.out_proj is not None:
             g = self.out_proj(g)
-        return gated_blend(x, g, self.gate.weight, self.gate.bias, backend=self.backend)
+        return blended(x, g, self.gate, self.backend)
 
     def init_state(
         self,
