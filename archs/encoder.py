@@ -13,7 +13,8 @@ from .checks import first_rows
 from .config import ModelConfig
 from .init import init_weights
 from .lm import build_blocks, check_range, is_causal
-from .registry import build_slot, register_assembly
+from .registry import build_slot, register_assembly, slot_class
+from .sharing import is_schedule
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class EncoderConfig(ModelConfig):
             raise ValueError(f"pooler must be False with the causal mixer {self.mixer!r}, got True: {reason}")
         if self.share_norms and set(self.share) != {"mixer", "ffn"}:
             raise ValueError(f"share_norms=True needs share=('mixer', 'ffn'), got share={self.share!r}")
+        for name in getattr(slot_class("mixer", self.mixer), "layer_options", ()) if self.share_norms else ():
+            value = self.options.get(name)
+            if is_schedule(value) and len(set(value)) > 1:
+                raise ValueError(f"{name} must be the same in all layers with share_norms=True, got {value!r}")
 
 
 @register_assembly("mlm")
