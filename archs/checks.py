@@ -1,5 +1,7 @@
 """What a layer asks of its input and of its inner modules before it hands them to a kernel."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +33,7 @@ def is_plain(layer: nn.Module) -> bool:
     )
 
 
-def first_rows(embedding: nn.Module, length: int, device: torch.device) -> Tensor:
+def first_rows(embedding: Any, length: int, device: torch.device) -> Tensor:
     """What `embedding` gives for the ids 0 … length − 1, (length, dim)."""
     if is_plain(embedding):
         return embedding.weight[:length]

@@ -1,7 +1,7 @@
 """Masked language models from the same slots: ALBERT, BERT with factorised embeddings, WideNet."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ class EncoderConfig(ModelConfig):
         if self.share_norms and set(self.share) != {"mixer", "ffn"}:
             raise ValueError(f"share_norms=True needs share=('mixer', 'ffn'), got share={self.share!r}")
         for name in getattr(slot_class("mixer", self.mixer), "layer_options", ()) if self.share_norms else ():
-            value = self.options.get(name)
+            value: Any = self.options.get(name)
             if is_schedule(value) and len(set(value)) > 1:
                 raise ValueError(f"{name} must be the same in all layers with share_norms=True, got {value!r}")
 
@@ -71,6 +71,8 @@ class Encoder(nn.Module):
     config_class = EncoderConfig
     # What runs the model as forward does: a sharded one must be gathered for it.
     forward_methods = ("predict", "classify")
+    # The logits' weight is no hidden matrix.
+    optim_groups: ClassVar[dict[str, str]] = {"classifier.weight": "decay"}
 
     def __init__(
         self, config: EncoderConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,8 @@ class SharedMoE(nn.Module):
     # The experts drop their own outputs; a residual around them need not do so again.
     drops = True
     takes_mask = True
+    # Biases, of which each expert has a row.
+    optim_groups: ClassVar[dict[str, str]] = {"b_up": "no_decay", "b_down": "no_decay"}
     group_options = ("num_experts", "top_k", "capacity_factor")
 
     def __init__(

@@ -1,5 +1,7 @@
 """Linear heads, with a weight of their own or the token embedding's."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from .classifier import cross_entropy
 @register_slot("head", "linear")
 class LinearHead(nn.Module):
     """logits = W x with a weight (num_classes, dim) of its own and no bias."""
+
+    # The logits' weight is no hidden matrix.
+    optim_groups: ClassVar[dict[str, str]] = {"proj.weight": "decay"}
 
     def __init__(
         self,

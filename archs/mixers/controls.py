@@ -12,7 +12,7 @@ reduction and Plücker projection, K = r(r − 1)/2. `width` overrules that.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -167,6 +167,9 @@ class CausalConvolution(Control):
 
     Blocks that share one such mixer must have as many offsets each (ValueError).
     """
+
+    # A depthwise convolution's weight, whose rows no product of matrices mixes.
+    optim_groups: ClassVar[dict[str, str]] = {"taps": "decay"}
 
     def build(self, dd: dict[str, Any]) -> None:
         self.reduce = nn.Linear(self.dim, self.width, **dd)

@@ -1,6 +1,7 @@
 """Causal Grassmann Plücker mixing (arXiv 2512.19428, §3.2)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +154,7 @@ class CausalGrassmannMixer(nn.Module):
         return f"dim={self.dim}, rank={self.rank}, offsets={self.offsets}"
 
 
-def blended(x: Tensor, g: Tensor, gate: nn.Module, backend: str | None) -> Tensor:
+def blended(x: Tensor, g: Tensor, gate: Any, backend: str | None) -> Tensor:
     """α ⊙ x + (1 − α) ⊙ g with α = σ(gate([x; g])), in the dtype of x (…, dim)."""
     if is_plain(gate):
         return gated_blend(x, g, gate.weight, gate.bias, backend=backend)
