@@ -50,8 +50,8 @@ class SharedBranch(Reference):
     def drops(self) -> bool:
         return getattr(self.module, "drops", False)
 
-    def __call__(self, *args: Any) -> Any:
-        return self.module(*args, **self.options)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **self.options, **kwargs)
 
     def init_state(self, *args: Any) -> Any:
         return self.module.init_state(*args, **self.options)
