@@ -1,4 +1,6 @@
-"""What a layer asks of its input, so that a wrong one is named before an inner module or a kernel refuses it."""
+"""What a layer asks of its input and of its inner modules before it hands them to a kernel."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,3 +19,22 @@ def check_input(x: Tensor, dim: int, layer: nn.Module | None = None, *, sequence
         return
     if not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"x must have the dtype of the layer's weights, {weight.dtype}, got {x.dtype}")
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether `layer` is torch's own Linear or Embedding and calling it does no more than read its weight and bias.
+
+    A kernel may then take these in its place. An adapter around it, a quantised one or one with hooks must be called.
+    """
+    return (
+        type(layer) in (nn.Linear, nn.Embedding)
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        and "forward" not in layer.__dict__
+    )
+
+
+def first_rows(embedding: Any, length: int, device: torch.device) -> Tensor:
+    """What `embedding` gives for the ids 0 … length − 1, (length, dim)."""
+    if is_plain(embedding):
+        return embedding.weight[:length]
+    return embedding(torch.arange(length, device=device))

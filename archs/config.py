@@ -14,12 +14,12 @@ NORMS = ("post", "pre")
 class ModelConfig:
     """Sizes of a model and one choice for each slot.
 
-    kind: assembly ("lm"). vocab_size, max_len: rows of the token and position embeddings. dim, depth, ffn_dim: model
-    width, number of blocks, hidden width of the ffn. dropout: probability in [0, 1). norm: "post" or "pre".
-    mixer, residual, ffn, head: registered slot choices. share: which of ("mixer", "ffn") have one set of weights for
-    all blocks; norms stay individual. share_groups: into how many runs of equal length the blocks are divided, each
-    with a set of its own. options: keyword arguments of the chosen slots' constructors; a slot's `group_options`
-    (num_experts, top_k and capacity_factor of "shared_moe") may be tuples of one entry a group.
+    kind: assembly ("lm", "mlm" or "vision"). vocab_size, max_len: rows of the token and position embeddings. dim,
+    depth, ffn_dim: model width, number of blocks, hidden width of the ffn. dropout: probability in [0, 1). norm: "post"
+    or "pre". mixer, residual, ffn, head: registered slot choices. share: which of ("mixer", "ffn") have one set of
+    weights for all blocks; norms stay individual. share_groups: into how many runs of equal length the blocks are
+    divided, each with a set of its own. options: keyword arguments of the chosen slots' constructors; a slot's
+    `group_options` (num_experts, top_k and capacity_factor of "shared_moe") may be tuples of one entry a group.
 
     Raises ValueError that names the field, its value and what is allowed.
     """
@@ -63,12 +63,13 @@ class ModelConfig:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
     def _check_options(self) -> None:
-        known = slot_options(self.choices)
+        slots = self._slots({})
+        known = slot_options(slots)
         for name in self.options:
             if name not in known:
-                chosen = ", ".join(f"{slot}={choice!r}" for slot, choice in self.choices.items())
+                chosen = ", ".join(f"{slot}={choice!r}" for slot, choice in slots)
                 raise unknown(f"option of {chosen}:", name, known)
-        grouped = {name for slot, choice in self.choices.items() for name in _group_options(slot, choice)}
+        grouped = {name for slot, choice in slots for name in _group_options(slot, choice)}
         for name, value in self.options.items():
             if name in grouped & self._tuples() and len(value) != self.share_groups:
                 raise ValueError(
@@ -85,6 +86,10 @@ class ModelConfig:
         """The choice made for each slot."""
         return {slot: getattr(self, slot) for slot in SLOTS}
 
+    def _slots(self, changed: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """The slots with their choices once the fields `changed` are; twice one whose blocks differ."""
+        return [(slot, changed.get(slot, choice)) for slot, choice in self.choices.items()]
+
     def override(self, **overrides: Any) -> "ModelConfig":
         """A copy with fields replaced and options set, both given flat; ValueError with the nearest names if unknown.
 
@@ -93,10 +98,7 @@ class ModelConfig:
         names = {f.name for f in fields(self)} - {"kind", "options"}
         given = {**overrides.pop("options", {}), **overrides}
         changed = {name: value for name, value in given.items() if name in names}
-        choices = {slot: changed.get(slot, choice) for slot, choice in self.choices.items()}
-        for slot, choice in choices.items():
-            slot_class(slot, choice)
-        known = slot_options(choices)
+        known = slot_options(self._slots(changed))
         for name in sorted(given.keys() - names - known):
             raise unknown("option", name, names | known)
         kept = {name: value for name, value in self.options.items() if name in known}

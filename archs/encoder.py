@@ -1,7 +1,7 @@
 """Masked language models from the same slots: ALBERT, BERT with factorised embeddings, WideNet."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from ..kernels.losses import IGNORE
 from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its choices)
+from .checks import first_rows
 from .config import ModelConfig
 from .init import init_weights
 from .lm import build_blocks, check_range, is_causal
-from .registry import build_slot, register_assembly
+from .registry import build_slot, register_assembly, slot_class
+from .sharing import is_schedule
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ class EncoderConfig(ModelConfig):
             raise ValueError(f"pooler must be False with the causal mixer {self.mixer!r}, got True: {reason}")
         if self.share_norms and set(self.share) != {"mixer", "ffn"}:
             raise ValueError(f"share_norms=True needs share=('mixer', 'ffn'), got share={self.share!r}")
+        for name in getattr(slot_class("mixer", self.mixer), "layer_options", ()) if self.share_norms else ():
+            value: Any = self.options.get(name)
+            if is_schedule(value) and len(set(value)) > 1:
+                raise ValueError(f"{name} must be the same in all layers with share_norms=True, got {value!r}")
 
 
 @register_assembly("mlm")
@@ -65,6 +71,8 @@ class Encoder(nn.Module):
     config_class = EncoderConfig
     # What runs the model as forward does: a sharded one must be gathered for it.
     forward_methods = ("predict", "classify")
+    # The logits' weight is no hidden matrix.
+    optim_groups: ClassVar[dict[str, str]] = {"classifier.weight": "decay"}
 
     def __init__(
         self, config: EncoderConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -196,7 +204,17 @@ class Encoder(nn.Module):
                 raise ValueError(f"positions must be ({x.shape[0]}, P), got {tuple(positions.shape)}")
             check_range("positions", positions, x.shape[1])
             x = x.gather(1, positions[..., None].expand(-1, -1, x.shape[2]))
-        return F.linear(x, self.proj.weight.T)
+        return F.linear(x, self._transposed(x))
+
+    def _transposed(self, x: Tensor) -> Tensor:
+        """The matrix of `proj` transposed, (embed_dim, dim), for features x."""
+        # Hooks of the projection see it where it is called, which this is not.
+        if type(self.proj) is nn.Linear:
+            return self.proj.weight.T
+        # What an adapter or a quantised projection adds to its weight shows in what it makes of unit vectors.
+        unit = torch.eye(self.config.embed_dim + 1, self.config.embed_dim, device=x.device, dtype=x.dtype)
+        rows = self.proj(unit)
+        return rows[:-1] - rows[-1]
 
     def _embed(self, ids: Tensor, types: Tensor | None) -> Tensor:
         config = self.config
@@ -206,13 +224,13 @@ class Encoder(nn.Module):
             raise ValueError(f"input_ids reach length {ids.shape[1]}, but the model has max_len={config.max_len}")
         check_range("input_ids", ids, config.vocab_size)
         if types is None:
-            kinds = self.types.weight[0]
+            kinds = first_rows(self.types, 1, ids.device)[0]
         elif types.shape != ids.shape:
             raise ValueError(f"token_types must have input_ids' shape {tuple(ids.shape)}, got {tuple(types.shape)}")
         else:
             check_range("token_types", types, config.num_types)
             kinds = self.types(types)
-        x = self.embed(ids) + self.positions.weight[: ids.shape[1]] + kinds
+        x = self.embed(ids) + first_rows(self.positions, ids.shape[1], ids.device) + kinds
         return self.proj(self.dropout(self.embed_norm(x)))
 
     def num_parameters(self) -> int:

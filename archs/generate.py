@@ -59,7 +59,7 @@ def stream(
     generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
     """Yield one token a row (B,) a step and append it to the window; stops when every row has produced `eos_id`."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         done = torch.zeros_like(window.ends, dtype=torch.bool)
@@ -81,7 +81,8 @@ def stream(
             if eos_id is not None and bool(done.all()):
                 return
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def checked_lengths(prompt: Tensor, prompt_lengths: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .registry import assembly_class
+from .sharing import references
 
 FORMAT, VERSION = "grassland", 1
 # By which transformers finds `interop.hf`; the folder of a checkpoint is one of Hugging Face's too.
@@ -93,7 +94,7 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, extra: Mapping
 
     `config.json` is {"format": "grassland", "version": 1, "model_type": "grassland", "model": {…}, **extra}; extra must
     be JSON-safe. Tensors that the model shares between slots are stored once. ValueError, with nothing written, for a
-    model whose modules are no longer those of its config.
+    model whose modules are no longer those of its config, or that shares one which is no longer its own.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, ModelConfig):
@@ -104,7 +105,16 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, extra: Mapping
     tensors = {name.replace(COMPILED, ""): tensor for name, tensor in model.state_dict().items()}
     if (misfit := _misfit(_expected(config), tensors)) is not None:
         raise ValueError(f"model is not what its config builds, so that load_model would fail: {misfit}")
+    if (stray := _stray(model)) is not None:
+        raise ValueError(f"{stray} refers to a module that is not the model's, so that load_model would give another")
     write_checkpoint(path, {**header, **(extra or {})}, tensors)
+
+
+def _stray(model: nn.Module) -> str | None:
+    """The first place that uses a module which the model no longer has."""
+    modules = set(model.modules())
+    outside = (name for name, reference in references(model) if reference.module not in modules)
+    return next(outside, "").replace(COMPILED, "") or None
 
 
 def write_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

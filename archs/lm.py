@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels.losses import IGNORE
 from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its choices)
+from .checks import first_rows
 from .config import ModelConfig
 from .generate import Window, checked_lengths, stream
 from .init import init_weights
@@ -73,7 +74,7 @@ class LanguageModel(nn.Module):
         self.positions = nn.Embedding(config.max_len, config.dim, **dd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks: Any = nn.ModuleList(build_blocks(config, dd))
-        self.norm = nn.LayerNorm(config.dim, **dd)
+        self.norm = nn.LayerNorm(config.dim, eps=config.options.get("norm_eps", 1e-5), **dd)
         self.head: Any = build_slot(
             "head", config.head, config.dim, config.vocab_size, self.embed, **config.options, **dd
         )
@@ -128,7 +129,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"input_ids reach length {end}, but the model has max_len={self.config.max_len} positions")
         check_range("input_ids", ids, self.config.vocab_size)
         if state is None or state.progress.fresh:
-            positions = self.positions.weight[: ids.shape[1]]
+            positions = first_rows(self.positions, ids.shape[1], ids.device)
         else:
             # Padding of a ragged chunk may lie past the last position; what it reads does not matter.
             positions = self.positions(state.progress.positions(ids.shape[1]).clamp_max(self.config.max_len - 1))
@@ -225,22 +226,28 @@ def is_causal(config: ModelConfig) -> bool:
     return getattr(slot_class("mixer", config.mixer), "causal", True)
 
 
-def build_blocks(config: ModelConfig, dd: dict[str, Any]) -> Iterator[Block]:
-    """The blocks of a model; sublayers count 0, 1, 2, … through mixers and ffns alternately."""
-    keywords = {"norm": config.norm, "dropout": config.dropout, "num_layers": 2 * config.depth, **dd}
+def build_blocks(config: ModelConfig, dd: dict[str, Any], made: Iterator[Any] | None = None) -> Iterator[Block]:
+    """The blocks of a model; sublayers count 0, 1, 2, … through mixers and ffns alternately.
 
-    def slot(name: str, *args: object) -> partial[nn.Module]:
-        return partial(build_slot, name, getattr(config, name), *args, **keywords)
-
-    def layers(name: str, *args: object) -> Iterator[Any]:
-        shared, choice = name in config.share, getattr(config, name)
-        return branches(name, choice, config.options, config.depth, config.share_groups, shared, slot(name, *args))
-
-    pairs = zip(layers("mixer", config.dim), layers("ffn", config.dim, config.ffn_dim), strict=True)
-    residual = partial(build_slot, "residual", config.residual, **keywords, **config.options)
-    quiet = {"dropout": 0.0} if getattr(slot_class("ffn", config.ffn), "drops", False) else {}
+    made: the ffns, one a block; None for those that the config chooses.
+    """
+    residual = partial(build_slot, "residual", config.residual, **_keywords(config, dd), **config.options)
+    pairs = zip(build_branches("mixer", config, dd), made or build_branches("ffn", config, dd), strict=True)
     for layer, (mixer, ffn) in enumerate(pairs):
+        quiet = {"dropout": 0.0} if getattr(ffn, "drops", False) else {}
         yield Block(residual(mixer, config.dim, 2 * layer), residual(ffn, config.dim, 2 * layer + 1, **quiet))
+
+
+def build_branches(slot: str, config: ModelConfig, dd: dict[str, Any]) -> Iterator[Any]:
+    """The mixers or the ffns of all blocks."""
+    choice, shared = getattr(config, slot), slot in config.share
+    sizes = (config.dim,) if slot == "mixer" else (config.dim, config.ffn_dim)
+    build = partial(build_slot, slot, choice, *sizes, **_keywords(config, dd))
+    return branches(slot, choice, config.options, config.depth, config.share_groups, shared, build)
+
+
+def _keywords(config: ModelConfig, dd: dict[str, Any]) -> dict[str, Any]:
+    return {"norm": config.norm, "dropout": config.dropout, "num_layers": 2 * config.depth, **dd}
 
 
 def check_range(name: str, ids: Tensor, vocab_size: int, ignore: int | None = None) -> None:

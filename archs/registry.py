@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -94,9 +94,9 @@ def slot_keywords(cls: type) -> set[str]:
     return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def slot_options(choices: Mapping[str, str]) -> set[str]:
-    """The options that a choice for each slot (slot → name) offers together."""
-    return set().union(*(slot_keywords(slot_class(slot, name)) for slot, name in choices.items())) - CONTEXT
+def slot_options(choices: Iterable[tuple[str, str]]) -> set[str]:
+    """The options that choices for slots, (slot, name), offer together."""
+    return set().union(*(slot_keywords(slot_class(slot, name)) for slot, name in choices)) - CONTEXT
 
 
 def build_slot(slot: str, name: str, *args: object, **keywords: object) -> Any:
@@ -132,7 +132,8 @@ def model_config(name: str, **overrides: Any) -> "ModelConfig":
 def create_model(
     name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **overrides: Any
 ) -> Any:
-    """Build a model (an `nn.Module`) by the name of a preset (`list_models()`) or of an assembly kind ("lm").
+    """Build a model (an `nn.Module`) by the name of a preset (`list_models()`) or of an assembly kind ("lm",
+    "mlm" or "vision").
 
     Overrides are fields of the `ModelConfig` (`dim=128`, `mixer="attention"`, …) or options of the chosen slots
     (`offsets=(1, 2, 4)`, `num_heads=8`, …); an option that two slots share goes to both. When an override replaces a

@@ -23,6 +23,14 @@ class Reference:
         self.reads = reads
 
 
+def references(model: nn.Module) -> Iterator[tuple[str, Reference]]:
+    """All references in `model` and their names."""
+    for name, module in model.named_modules():
+        for leaf, value in vars(module).items():
+            if isinstance(value, Reference):
+                yield f"{name}.{leaf}".removeprefix("."), value
+
+
 class SharedBranch(Reference):
     """A module as another block sees it: the same weights with that block's own layer options."""
 
@@ -38,8 +46,12 @@ class SharedBranch(Reference):
     def takes_mask(self) -> bool:
         return getattr(self.module, "takes_mask", False)
 
-    def __call__(self, *args: Any) -> Any:
-        return self.module(*args, **self.options)
+    @property
+    def drops(self) -> bool:
+        return getattr(self.module, "drops", False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **self.options, **kwargs)
 
     def init_state(self, *args: Any) -> Any:
         return self.module.init_state(*args, **self.options)
@@ -83,6 +95,10 @@ def _at_layer(names: tuple[str, ...], options: Mapping[str, Any], layer: int) ->
     for name in names:
         if name in options:
             value = options[name]
-            nested = isinstance(value, tuple) and len(value) > 0 and all(isinstance(entry, tuple) for entry in value)
-            at[name] = value[layer % len(value)] if nested else value
+            at[name] = value[layer % len(value)] if is_schedule(value) else value
     return at
+
+
+def is_schedule(value: Any) -> bool:
+    """Whether a layer option is given as one entry a layer."""
+    return isinstance(value, tuple) and len(value) > 0 and all(isinstance(entry, tuple) for entry in value)

@@ -1,16 +1,18 @@
 """Image classifiers from the same slots: WideNet, ViT, ViT-MoE and whatever else a choice for each slot makes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its choices)
+from .checks import first_rows
 from .config import ModelConfig
 from .init import init_weights
-from .lm import Block, build_blocks, is_causal
+from .lm import Block, build_blocks, build_branches, is_causal
 from .registry import build_slot, model_config, register_assembly
 
 POOLING = ("mean", "cls")
@@ -23,7 +25,8 @@ class VisionConfig(ModelConfig):
     image_size, patch_size: pixels a side, the second dividing the first. channels, num_classes: of images and logits.
     pooling: "mean" over all tokens or "cls", which needs a mixer that is not causal. pre_logits: whether
     Linear(dim, dim) and tanh stand before the head.
-    moe_blocks: how many of the last blocks have `shared_moe` of width moe_dim instead of `ffn`, unshared (ViT-MoE).
+    moe_blocks: how many of the last blocks have `shared_moe` of width moe_dim instead of `ffn`, unshared (ViT-MoE); its
+    options are then options of the model.
     """
 
     kind: str = "vision"
@@ -58,6 +61,10 @@ class VisionConfig(ModelConfig):
         if self.moe_blocks and (self.share or self.share_groups > 1):
             sharing = f"share={self.share!r}, share_groups={self.share_groups}"
             raise ValueError(f"moe_blocks={self.moe_blocks} needs blocks that share nothing, got {sharing}")
+
+    def _slots(self, changed: Mapping[str, Any]) -> list[tuple[str, str]]:
+        slots = super()._slots(changed)
+        return [*slots, ("ffn", "shared_moe")] if changed.get("moe_blocks", self.moe_blocks) else slots
 
 
 @register_assembly("vision")
@@ -138,7 +145,7 @@ class VisionModel(nn.Module):
             raise ValueError(f"images must be {wanted}, got {tuple(images.shape)}")
         patches = self.patches(images).flatten(2).transpose(1, 2)
         x = torch.cat([patches.new_zeros(len(images), 1, config.dim), patches], dim=1)
-        return self.dropout(x + self.positions.weight)
+        return self.dropout(x + first_rows(self.positions, self.num_tokens, x.device))
 
     def num_parameters(self) -> int:
         """Number of parameters; shared ones count once."""
@@ -169,8 +176,7 @@ class WideNet(VisionModel):
 
 def _blocks(config: VisionConfig, dd: dict[str, Any]) -> Iterator[Block]:
     if not config.moe_blocks:
-        yield from build_blocks(config, dd)
-        return
-    yield from build_blocks(config.override(depth=config.depth - config.moe_blocks, moe_blocks=0), dd)
-    sparse = {"ffn": "shared_moe", "ffn_dim": config.moe_dim, "depth": config.moe_blocks, "moe_blocks": 0}
-    yield from build_blocks(config.override(**sparse), dd)
+        return build_blocks(config, dd)
+    dense = config.override(depth=config.depth - config.moe_blocks, moe_blocks=0)
+    sparse = config.override(ffn="shared_moe", ffn_dim=config.moe_dim, depth=config.moe_blocks, moe_blocks=0)
+    return build_blocks(config, dd, chain.from_iterable(build_branches("ffn", part, dd) for part in (dense, sparse)))

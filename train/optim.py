@@ -2,6 +2,8 @@
 
 import importlib
 from collections.abc import Callable, Iterator
+from functools import reduce
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,35 +19,78 @@ OPTIMIZERS = ("adamw", "lamb", "muon", "sgd")
 
 
 def route(parameter: nn.Parameter, owner: nn.Module) -> str:
-    """The group of a parameter of the module `owner`: "matrix", "decay", "no_decay" or "manifold".
-
-    A layer decides for its own parameters by `optim_groups`, a dict of names and groups, because copies and loaded
-    tensors keep no attributes; other modules' parameters can be marked by setting `parameter.optim_group`. "manifold"
-    means orthonormal bases of `parameter.subspace_dim` rows, as in `GrassmannHead.weight`. Otherwise vectors (norms,
-    biases) and embeddings are not decayed, matrices are, and of these Muon takes the two-dimensional ones.
-    """
+    """The group of a parameter of the module `owner`, as far as these two tell: see `parameter_groups`."""
     for name, group in getattr(owner, "optim_groups", {}).items():
-        if getattr(owner, name, None) is parameter:
+        if _attribute(owner, name) is parameter:
             return group
     marked = getattr(parameter, "optim_group", None)
     if marked is not None:
         return marked
-    if parameter.ndim < 2 or isinstance(owner, nn.Embedding):
+    vector = sum(size > 1 for size in parameter.shape) < 2
+    # The decay rates of Mamba are a matrix by their shape alone.
+    if vector or isinstance(owner, nn.Embedding) or getattr(owner, "A_log", None) is parameter:
         return "no_decay"
     return "matrix" if parameter.ndim == 2 else "decay"
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The trainable parameters of `model` by group, each once, in the order of `model.named_parameters()`."""
-    embeddings = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Embedding)}
+    """The trainable parameters of `model` by group, each once, in the order of `model.named_parameters()`.
+
+    The groups are "matrix", "decay", "no_decay" and "manifold": orthonormal bases of `parameter.subspace_dim` rows, as
+    in `GrassmannHead.weight`. Who decides, the first that does:
+
+    1. a layer, by `optim_groups`, a dict of the names of parameters in it and their groups, because copies and loaded
+       tensors keep no attributes;
+    2. a mark `parameter.optim_group`;
+    3. a model of timm's, by `no_weight_decay()`;
+    4. embeddings, which are not decayed, whatever is tied to them;
+    5. models of timm's and transformers', by `get_classifier()` and `get_output_embeddings()`, whose weights are
+       "decay";
+    6. the shape: vectors (norms, biases), of any number of dimensions, are not decayed, matrices are, and of these Muon
+       takes the two-dimensional ones.
+    """
+    told = _told(model)
     groups: dict[str, list[nn.Parameter]] = {"matrix": [], "decay": [], "no_decay": [], "manifold": []}
     for owner, parameter in _owned_parameters(model):
-        # A tied head owns the embedding's weight too: whichever module comes first, it is an embedding.
-        name = route(parameter, embeddings.get(id(parameter), owner))
+        name = told.get(id(parameter)) or route(parameter, owner)
         if name not in groups:
             raise ValueError(f"optim_group must be one of {tuple(groups)}, got {name!r}")
         groups[name].append(parameter)
     return groups
+
+
+def _told(model: nn.Module) -> dict[int, str]:
+    """Groups, by the parameter's id, that depend on more than the module that owns the parameter first."""
+    modules = list(model.modules())
+    outputs = {id(layer.weight): "decay" for module in modules for layer in _outputs(module)}
+    embeddings = {id(module.weight): "no_decay" for module in modules if isinstance(module, nn.Embedding)}
+    undecayed = {id(_attribute(m, name)): "no_decay" for m in modules for name in _called(m, "no_weight_decay") or ()}
+    marks = {id(p): p.optim_group for p in model.parameters() if hasattr(p, "optim_group")}  # type: ignore[attr-defined]
+    layers = {
+        id(_attribute(module, name)): group
+        for module in modules
+        for name, group in getattr(module, "optim_groups", {}).items()
+    }
+    return {**outputs, **embeddings, **undecayed, **marks, **layers}
+
+
+def _outputs(module: nn.Module) -> Iterator[nn.Linear]:
+    """The layers that give a model's logits."""
+    for method in ("get_classifier", "get_output_embeddings"):
+        found = _called(module, method)
+        # A distilled model of timm's has two.
+        for head in found if isinstance(found, tuple) else (found,):
+            if isinstance(head, nn.Module):
+                yield from (layer for layer in head.modules() if isinstance(layer, nn.Linear))
+
+
+def _called(module: nn.Module, method: str) -> Any:
+    return getattr(module, method)() if hasattr(module, method) else None
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    """What a name with dots leads to, None if to nothing."""
+    return reduce(lambda owner, name: getattr(owner, name, None), path.split("."), module)
 
 
 def build_optimizer(
@@ -113,11 +158,32 @@ class Joined(torch.optim.Optimizer):
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers = optimizers
         super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
-        self._join()
 
     def _join(self) -> None:
         # The very dicts of the parts, so that a scheduler that sets a group's lr sets it for the part.
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """ValueError for a group that no part has: which of them should step it is not known."""
+        if not any(param_group is group for optimizer in self.optimizers for group in optimizer.param_groups):
+            raise ValueError("several optimisers joined take no further param_group: build one of all parameters")
+        super().add_param_group(param_group)
+
+    @property
+    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+        """The states of all parameters, in a new dict."""
+        return dict(chain.from_iterable(optimizer.state.items() for optimizer in self.optimizers))
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        """Torch's constructor sets an empty one."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"defaults": self.defaults, "optimizers": self.optimizers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._join()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -131,16 +197,28 @@ class Joined(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The state dicts of the parts, in order."""
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        """That of one optimiser with the groups of all parts."""
+        state: dict[Any, Any] = {}
+        groups: list[dict[str, Any]] = []
+        first = 0
+        for optimizer in self.optimizers:
+            own = optimizer.state_dict()
+            state |= {first + index: values for index, values in own["state"].items()}
+            for group in own["param_groups"]:
+                groups.append({**group, "params": [first + index for index in group["params"]]})
+            first += sum(len(group["params"]) for group in own["param_groups"])
+        return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; ValueError if it comes from another set of optimisers."""
-        states = state_dict.get("optimizers", [])
-        if len(states) != len(self.optimizers):
-            raise ValueError(f"the state has {len(states)} optimisers, this optimiser has {len(self.optimizers)}")
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+        """Load what `state_dict` returned; ValueError if it comes from other groups."""
+        groups = list(state_dict.get("param_groups", []))
+        if len(groups) != len(self.param_groups):
+            raise ValueError(f"the state has {len(groups)} groups, this optimiser has {len(self.param_groups)}")
+        for optimizer in self.optimizers:
+            own, groups = groups[: len(optimizer.param_groups)], groups[len(optimizer.param_groups) :]
+            names = [name for group in own for name in group["params"]]
+            state = {name: state_dict["state"][name] for name in names if name in state_dict["state"]}
+            optimizer.load_state_dict({"state": state, "param_groups": own})
         self._join()
 
 

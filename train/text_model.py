@@ -84,7 +84,6 @@ def _assemble(spec: TextModelSpec) -> HuggingFaceLM:
         model = transformers.AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever an architecture raises for sizes that do not fit
         raise ValueError(f"model {HF}{spec.name}: {error}") from error
-    _mark_parameters(model)
     for embedding in _embeddings(model):
         # Every id is a token of the data's: none is padding whose embedding would not learn.
         embedding.padding_idx = None
@@ -133,16 +132,6 @@ def _try_out(model: HuggingFaceLM, length: int) -> None:
         raise ValueError(f"{name} gives {tuple(logits.shape)}, not logits {(1, length, spec.vocab_size)}")
     if not torch.allclose(logits[:, :-1], changed[:, :-1], rtol=0, atol=1e-5 * float(logits.abs().max())):
         raise ValueError(f"{name} is not causal: its logits depend on later tokens")
-
-
-def _mark_parameters(model: Any) -> None:
-    """Vectors of any shape and the decay rates of Mamba are not decayed; an untied output matrix is not for Muon."""
-    for name, parameter in model.named_parameters():
-        if parameter.squeeze().ndim < 2 or name.endswith("A_log"):
-            parameter.optim_group = "no_decay"
-    head = model.get_output_embeddings()
-    if isinstance(head, nn.Linear) and not any(head.weight is embedding.weight for embedding in _embeddings(model)):
-        head.weight.optim_group = "decay"  # type: ignore[assignment]
 
 
 def _embeddings(model: nn.Module) -> list[nn.Embedding]:

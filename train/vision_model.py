@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..archs import (
     CheckpointError,
-    CosineHead,
     create_model,
     list_models,
     load_model,
@@ -112,7 +111,6 @@ def _timm_model(spec: ImageModelSpec) -> nn.Module:
         _drop_head_dropout(model)
     if spec.head != "linear":
         model = _put_head(model, spec)
-    _mark_parameters(model)
     model.spec = spec
     return model
 
@@ -148,17 +146,6 @@ def _try_out(model: Any, spec: ImageModelSpec) -> None:
         model.train(training)
     if logits.shape != (1, spec.num_classes):
         raise ValueError(f"model {spec.name} gives {tuple(logits.shape)}, not logits (1, {spec.num_classes})")
-
-
-def _mark_parameters(model: Any) -> None:
-    """What timm says has no weight decay has none; the classifier is no hidden matrix for Muon."""
-    undecayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    for name, parameter in model.named_parameters():
-        if name in undecayed and not hasattr(parameter, "optim_group"):
-            parameter.optim_group = "no_decay"
-    classifier = model.get_classifier()
-    if isinstance(classifier, nn.Linear | CosineHead) and not hasattr(classifier.weight, "optim_group"):
-        classifier.weight.optim_group = "decay"  # type: ignore[assignment]
 
 
 def _drop_head_dropout(model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +32,19 @@ class SharedMoE(nn.Module):
     capacity holds in evaluation too, where by default nothing is dropped, so that a token's output does not depend on
     its batch. out_act: None, or "gelu" on the experts' outputs. dropout: both rates, in [0, 1).
 
-    `routing` is that of the last call, and `load()` its statistics. `tally` (2, E) int64 counts the assignments and the
-    kept pairs of all calls in training, on the device; who reads it may zero it. ValueError names a bad argument.
+    `routing` is that of the last call, and `load()` its statistics; calls under torch.compile leave both as they are.
+    `tally` (2, E) int64 counts the assignments and the kept pairs of all calls in training, on the device, compiled
+    ones too; who reads it may zero it. ValueError names a bad argument.
+
+    With torch.distributed initialised, a call in training adds up the assignments of all processes (one all_reduce of
+    E + 1 numbers) for the balance loss, so every process must make as many calls.
     """
 
     # The experts drop their own outputs; a residual around them need not do so again.
     drops = True
     takes_mask = True
+    # Biases, of which each expert has a row.
+    optim_groups: ClassVar[dict[str, str]] = {"b_up": "no_decay", "b_down": "no_decay"}
     group_options = ("num_experts", "top_k", "capacity_factor")
 
     def __init__(
@@ -161,7 +168,8 @@ class SharedMoE(nn.Module):
 
     def load(self) -> dict[str, Tensor]:
         """Statistics of the last call, each (E,) float32 but "dropped", a scalar: "share" of the assignments that chose
-        an expert, "kept" share of those it took, "dropped" share of all pairs. Empty before the first call."""
+        an expert, "kept" share of those it took, "dropped" share of all pairs. Empty before the first call that is not
+        compiled."""
         if self.routing is None:
             return {}
         counts, kept = self.routing.counts.float(), self.routing.offsets.diff().float()

@@ -1,5 +1,7 @@
 """The classifier of images: a linear layer with a bias; and the loss of logits that are all in memory."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, reduction: str, label_smoothin
 @register_slot("head", "classifier")
 class ClassifierHead(nn.Module):
     """logits = W x + b, W (num_classes, dim)."""
+
+    # The logits' weight is no hidden matrix.
+    optim_groups: ClassVar[dict[str, str]] = {"proj.weight": "decay"}
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """The cosine classifier: normalised features against normalised class vectors."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ class CosineHead(nn.Module):
     A baseline of arXiv 2308.01547: signed, where a Grassmann head of one-dimensional subspaces has γ |cos|.
     scale: γ > 0, a finite number; ValueError for others.
     """
+
+    # The logits' weight is no hidden matrix.
+    optim_groups: ClassVar[dict[str, str]] = {"weight": "decay"}
 
     def __init__(
         self,

@@ -1,11 +1,13 @@
 """Linear heads, with a weight of their own or the token embedding's."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.cross_entropy import linear_cross_entropy
-from ..checks import check_input
+from ..checks import check_input, is_plain
 from ..init import init_weights
 from ..registry import register_slot
 from ..sharing import Reference
@@ -15,6 +17,9 @@ from .classifier import cross_entropy
 @register_slot("head", "linear")
 class LinearHead(nn.Module):
     """logits = W x with a weight (num_classes, dim) of its own and no bias."""
+
+    # The logits' weight is no hidden matrix.
+    optim_groups: ClassVar[dict[str, str]] = {"proj.weight": "decay"}
 
     def __init__(
         self,
@@ -26,6 +31,7 @@ class LinearHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.dim = dim
         self.proj = nn.Linear(dim, num_classes, bias=False, device=device, dtype=dtype)
         self.apply(init_weights)
 
@@ -35,8 +41,8 @@ class LinearHead(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(…, dim) → (…, num_classes)."""
-        check_input(x, self.weight.shape[1], self)
-        return F.linear(x, self.weight)
+        check_input(x, self.dim, self.proj)
+        return self.proj(x)
 
     def loss(self, x: Tensor, labels: Tensor, reduction: str = "mean", *, label_smoothing: float = 0.0) -> Tensor:
         """Cross entropy of x (…, dim) against labels (…) int64, −100 ignored, without materialised logits, or against
@@ -45,9 +51,12 @@ class LinearHead(nn.Module):
         reduction: "mean" over the labels that count (NaN if none does, as in PyTorch) or "sum". A float32 scalar,
         float64 for float64 input.
         """
-        if labels.is_floating_point():
+        if labels.is_floating_point() or not self._reads_weight():
             return cross_entropy(self.logits(x), labels, reduction, label_smoothing)
         return linear_cross_entropy(x, self.weight, labels, reduction=reduction, label_smoothing=label_smoothing)
+
+    def _reads_weight(self) -> bool:
+        return is_plain(self.proj)
 
     def flops_per_token(self) -> int:
         """Forward FLOPs a token."""
@@ -70,8 +79,18 @@ class TiedHead(LinearHead):
         nn.Module.__init__(self)
         if embedding is None:
             raise ValueError("head='tied' needs a model with a token embedding; use head='linear'")
+        self.dim = dim
         self.tied = Reference(embedding, "weight")
 
     @property
     def weight(self) -> Tensor:
         return self.tied.module.weight
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(…, dim) → (…, num_classes)."""
+        check_input(x, self.dim, self)
+        return F.linear(x, self.weight)
+
+    def _reads_weight(self) -> bool:
+        # The embedding's own call looks rows up; nothing around it is a projection.
+        return True

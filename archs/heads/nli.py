@@ -11,7 +11,7 @@ as one sequence, encoded together ([CLS] premise [SEP] hypothesis [SEP]).
 """
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,9 @@ class NLIHead(nn.Module):
 
     Subclasses choose the mixer. features (B, T, in_features) and mask (B, T) → logits (B, num_classes).
     """
+
+    # The logits' weight is no hidden matrix.
+    optim_groups: ClassVar[dict[str, str]] = {"classifier.weight": "decay"}
 
     def __init__(
         self,

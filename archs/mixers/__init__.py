@@ -1,4 +1,4 @@
-"""Mixers: tokens to tokens, (B, T, dim) → (B, T, dim), causal.
+"""Mixers: tokens to tokens, (B, T, dim) → (B, T, dim), causal unless `causal` is False.
 
 A mixer is constructed as `Mixer(dim, *, options…, device, dtype)` and has
 

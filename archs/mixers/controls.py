@@ -12,17 +12,16 @@ reduction and Plücker projection, K = r(r − 1)/2. `width` overrules that.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.plucker import gated_blend
 from ..checks import check_input
 from ..init import init_weights
 from ..registry import register_slot
-from .grassmann import ReducedHistory, checked_offsets
+from .grassmann import ReducedHistory, blended, checked_offsets
 
 
 class Control(nn.Module, ABC):
@@ -116,7 +115,7 @@ class Control(nn.Module, ABC):
         g = self.pair(own, window, positions, chosen)
         if self.out_proj is not None:
             g = self.out_proj(g)
-        return gated_blend(x, g, self.gate.weight, self.gate.bias, backend=self.backend)
+        return blended(x, g, self.gate, self.backend)
 
     def init_state(
         self,
@@ -168,6 +167,9 @@ class CausalConvolution(Control):
 
     Blocks that share one such mixer must have as many offsets each (ValueError).
     """
+
+    # A depthwise convolution's weight, whose rows no product of matrices mixes.
+    optim_groups: ClassVar[dict[str, str]] = {"taps": "decay"}
 
     def build(self, dd: dict[str, Any]) -> None:
         self.reduce = nn.Linear(self.dim, self.width, **dd)

@@ -1,13 +1,14 @@
 """Causal Grassmann Plücker mixing (arXiv 2512.19428, §3.2)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.plucker import gated_blend, plucker_coordinates, plucker_mix
-from ..checks import check_input
+from ..checks import check_input, is_plain
 from ..init import init_weights
 from ..registry import register_slot
 from .state import MixerState
@@ -102,11 +103,14 @@ class CausalGrassmannMixer(nn.Module):
         g = self._mix(z, offsets) if state is None else self._continue(z, state, lengths, offsets)
         if self.out_proj is not None:
             g = self.out_proj(g)
-        return gated_blend(x, g, self.gate.weight, self.gate.bias, backend=self.backend)
+        return blended(x, g, self.gate, self.backend)
 
     def _mix(self, z: Tensor, offsets: Sequence[int]) -> Tensor:
-        weight, bias = self.plucker.weight, self.plucker.bias
-        return plucker_mix(z, weight, bias, offsets=tuple(offsets), eps=self.eps, backend=self.backend)
+        if is_plain(self.plucker):
+            weight, bias = self.plucker.weight, self.plucker.bias
+            return plucker_mix(z, weight, bias, offsets=tuple(offsets), eps=self.eps, backend=self.backend)
+        positions = torch.arange(z.shape[1], device=z.device)[None]
+        return self._project(z, F.pad(z, (0, 0, max(offsets), 0)), positions, offsets)
 
     def _continue(self, z: Tensor, state: ReducedHistory, lengths: Tensor | None, offsets: Sequence[int]) -> Tensor:
         state.check(z, offsets)
@@ -115,12 +119,16 @@ class CausalGrassmannMixer(nn.Module):
         state.advance(length, lengths)
         if fresh:
             return self._mix(z, offsets)
+        return self._project(z, window, positions, offsets)
+
+    def _project(self, z: Tensor, window: Tensor, positions: Tensor, offsets: Sequence[int]) -> Tensor:
+        """g (B, T, dim) of z (B, T, rank) at `positions`; window (B, ≥ max Δ + T, rank): what came before, and z."""
+        length = z.shape[1]
         first = window.shape[1] - length
         past = torch.stack([window[:, first - delta : first - delta + length] for delta in offsets], dim=2)
         valid = positions[..., None] >= torch.tensor(offsets, device=z.device)
         coordinates = mean_coordinates(z, past, valid, self.eps).to(z.dtype)
-        g = F.linear(coordinates, self.plucker.weight, self.plucker.bias)
-        return g * valid.any(-1, keepdim=True)
+        return self.plucker(coordinates) * valid.any(-1, keepdim=True)
 
     def init_state(
         self,
@@ -144,6 +152,14 @@ class CausalGrassmannMixer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, rank={self.rank}, offsets={self.offsets}"
+
+
+def blended(x: Tensor, g: Tensor, gate: Any, backend: str | None) -> Tensor:
+    """α ⊙ x + (1 − α) ⊙ g with α = σ(gate([x; g])), in the dtype of x (…, dim)."""
+    if is_plain(gate):
+        return gated_blend(x, g, gate.weight, gate.bias, backend=backend)
+    alpha = torch.sigmoid(gate(torch.cat([x, g], dim=-1)))
+    return (alpha * x + (1 - alpha) * g).to(x.dtype)
 
 
 def mean_coordinates(z: Tensor, past: Tensor, valid: Tensor, eps: float) -> Tensor:

@@ -4,10 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.plucker import gated_blend
 from ..checks import check_input
 from ..init import init_weights
-from .grassmann import mean_coordinates
+from .grassmann import blended, mean_coordinates
 
 
 class WindowGrassmannMixer(nn.Module):
@@ -74,7 +73,7 @@ class WindowGrassmannMixer(nn.Module):
         others = self._neighbours(z).movedim(-1, -2)
         coordinates = mean_coordinates(z, others, times[:, :, None], self.eps).flatten(2).to(x.dtype)
         g = self.plucker(coordinates) * times.any(-1, keepdim=True)
-        return gated_blend(x, g, self.gate.weight, self.gate.bias, backend=self.backend)
+        return blended(x, g, self.gate, self.backend)
 
     def _neighbours(self, x: Tensor) -> Tensor:
         """(B, T, …) → (B, T, …, 2·window − 1): x at t − window + 1 … t + window − 1, zeros outside."""

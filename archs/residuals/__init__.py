@@ -3,8 +3,8 @@
 A residual is constructed as `Residual(branch, dim, layer_index, *, norm, dropout, options…, device, dtype)`, where
 `layer_index` counts sublayers from 0, and has
 
-- `forward(x, *args)`: x is the stream, (B, T, dim) or (B, T, n, dim) with n streams; the branch gets (B, T, dim) and
-  `*args`. It owns the norms. A branch may return `(y, auxiliary loss)`; then so does the residual.
+- `forward(x, *args, **kwargs)`: x is the stream, (B, T, dim) or (B, T, n, dim) with n streams; the branch gets (B, T,
+  dim), `*args` and `**kwargs`. It owns the norms. A branch may return `(y, auxiliary loss)`; then so does the residual.
 - `num_layers`, if its constructor takes it: the number of sublayers of the model.
 - `expand(x)`, called on the first sublayer's residual, and `reduce(x)`, called on the last one's: from (B, T, dim) to
   the stream and back.

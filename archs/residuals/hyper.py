@@ -44,7 +44,7 @@ class Hyper(nn.Module):
     """What all hyper-connections share: streams (…, n, dim) around a branch that sees (…, dim).
 
     Args:
-        branch: a module or any callable from (…, dim), and further positional arguments, to (…, dim) or a tuple whose
+        branch: a module or any callable from (…, dim), and further arguments, to (…, dim) or a tuple whose
             first entry that is; the rest of the tuple is passed on. None: `forward` returns (branch input, function
             from the branch's output to the streams).
         dim: width of a stream.
@@ -56,7 +56,7 @@ class Hyper(nn.Module):
         reduce: "sum", "mean" or "learned" weights (n,); None for "sum" under init="paper", else "mean".
         transposed: mix by the transpose of H_res, as the official programs do; the papers write H_res X.
         norm: "pre" or "post" for a LayerNorm before the branch (the streams themselves are never normalised, so the two
-            are the same); None for none.
+            are the same); None for none. norm_eps: of the LayerNorm.
         dropout: of the branch's output.
         num_layers: number of sublayers, so that the last one alone makes a learned reduce; None: each does.
 
@@ -88,6 +88,7 @@ class Hyper(nn.Module):
         disable: bool = False,
         transposed: bool = False,
         norm: str | None = None,
+        norm_eps: float = 1e-5,
         dropout: float = 0.0,
         num_layers: int | None = None,
         device: torch.device | str | None = None,
@@ -109,7 +110,7 @@ class Hyper(nn.Module):
         self.init, self.dynamic, self.transposed = init, dynamic, transposed
         self.disabled = disable or num_streams == 1
         self.expand_kind, self.reduce_kind = expand, reduce
-        self.branch_norm = nn.LayerNorm(dim, **dd) if norm else nn.Identity()
+        self.branch_norm = nn.LayerNorm(dim, eps=norm_eps, **dd) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         if self.disabled:
             return
@@ -145,13 +146,13 @@ class Hyper(nn.Module):
         if "reduce_weight" in self._parameters:
             self.reduce_weight.fill_(1.0 if self.init == "paper" else 1 / self.num_streams)
 
-    def forward(self, x: Any, *args: Any) -> Any:
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The streams after the branch, or `(streams, *rest)` if the branch returns a tuple. ValueError for x without
         the streams' dimension."""
         u, join = self.open(x)
         if self.branch is None:
             return self.branch_norm(u), lambda y: join(self.dropout(y))
-        out = self.branch(self.branch_norm(u), *args)
+        out = self.branch(self.branch_norm(u), *args, **kwargs)
         if isinstance(out, tuple):
             return (join(self.dropout(out[0])), *out[1:])
         return join(self.dropout(out))
@@ -200,7 +201,8 @@ class Hyper(nn.Module):
         if self.reduce_kind == "learned":
             if "reduce_weight" not in self._parameters:
                 raise ValueError(f"reduce='learned' is the last sublayer's, layer_index={self.layer_index} is not")
-            return torch.einsum("...nc,n->...c", torch.clone(x), self.reduce_weight.to(x.dtype))
+            with without_autocast(x.device.type):
+                return torch.einsum("...nc,n->...c", torch.clone(x), self.reduce_weight.to(x.dtype))
         total = x.sum(-2)
         return total if self.reduce_kind == "sum" else total / self.num_streams
 

@@ -47,6 +47,7 @@ class KromHC(Manifold):
         disable: bool = False,
         transposed: bool = False,
         norm: str | None = None,
+        norm_eps: float = 1e-5,
         dropout: float = 0.0,
         num_layers: int | None = None,
         device: torch.device | str | None = None,
@@ -58,8 +59,8 @@ class KromHC(Manifold):
         self.keep_streams = keep_streams
         super().__init__(
             branch, dim, layer_index, num_streams=num_streams, init=init, dynamic=dynamic, expand=expand, reduce=reduce,
-            disable=disable, transposed=transposed, norm=norm, dropout=dropout, num_layers=num_layers, device=device,
-            dtype=dtype,
+            disable=disable, transposed=transposed, norm=norm, norm_eps=norm_eps, dropout=dropout,
+            num_layers=num_layers, device=device, dtype=dtype,
         )  # fmt: skip
 
     def mixing_flops(self) -> int:

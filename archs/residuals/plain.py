@@ -18,7 +18,7 @@ class PlainResidual(nn.Module):
         norm="post":  LN(x + Dropout(f(x)));  Dropout(LN(f(x))) if f has `carries_input`, because a blending mixer has
                       x in its output already (arXiv 2512.19428, §3.2)
 
-    x (…, dim); extra positional arguments go to the branch. If the branch returns a tuple, its first entry joins the
+    x (…, dim); further arguments go to the branch. If the branch returns a tuple, its first entry joins the
     stream and the rest is passed on.
     """
 
@@ -42,10 +42,10 @@ class PlainResidual(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=norm_eps, device=device, dtype=dtype)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, *args: Any) -> Any:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The stream after the branch, or `(stream, *rest)` if the branch returns a tuple."""
         check_input(x, self.dim)
-        out = self.branch(self.norm(x) if self.norm_first else x, *args)
+        out = self.branch(self.norm(x) if self.norm_first else x, *args, **kwargs)
         if isinstance(out, tuple):
             return (self._join(x, out[0]), *out[1:])
         return self._join(x, out)

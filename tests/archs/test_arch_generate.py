@@ -74,6 +74,15 @@ def test_closing_a_stream_restores_training_mode(model):
     assert model.training
 
 
+def test_generating_leaves_each_module_in_its_mode(model):
+    model.train()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    assert len(set(modes)) == 2
+    model.generate(prompt(1, 3), 2)
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_eos_ends_a_row_and_then_the_batch(model):
     ids = prompt(2, 3)
     free = model.generate(ids, 12, temperature=0)[:, 3:]

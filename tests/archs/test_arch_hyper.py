@@ -681,3 +681,33 @@ def test_flops_are_projections_branch_ends_and_mixing(residual, logits):
     width, mixing = 4 * 8, {"kromhc": 2 * (2 + 2) * 4 * 8}.get(residual, 2 * 4 * 4 * 8)
     more = 2 * width * (4 + 4 + logits) + 4 * width + mixing
     assert streams.flops_per_token(8) - plain.flops_per_token(8) == 2 * more
+
+
+@pytest.mark.parametrize("kind", [*CLASSES, "plain"])
+@pytest.mark.parametrize("off", [{}, {"disable": True}])
+def test_keyword_arguments_go_to_the_branch(kind, off):
+    cls, options = (PlainResidual, {}) if kind == "plain" else (CLASSES[kind], off)
+    layer = cls(lambda u, shift, *, scale: scale * u + shift, 6, **options, **FLOAT64)
+    alone = cls(lambda u: 3 * u + 2, 6, **options, **FLOAT64)
+    x = layer.expand(normal(2, 4, 6))
+    assert torch.equal(torch.clone(layer(x, 2.0, scale=3.0)), torch.clone(alone(x)))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("reduce", ["sum", "mean", "learned"])
+def test_autocast_leaves_the_reduction_in_the_streams_dtype(kind, reduce):
+    layer = randomised(CLASSES[kind](nn.Identity(), 6, reduce=reduce))
+    x = normal(2, 4, 4, 6, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer.reduce(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, layer.reduce(x))
+
+
+@pytest.mark.parametrize("residual", ["plain", *CLASSES])
+def test_every_norm_of_a_model_has_the_epsilon_asked_for(residual):
+    model = create_model("lm", residual=residual, norm="pre", norm_eps=1e-3, **SIZES)
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    assert len(norms) == 2 * SIZES["depth"] + 1 and {norm.eps for norm in norms} == {1e-3}
+    image = create_model("vit_b16", residual=residual, depth=1, dim=12, ffn_dim=8, num_heads=2, device="meta")
+    assert {norm.eps for norm in image.modules() if isinstance(norm, nn.LayerNorm)} == {1e-6}

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from grassland.archs import (
     MLP,
@@ -84,6 +85,24 @@ def test_a_model_that_could_not_be_loaded_is_not_written(model, tmp_path):
     with pytest.raises(ValueError, match=r"not what its config builds.*8 tensors are missing: blocks.0.ffn"):
         save_model(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_tied_to_another_models_embedding_is_not_written(model, tmp_path):
+    model.embed = nn.Embedding(13, 8)
+    with pytest.raises(ValueError, match=r"^head\.tied refers to a module that is not the model's"):
+        save_model(torch.compile(model, backend="eager"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    model.head.tied.module = model.embed
+    save_model(model, tmp_path)
+    ids = torch.randint(13, (2, 8))
+    assert torch.equal(load_model(tmp_path)(ids), model(ids))
+
+
+def test_a_branch_shared_with_a_block_that_lost_it_is_not_written(tmp_path):
+    model = create_model("lm", share=("ffn",), **SIZES)
+    model.blocks[0].ffn.branch = MLP(8, 12)
+    with pytest.raises(ValueError, match=r"^blocks\.1\.ffn\.branch refers to a module"):
+        save_model(model, tmp_path)
 
 
 @pytest.mark.parametrize("slot", ["mixer", "residual", "ffn", "head"])

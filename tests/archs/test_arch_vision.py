@@ -8,7 +8,9 @@ from grassland.archs import WideNet, create_model, load_model, save_model
 from grassland.archs.registry import slot_choices
 
 TINY = {"image_size": 8, "patch_size": 4, "dim": 12, "depth": 2, "ffn_dim": 16, "num_heads": 2, "num_classes": 5}
+WITHOUT_DEPTH = {name: size for name, size in TINY.items() if name != "depth"}
 TEXT = {"vocab_size": 31, "max_len": 16, "dim": 12, "depth": 3, "ffn_dim": 16, "num_heads": 2, "embed_dim": 6}
+LINEAR = {name: size for name, size in TEXT.items() if name != "num_heads"}
 
 
 def images(count=4, size=8):
@@ -94,6 +96,31 @@ def test_models_train_and_are_stored_with_shared_weights_once(name, tmp_path):
     assert torch.equal(loaded(images()), model.eval()(images()))
 
 
+def test_one_stack_of_blocks_whichever_have_experts():
+    sizes = {**TINY, "depth": 5, "moe_dim": 8, "moe_blocks": 2, "dropout": 0.2}
+    streams = {"residual": "kromhc", "expand": "learned", "reduce": "learned"}
+    model = build("vit_moe_b16", **sizes, **streams).train()
+    model(images(), labels=torch.arange(4)).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert [block.ffn.layer_index for block in model.blocks] == [1, 3, 5, 7, 9]
+    assert [block.ffn.dropout.p for block in model.blocks] == [0.2, 0.2, 0.2, 0, 0]
+    assert [block.ffn.branch.dropout for block in model.blocks[3:]] == [0.2, 0.2]
+    del sizes["num_heads"]
+    schedule = ((1,), (2,), (4,), (3,), (5,))
+    model = build("vit_moe_b16", mixer="grassmann", rank=4, offsets=schedule, **sizes)
+    assert [block.mixer.branch.offsets for block in model.blocks] == list(schedule)
+
+
+def test_the_experts_of_vit_moe_are_chosen_as_widenets(tmp_path):
+    model = build("vit_moe_b16", num_experts=3, top_k=1, capacity_factor=None, depth=3, moe_dim=8, **WITHOUT_DEPTH)
+    experts = [block.ffn.branch for block in model.blocks[1:]]
+    assert [(layer.num_experts, layer.top_k, layer.capacity_factor) for layer in experts] == [(3, 1, None)] * 2
+    save_model(model, tmp_path)
+    assert torch.equal(load_model(tmp_path)(images()), model.eval()(images()))
+    # Without blocks that have them, they are dropped as those of any slot that is replaced.
+    assert "num_experts" not in model.config.override(moe_blocks=0).options
+
+
 def test_widenet_class_is_the_preset():
     assert WideNet(device="meta", **TINY).config == create_model("widenet_b16", device="meta", **TINY).config
 
@@ -127,6 +154,12 @@ def test_compiles_without_a_graph_break():
         (lambda: create_model("vit_b16", **TINY)(torch.zeros(1, 3, 8, 8), torch.zeros(2)), ("labels", "(2,)")),
         (lambda: create_model("vit_b16", **{**TINY, "num_heads": 5}), ("num_heads", "5", "12")),
         (lambda: create_model("albert_base", share=("ffn",)), ("share_norms", "ffn")),
+        (
+            lambda: create_model("albert_base", mixer="grassmann", pooler=False, offsets=((1,), (2,)), **LINEAR),
+            ("offsets", "share_norms", "((1,), (2,))"),
+        ),
+        (lambda: create_model("vit_b16", num_experts=8), ("num_experts",)),
+        (lambda: create_model("vit_moe_b16", num_experts=(4, 8)), ("num_experts", "(4, 8)")),
         (lambda: create_model("albert_base", **TEXT)(tokens(1, 17)), ("input_ids", "17", "max_len=16")),
         (lambda: create_model("albert_base", pooler=False, **TEXT).pooled(tokens(1, 3)), ("pooler",)),
         (lambda: create_model("albert_base", **TEXT)(tokens(1, 3), tokens(1, 4)), ("labels", "(1, 4)")),

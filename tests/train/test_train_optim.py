@@ -1,10 +1,12 @@
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from grassland.archs import create_model
+from grassland.archs import TransformerNLIHead, create_model
 from grassland.train.optim import build_optimizer, parameter_groups
 
 SIZES = {"vocab_size": 40, "dim": 16, "depth": 2, "ffn_dim": 32, "max_len": 8, "rank": 4, "offsets": (1, 2)}
@@ -44,6 +46,73 @@ def test_a_mark_on_a_parameter_decides_its_group(model):
     model.norm.weight.optim_group = "nowhere"
     with pytest.raises(ValueError, match="'nowhere'"):
         parameter_groups(model)
+
+
+def group_of(model, name):
+    found = [group for group, members in parameter_groups(model).items() if name in names(model, members)]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_biases_of_experts_and_taps_of_convolutions_are_no_matrices():
+    sizes = {name: value for name, value in SIZES.items() if name != "rank"}
+    model = create_model("lm", mixer="convolution", ffn="shared_moe", **sizes)
+    assert model.blocks[0].ffn.branch.b_up.ndim == model.blocks[0].mixer.branch.taps.ndim == 2
+    for bias in ("b_up", "b_down"):
+        assert group_of(model, f"blocks.0.ffn.branch.{bias}") == "no_decay"
+    assert group_of(model, "blocks.0.mixer.branch.taps") == "decay"
+    assert group_of(model, "blocks.0.ffn.branch.router") == group_of(model, "blocks.0.mixer.branch.reduce.weight")
+
+
+@pytest.mark.parametrize(("head", "weight"), [("linear", "proj."), ("classifier", "proj."), ("cosine", "")])
+def test_the_weight_of_the_logits_is_decayed_and_not_for_muon(head, weight):
+    model = create_model("lm", head=head, **SIZES)
+    assert group_of(model, f"head.{weight}weight") == "decay"
+    assert group_of(model, "embed.weight") == "no_decay"
+
+
+def test_so_is_the_weight_of_a_classifier_of_texts():
+    encoder = create_model("mlm", vocab_size=9, dim=8, depth=1, ffn_dim=8, num_heads=2, embed_dim=4, num_classes=3)
+    assert group_of(encoder, "classifier.weight") == "decay" and group_of(encoder, "pooler.weight") == "matrix"
+    assert group_of(encoder, "embed.weight") == "no_decay" and group_of(encoder, "proj.weight") == "matrix"
+    nli = TransformerNLIHead(8, 3, d_model=8, num_layers=1, num_heads=2, d_ff=8)
+    assert group_of(nli, "classifier.weight") == "decay" and group_of(nli, "hidden.weight") == "matrix"
+
+
+def test_vectors_of_any_shape_are_not_decayed():
+    model = nn.Module()
+    model.token = nn.Parameter(torch.zeros(1, 1, 5))
+    model.table = nn.Parameter(torch.zeros(1, 4, 5))
+    assert group_of(model, "token") == "no_decay" and group_of(model, "table") == "decay"
+
+
+def test_models_of_timm_say_what_is_not_decayed_and_what_classifies():
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "num_heads": 2, "num_classes": 3}
+    vit = timm.models.VisionTransformer(depth=1, **sizes)
+    # As a part of another model, too.
+    for model, prefix in ((vit, ""), (nn.Sequential(vit), "0.")):
+        assert {group_of(model, prefix + name) for name in vit.no_weight_decay() & vit.state_dict().keys()} == {
+            "no_decay"
+        }
+        assert group_of(model, f"{prefix}pos_embed") == "no_decay"
+        assert group_of(model, f"{prefix}head.weight") == "decay"
+        assert group_of(model, f"{prefix}blocks.0.attn.qkv.weight") == "matrix"
+    swin = timm.models.SwinTransformer(depths=(1,), window_size=2, **{**sizes, "patch_size": 4, "num_heads": (2,)})
+    assert group_of(swin, "layers.0.blocks.0.attn.relative_position_bias_table") == "no_decay"
+    assert group_of(swin, "head.fc.weight") == "decay"
+    vit.pos_embed.optim_group = "decay"
+    assert group_of(vit, "pos_embed") == "decay"
+
+
+def test_models_of_transformers_say_what_gives_their_logits():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    for tied, group in ((False, "decay"), (True, "no_decay")):
+        config = transformers.LlamaConfig(num_attention_heads=2, tie_word_embeddings=tied, **sizes)
+        model = transformers.LlamaForCausalLM(config)
+        assert any(p is model.lm_head.weight for p in parameter_groups(model)[group])
+        assert group_of(model, "model.layers.0.mlp.up_proj.weight") == "matrix"
 
 
 def test_adamw_decays_exactly_the_decayed_groups():
@@ -118,8 +187,51 @@ def test_a_scheduler_moves_every_part_of_a_joined_optimizer(model):
     optimizer.step()
     scheduler.step()
     assert [group["lr"] for part in optimizer.optimizers for group in part.param_groups] == [0.5, 0.5]
-    with pytest.raises(ValueError, match="the state has 0 optimisers, this optimiser has 2"):
-        optimizer.load_state_dict({"optimizers": []})
+    with pytest.raises(ValueError, match="the state has 0 groups, this optimiser has 2"):
+        optimizer.load_state_dict({"state": {}, "param_groups": []})
+
+
+def test_a_joined_optimizer_refuses_parameters_that_no_part_would_step(model):
+    optimizer = build_optimizer(model, "muon")
+    before = [len(group["params"]) for group in optimizer.param_groups]
+    with pytest.raises(ValueError, match="take no further param_group"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, 3))]})
+    assert [len(group["params"]) for group in optimizer.param_groups] == before
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copied_joined_optimizer_goes_on_as_the_original(how):
+    torch.manual_seed(0)
+    model = create_model("lm", head="grassmann", subspace_dim=2, **SIZES)
+    optimizer = build_optimizer(model, "muon", lr=1e-2)
+    step(model, optimizer, 0)
+    twin, other = how((model, optimizer))
+    assert len(other.optimizers) == 3 and other.optimizers[0] is not optimizer.optimizers[0]
+    other.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"] = 0.02
+    for seed in range(1, 3):
+        step(model, optimizer, seed)
+        step(twin, other, seed)
+    for (key, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b), key
+
+
+def test_distributed_checkpoints_take_a_joined_optimizer():
+    torch.manual_seed(0)
+    model = create_model("lm", head="grassmann", subspace_dim=2, **SIZES)
+    optimizer = build_optimizer(model, "muon", lr=1e-2)
+    step(model, optimizer, 0)
+    twin = copy.deepcopy(model)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    assert saved["state"].keys() == dict(model.named_parameters()).keys()
+    other = build_optimizer(twin, "muon", lr=0.5)
+    step(twin, other, 5)
+    twin.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(twin, other, saved)
+    for seed in range(1, 3):
+        step(model, optimizer, seed)
+        step(twin, other, seed)
+    for (key, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b), key
 
 
 def test_unknown_optimizer_is_named(model):

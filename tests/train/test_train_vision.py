@@ -20,6 +20,7 @@ from grassland.train.data.image_sources import load_images
 from grassland.train.ema import WeightAverage
 from grassland.train.log import read_metrics
 from grassland.train.loop import Trainer
+from grassland.train.optim import parameter_groups
 from grassland.train.recipes import RECIPES, recipe
 from grassland.train.start import run
 from grassland.train.tasks.vision import ImageClassification
@@ -298,7 +299,9 @@ def test_models_of_timm_survive_a_checkpoint_and_mark_their_parameters(vision, t
     images = torch.randn(2, 3, 32, 32)
     loaded = load_vision_model(tmp_path)
     assert torch.equal(loaded(images), task.eval_model(images))
-    assert loaded.pos_embed.optim_group == "no_decay"
+    groups = parameter_groups(loaded)
+    assert any(p is loaded.pos_embed for p in groups["no_decay"])
+    assert any(p is loaded.head.weight for p in groups["decay"])
     weights = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(CheckpointError, match=r"model.safetensors: corrupt or truncated"):
