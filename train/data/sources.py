@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def _pieces(text: str, size: int) -> list[str]:
 
 
 def _read_folder(folder: Path, column: str) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    files = files_below(folder, SUFFIXES)
     texts = {}
     for split, names in ALIASES.items():
         found = [path for path in files if split_of(path.relative_to(folder)) in names]
@@ -104,6 +104,13 @@ def _read_folder(folder: Path, column: str) -> dict[str, str]:
     if "train" not in texts:
         raise FileNotFoundError(f"data {folder}: no train file ({', '.join('*train*' + s for s in SUFFIXES)}) in it")
     return texts
+
+
+def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """The files in a folder and the folders in it whose names end so, sorted; hidden ones, which editors and systems
+    leave beside the data, are left out."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts))
 
 
 def split_of(path: Path) -> str | None:
@@ -117,8 +124,8 @@ def split_of(path: Path) -> str | None:
 
 
 def _read_file(path: Path, column: str) -> str:
-    if path.suffix == ".parquet":
-        return _join_rows(_parquet_rows(path, column))
+    if path.suffix.lower() == ".parquet":
+        return _join_rows(_parquet_rows(path, column), f"data {path}: column {column!r}")
     try:
         # newline="" keeps what is in the file: bits per byte are counted on it.
         with path.open(encoding="utf-8", newline="") as file:
@@ -127,7 +134,7 @@ def _read_file(path: Path, column: str) -> str:
         raise ValueError(f"data {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def _parquet_rows(path: Path, column: str) -> Iterable[str]:
+def _parquet_rows(path: Path, column: str) -> Iterable[Any]:
     file = open_parquet(path)
     if column not in file.schema_arrow.names:
         raise ValueError(f"data {path}: no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
@@ -177,12 +184,18 @@ def _read_hub(source: str, column: str) -> dict[str, str]:
         if found is not None and column not in dataset[found].column_names:
             raise ValueError(f"data {source}: no column {column!r}; it has {', '.join(dataset[found].column_names)}")
         if found is not None:
-            texts[split] = _join_rows(dataset[found][column])
+            texts[split] = _join_rows(dataset[found][column], f"data {source}: {found}: column {column!r}")
     return texts
 
 
-def _join_rows(rows: Iterable[str]) -> str:
-    return "".join(row if row.endswith("\n") else row + "\n" for row in rows if row is not None)
+def _join_rows(rows: Iterable[Any], where: str) -> str:
+    texts = []
+    for index, row in enumerate(rows):
+        if row is not None and not isinstance(row, str):
+            raise ValueError(f"{where}: row {index} is no text, but {row!r:.80}")
+        if row is not None:
+            texts.append(row if row.endswith("\n") else row + "\n")
+    return "".join(texts)
 
 
 def first_line(error: Exception) -> str:
