@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from grassland.archs import CheckpointError, CosineHead
+from grassland.archs import CheckpointError, CosineHead, SharedMoE
 from grassland.train.__main__ import main
 from grassland.train.classify import Tally
 from grassland.train.compare.arms import VIT
@@ -164,6 +164,27 @@ def test_binary_cross_entropy_counts_targets_above_the_threshold_as_ones(vision)
     ones = (batch.targets > 0.2).float()
     expected = -(ones * logits.sigmoid().log() + (1 - ones) * (1 - logits.sigmoid()).log()).sum(1).mean()
     torch.testing.assert_close(loss, expected)
+
+
+EXPERTS = {**OWN, "model": "widenet_b16", "set": (*OWN["set"], "num_experts=2")}
+
+
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+@pytest.mark.parametrize("mix", [0.0, 0.4], ids=["classes", "mixed"])
+def test_the_balance_of_experts_is_part_of_either_loss(vision, loss, mix):
+    task = ImageClassification(vision(**EXPERTS, loss=loss, mixup=mix, cutmix=0.0), torch.device("cpu"))
+    task.model.train()
+    batch = next(task.batches(0))
+    ffns = [module for module in task.model.modules() if isinstance(module, SharedMoE)]
+    losses = []
+    for weight in (0.0, 1.0):
+        for ffn in ffns:
+            ffn.balance_weight = weight
+        torch.manual_seed(0)
+        losses.append(task.loss(task.model, batch).item())
+    torch.manual_seed(0)
+    balance = sum(task.model.features(batch.images)[1]).item()
+    assert balance > 0.1 and losses[1] - losses[0] == pytest.approx(balance, rel=1e-3)
 
 
 def test_the_average_follows_the_weights_and_is_put_back_on_the_manifold():
@@ -325,6 +346,10 @@ def fail(capsys):
         (["--model", "grassmann_lm_6l"], "model 'grassmann_lm_6l' is of kind 'lm', not for images"),
         (["--model", "test_vit", "--img-size", "50"], "test_vit does not take images of 50×50"),
         (["--set", "chanels=8,8,8,8"], "chanels"),
+        (
+            ["--model", "test_vit", "--set", "num_heads=0"],
+            "test_vit cannot be built with num_heads=0, img_size=224: ",
+        ),
         (["--data", "/nowhere/images"], "/nowhere/images: no such file or folder"),
         (["--recipe", "r51"], "unknown recipe 'r51'; did you mean"),
         (["--auto-augment", "rand-x9"], "auto_augment 'rand-x9'"),
