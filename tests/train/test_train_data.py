@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -169,6 +171,14 @@ def test_lines_of_a_vocabulary_are_its_ids(tmp_path):
         load_tokenizer(str(path))
 
 
+def test_ids_that_leave_some_out_are_named(tmp_path, text_file):
+    library = pytest.importorskip("tokenizers")
+    path = tmp_path / "tokenizer.json"
+    library.Tokenizer(library.models.WordLevel({"a": 0, "b": 2}, "a")).save(str(path))
+    with pytest.raises(ValueError, match=r"tokenizer.json: it has 2 tokens, but one of them is number 2"):
+        load_corpus(str(text_file), str(path))
+
+
 def test_a_prompt_is_tokenised_as_the_training_text():
     # Its tokens go beyond the ends of lines.
     library = pytest.importorskip("tokenizers")
@@ -190,6 +200,28 @@ def test_a_column_of_no_text_is_named(tmp_path, rows):
     parquet.write_table(arrow.table({"n": rows}), tmp_path / "t.parquet")
     with pytest.raises(ValueError, match=r"t.parquet: column 'n': row 0 is no text, but"):
         load_text(str(tmp_path / "t.parquet"), "n")
+
+
+def test_files_of_a_split_share_no_line(tmp_path):
+    contents = {"train-0": "a b", "train-1": "", "train-2": "c\n", "train-3": "d", "dev": "e", "test": "f"}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.txt").write_text(content)
+    assert load_text(str(tmp_path)) == {"train": "a b\nc\nd", "valid": "e", "test": "f"}
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "train.txt").write_text("a b")
+    (tmp_path / "more").mkdir()
+    scandir = os.scandir
+
+    def refusing(folder):
+        if Path(folder).name == "more":
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="more"):
+        load_text(str(tmp_path))
 
 
 def test_hidden_files_are_no_data(tmp_path):

@@ -143,7 +143,7 @@ def _class_images(root: Path, classes: list[str]) -> Files:
         raise ValueError(f"data {root / unknown[0]}: there is no class of this name in train")
     paths, labels = [], []
     for name in found:
-        files = [str(path.relative_to(root)) for path in files_below(root / name, SUFFIXES)]
+        files = sorted(str(path.relative_to(root)) for path in files_below(root / name, SUFFIXES))
         if not files:
             raise ValueError(f"data {root / name}: an empty class folder: no images in it")
         paths += files

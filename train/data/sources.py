@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def _read_folder(folder: Path, column: str) -> dict[str, str]:
     for split, names in ALIASES.items():
         found = [path for path in files if split_of(path.relative_to(folder)) in names]
         if found:
-            texts[split] = "".join(_read_file(path, column) for path in found)
+            texts[split] = _joined([_read_file(path, column) for path in found])
     if "train" not in texts:
         raise FileNotFoundError(f"data {folder}: no train file ({', '.join('*train*' + s for s in SUFFIXES)}) in it")
     return texts
@@ -108,9 +109,16 @@ def _read_folder(folder: Path, column: str) -> dict[str, str]:
 
 def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """The files in a folder and the folders in it whose names end so, sorted; hidden ones, which editors and systems
-    leave beside the data, are left out."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
-    return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts))
+    leave beside the data, are left out. OSError for a folder that cannot be read."""
+    found = []
+    for place, folders, names in os.walk(folder, onerror=_refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, n) for n in names if not n.startswith(".") and Path(n).suffix.lower() in suffixes]
+    return sorted(found)
+
+
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 def split_of(path: Path) -> str | None:
@@ -186,6 +194,11 @@ def _read_hub(source: str, column: str) -> dict[str, str]:
         if found is not None:
             texts[split] = _join_rows(dataset[found][column], f"data {source}: {found}: column {column!r}")
     return texts
+
+
+def _joined(texts: list[str]) -> str:
+    """The texts one after the other, each on a line of its own."""
+    return "".join(text if not text or text.endswith("\n") else text + "\n" for text in texts[:-1]) + texts[-1]
 
 
 def _join_rows(rows: Iterable[Any], where: str) -> str:
