@@ -109,6 +109,9 @@ def _all_features(
     for part in (data.splits[name] for name in names):
         if id(part) not in found:
             found[id(part)] = features(model, part, config, device)
+    for name in names:
+        if not len(found[id(data.splits[name])][1]):
+            raise ValueError(f"data {data.name}: there is no readable image in the {name} split")
     train, valid, test = (found[id(data.splits[name])] for name in names)
     if len(np.unique(train[1])) < 2:
         raise ValueError(f"data {data.name}: a classifier needs images of two classes or more")

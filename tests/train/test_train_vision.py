@@ -420,6 +420,17 @@ def test_transfer_names_a_folder_without_an_image_model(fail, tmp_path):
     assert "no run of an image model" in fail("transfer", tmp_path)
 
 
+def test_transfer_names_a_split_without_a_readable_image(fail, vision, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    run(ImageClassification, vision(out=str(tmp_path / "run"), steps=1))
+    for name in ("train/a", "train/b", "val/a"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        image.new("RGB", (9, 9)).save(tmp_path / "data" / name / "0.png")
+    (tmp_path / "data/val/a/0.png").write_bytes(b"")
+    command = ["transfer", tmp_path / "run", "--data", tmp_path / "data", "--bad-images", "skip"]
+    assert "data data: there is no readable image in the valid split" in fail(*command)
+
+
 def test_other_data_are_refused_on_resumption(vision, tmp_path, monkeypatch):
     run(ImageClassification, vision(out=str(tmp_path / "run"), steps=1))
     identity = ImageClassification.identity
