@@ -89,16 +89,16 @@ def _settings(options: TransferOptions) -> VisionConfig:
         raise CheckpointError(f"{options.folder}: no run of an image model, nothing to transfer")
     try:
         config = VisionConfig.from_dict({**content["run"], "batch_size": 2})
-        return replace(
-            config,
-            batch_size=options.batch_size,
-            mixup=0.0,
-            cutmix=0.0,
-            bad_images=options.bad_images,
-            workers=options.workers,
-        )
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{options.folder / 'config.json'}: {error}") from error
+    return replace(
+        config,
+        batch_size=options.batch_size,
+        mixup=0.0,
+        cutmix=0.0,
+        bad_images=options.bad_images,
+        workers=options.workers,
+    )
 
 
 def _all_features(

@@ -160,7 +160,10 @@ def test_hub_data_without_labels_in_its_test_split(tmp_path, monkeypatch):
     sets = {}
     for split, labels in (("train", [0, 1, 1]), ("validation", [1, 0]), ("test", [-1, -1])):
         rows = {"image": [{"bytes": encoded(50 + i), "path": None} for i in range(len(labels))], "label": labels}
-        kinds = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["no", "yes"]))
+        rows["other"] = [{"bytes": b"no image", "path": None}] * len(labels)
+        kinds = datasets.Features(
+            image=datasets.Image(), label=datasets.ClassLabel(names=["no", "yes"]), other=datasets.Image()
+        )
         sets[split] = datasets.Dataset.from_dict(rows, features=kinds)
     monkeypatch.setattr(image_sources, "load_hub", lambda source: datasets.DatasetDict(sets))
     data = load_images("someone/images")

@@ -420,9 +420,10 @@ def test_transfer_names_a_folder_without_an_image_model(fail, tmp_path):
     assert "no run of an image model" in fail("transfer", tmp_path)
 
 
-def test_transfer_names_a_split_without_a_readable_image(fail, vision, tmp_path):
+def test_transfer_names_a_bad_option_and_a_split_without_a_readable_image(fail, vision, tmp_path):
     image = pytest.importorskip("PIL.Image")
     run(ImageClassification, vision(out=str(tmp_path / "run"), steps=1))
+    assert fail("transfer", tmp_path / "run", "--workers", "-1").startswith("error: workers must not be negative")
     for name in ("train/a", "train/b", "val/a"):
         (tmp_path / "data" / name).mkdir(parents=True)
         image.new("RGB", (9, 9)).save(tmp_path / "data" / name / "0.png")

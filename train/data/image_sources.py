@@ -252,7 +252,8 @@ def _hub(source: str, columns: tuple[str | None, str | None]) -> tuple[dict[str,
         label_name = _column("label", columns[1], label, LABEL_COLUMNS, data.column_names, where)
         names = tuple(getattr(kinds[label_name], "names", None) or ()) or None
         classes = _same_classes(classes, names, f"{where}, {found}")
-        undecoded = data.cast_column(image_name, datasets.Image(decode=False))
+        # Alone: other columns would be decoded with it.
+        undecoded = data.select_columns([image_name]).cast_column(image_name, datasets.Image(decode=False))
         labels = np.asarray(data.with_format("numpy")[label_name][:], np.int64)
         splits[split] = Rows(
             _HubColumn(undecoded, image_name), labels, f"{source} {found}", f"{source} {found}".encode()
