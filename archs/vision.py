@@ -1,6 +1,6 @@
 """Image classifiers from the same slots: WideNet, ViT, ViT-MoE and whatever else a choice for each slot makes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -109,11 +109,13 @@ class VisionModel(nn.Module):
         *,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Logits (B, num_classes) of images (B, channels, S, S); with labels, their cross entropy as a scalar instead.
 
-        labels: (B,) int64, −100 ignored, or probabilities (B, num_classes). In training the ffns' auxiliary losses are
-        added. ValueError for images that the patches don't divide, and for other wrong shapes.
+        labels: (B,) int64, −100 ignored, or probabilities (B, num_classes). criterion: another loss of the logits, in
+        at least float32, and the labels; reduction and label_smoothing are not for it. In training the ffns' auxiliary
+        losses are added. ValueError for images that the patches don't divide, and for other wrong shapes.
         """
         x, auxiliary = self.features(images)
         if labels is None:
@@ -121,7 +123,11 @@ class VisionModel(nn.Module):
         if labels.shape not in ((len(images),), (len(images), self.config.num_classes)):
             shapes = f"({len(images)},) or ({len(images)}, {self.config.num_classes})"
             raise ValueError(f"labels must be {shapes}, got {tuple(labels.shape)}")
-        loss = self.head.loss(x, labels, reduction, label_smoothing=label_smoothing)
+        if criterion is None:
+            loss = self.head.loss(x, labels, reduction, label_smoothing=label_smoothing)
+        else:
+            logits = self.head.logits(x)
+            loss = criterion(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
         return loss + sum(auxiliary) if self.training and auxiliary else loss
 
     def features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -10,6 +10,7 @@ from torch import nn
 from ..archs import CheckpointError
 from ..archs.lm import LanguageModel
 from .data import load_tokenizer
+from .data.corpus import encode
 from .hf_lm import HuggingFaceLM
 from .text_model import load_text_model
 
@@ -32,7 +33,7 @@ def generate_text(
 
     Raises ValueError if the prompt has no tokens.
     """
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    ids = encode(tokenizer, prompt).tolist()  # line by line, as the training text
     if not ids:
         raise ValueError(f"prompt {prompt!r} has no tokens")
     device = next(model.parameters()).device

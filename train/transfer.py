@@ -89,16 +89,16 @@ def _settings(options: TransferOptions) -> VisionConfig:
         raise CheckpointError(f"{options.folder}: no run of an image model, nothing to transfer")
     try:
         config = VisionConfig.from_dict({**content["run"], "batch_size": 2})
-        return replace(
-            config,
-            batch_size=options.batch_size,
-            mixup=0.0,
-            cutmix=0.0,
-            bad_images=options.bad_images,
-            workers=options.workers,
-        )
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{options.folder / 'config.json'}: {error}") from error
+    return replace(
+        config,
+        batch_size=options.batch_size,
+        mixup=0.0,
+        cutmix=0.0,
+        bad_images=options.bad_images,
+        workers=options.workers,
+    )
 
 
 def _all_features(
@@ -109,6 +109,9 @@ def _all_features(
     for part in (data.splits[name] for name in names):
         if id(part) not in found:
             found[id(part)] = features(model, part, config, device)
+    for name in names:
+        if not len(found[id(data.splits[name])][1]):
+            raise ValueError(f"data {data.name}: there is no readable image in the {name} split")
     train, valid, test = (found[id(data.splits[name])] for name in names)
     if len(np.unique(train[1])) < 2:
         raise ValueError(f"data {data.name}: a classifier needs images of two classes or more")

@@ -105,8 +105,12 @@ def _timm_model(spec: ImageModelSpec) -> nn.Module:
         options["img_size"] = spec.img_size
     try:
         model: Any = timm.create_model(spec.name, num_classes=spec.num_classes, **options)
-    except (TypeError, AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"model {TIMM}{spec.name}: {error}") from error
+    except Exception as error:  # whatever a model raises for sizes that do not fit
+        settings = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"model {TIMM}{spec.name} cannot be built with {settings or 'its own settings'}: {reason}"
+        ) from error
     if not spec.head_dropout:
         _drop_head_dropout(model)
     if spec.head != "linear":
@@ -140,7 +144,7 @@ def _try_out(model: Any, spec: ImageModelSpec) -> None:
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(size))
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except Exception as error:
         raise ValueError(f"model {spec.name} does not take images of {size[2]}×{size[3]}: {error}") from error
     finally:
         model.train(training)

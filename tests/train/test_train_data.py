@@ -1,12 +1,16 @@
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from grassland.train.data import BlockOrder, block_batch, load_corpus, load_text, load_tokenizer
 from grassland.train.data.corpus import _build, encode
 from grassland.train.data.sources import pydoc_text
 from grassland.train.data.tokenizer import train_bpe
+from grassland.train.sample import generate_text
 
 
 def test_bpe_reproduces_the_text_to_the_byte(text):
@@ -142,3 +146,86 @@ def test_targets_are_the_next_tokens():
     inputs, targets = block_batch(np.arange(100, dtype=np.uint16), np.array([2, 0]), 8)
     assert inputs.tolist() == [list(range(16, 24)), list(range(8))]
     assert (targets == inputs + 1).all()
+
+
+def test_padding_and_truncation_that_a_tokenizer_file_asks_for_are_left_out(tmp_path, text_file, text):
+    tokenizer = train_bpe(text, 280)
+    tokenizer.save(str(tmp_path / "plain.json"))
+    tokenizer.enable_padding(length=64, pad_token="!")
+    tokenizer.enable_truncation(8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    found, plain = (load_corpus(str(text_file), str(tmp_path / name)) for name in ("tokenizer.json", "plain.json"))
+    assert found.key == plain.key and np.array_equal(found.train.tokens, plain.train.tokens)
+
+
+def test_lines_of_a_vocabulary_are_its_ids(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_bytes("\ufeff[PAD]\r\n[UNK]\r\n\u2028\r\n\x85\r\nplay\r\n".encode())
+    tokenizer = load_tokenizer(str(path))
+    assert [tokenizer.token_to_id(word) for word in ("[PAD]", "[UNK]", "play")] == [0, 1, 4]
+    path.write_text("[UNK]\nplay\nplay\n")
+    with pytest.raises(ValueError, match=r"vocab.txt: 'play' is on lines 2 and 3"):
+        load_tokenizer(str(path))
+    path.write_bytes(b"[UNK]\n\xff\n")
+    with pytest.raises(ValueError, match=r"vocab.txt: not UTF-8 text"):
+        load_tokenizer(str(path))
+
+
+def test_ids_that_leave_some_out_are_named(tmp_path, text_file):
+    library = pytest.importorskip("tokenizers")
+    path = tmp_path / "tokenizer.json"
+    library.Tokenizer(library.models.WordLevel({"a": 0, "b": 2}, "a")).save(str(path))
+    with pytest.raises(ValueError, match=r"tokenizer.json: it has 2 tokens, but one of them is number 2"):
+        load_corpus(str(text_file), str(path))
+
+
+def test_a_prompt_is_tokenised_as_the_training_text():
+    # Its tokens go beyond the ends of lines.
+    library = pytest.importorskip("tokenizers")
+    tokenizer = library.Tokenizer(library.models.BPE({"a": 0, "\n": 1, "\na": 2}, [("\n", "a")]))
+    prompts = []
+
+    class Model(torch.nn.Linear):
+        def generate_stream(self, ids, **choice):
+            prompts.append(ids[0].tolist())
+            return iter(())
+
+    assert not list(generate_text(Model(1, 1), tokenizer, "a\na", tokens=1))
+    assert prompts == [encode(tokenizer, "a\na").tolist()] == [[0, 1, 0]]
+
+
+@pytest.mark.parametrize("rows", [[1, 2], [["a"], ["b"]]])
+def test_a_column_of_no_text_is_named(tmp_path, rows):
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    parquet.write_table(arrow.table({"n": rows}), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=r"t.parquet: column 'n': row 0 is no text, but"):
+        load_text(str(tmp_path / "t.parquet"), "n")
+
+
+def test_files_of_a_split_share_no_line(tmp_path):
+    contents = {"train-0": "a b", "train-1": "", "train-2": "c\n", "train-3": "d", "dev": "e", "test": "f"}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.txt").write_text(content)
+    assert load_text(str(tmp_path)) == {"train": "a b\nc\nd", "valid": "e", "test": "f"}
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "train.txt").write_text("a b")
+    (tmp_path / "more").mkdir()
+    scandir = os.scandir
+
+    def refusing(folder):
+        if Path(folder).name == "more":
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="more"):
+        load_text(str(tmp_path))
+
+
+def test_hidden_files_are_no_data(tmp_path):
+    for name in ("train.txt", "dev.TXT", "test.txt", ".train.txt", ".ipynb_checkpoints/train-checkpoint.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert load_text(str(tmp_path)) == {"train": "train.txt", "valid": "dev.TXT", "test": "test.txt"}

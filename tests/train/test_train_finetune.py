@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from grassland.archs import load_model
 from grassland.train.__main__ import main
+from grassland.train.data import labelled
 from grassland.train.data.labelled import LabelledText, encode_labelled, evaluation_rows, load_labelled
 from grassland.train.data.tokenizer import load_tokenizer, special_tokens
 from grassland.train.log import read_metrics
@@ -96,6 +97,61 @@ def test_splits_columns_and_names_of_classes(tmp_path):
     assert found.splits["test"] is found.splits["valid"] and len(found.splits["valid"].texts) == 4
     single = load_labelled(str(tmp_path), text_column="hypothesis")
     assert single.splits["train"].texts[1] == ("h 1",) and single.key != found.key
+
+
+LINES = ['"an open quotation mark\t1', "null\t0", "None\t1", 'a "word" in it\t0', '"\t1', "an end\t0"]
+
+
+def test_quotation_marks_in_a_tsv_file_are_text_as_in_glue(tmp_path):
+    (tmp_path / "train.tsv").write_text("\n".join(["sentence\tlabel", *LINES]) + "\n")
+    (tmp_path / "dev.tsv").write_bytes("\r\n".join(["\ufeffsentence\tlabel", *LINES]).encode())
+    (tmp_path / "test.tsv").write_text("index\tsentence\n0\tits labels are a secret\n")
+    found = load_labelled(str(tmp_path))
+    assert found.tested_on == "valid" and found.splits["test"] is found.splits["valid"]
+    for part in (found.splits["train"], found.splits["valid"]):
+        assert [f"{text}\t{label}" for (text,), label in zip(part.texts, part.classes, strict=True)] == LINES
+
+
+def test_no_word_of_a_csv_file_is_a_missing_value(tmp_path):
+    rows = [{"text": text, "label": ("None", "NA")[i % 2]} for i, text in enumerate(["null", "None", "nan", 'a, "b"'])]
+    write(tmp_path / "train.csv", rows)
+    write(tmp_path / "dev.csv", rows[:1])
+    found = load_labelled(str(tmp_path))
+    assert found.classes == ("NA", "None") and found.splits["train"].classes.tolist() == [1, 0, 1, 0]
+    assert found.splits["train"].texts == [("null",), ("None",), ("nan",), ('a, "b"',)]
+    write(tmp_path / "train.csv", [*rows, {"text": "c", "label": ""}])
+    with pytest.raises(ValueError, match="row 4 of train has no label"):
+        load_labelled(str(tmp_path))
+
+
+def test_a_split_without_the_texts_and_files_that_do_not_go_together_are_named(tmp_path, rows):
+    write(tmp_path / "train.jsonl", rows)
+    write(tmp_path / "test.jsonl", [{"body": "a", "label": 0}])
+    with pytest.raises(ValueError, match=rf"data {tmp_path}: test: no column 'text'; it has body, label"):
+        load_labelled(str(tmp_path))
+    write(tmp_path / "other" / "train-0.csv", rows)
+    write(tmp_path / "other" / "train-1.tsv", rows)
+    with pytest.raises(ValueError, match=r"train-1.tsv: of another kind than train-0.csv"):
+        load_labelled(str(tmp_path / "other"))
+    (tmp_path / "data.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"data.txt: not one of .json, "):
+        load_labelled(str(tmp_path / "data.txt"))
+
+
+def test_classes_that_splits_number_differently_are_told_by_their_names(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def table(names, labels):
+        kinds = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=names))
+        return datasets.Dataset.from_dict({"text": ["a"] * len(labels), "label": labels}, features=kinds)
+
+    published = {"train": table(["no", "yes"], [0, 1, 1]), "validation": table(["yes", "no"], [0, 1])}
+    monkeypatch.setattr(labelled, "load_hub", lambda source: published)
+    found = load_labelled("someone/texts").splits
+    assert found["train"].classes.tolist() == [0, 1, 1] and found["valid"].classes.tolist() == [1, 0]
+    write(tmp_path / "train.jsonl", [{"text": "a", "label": name} for name in ("1", "2", "2")])
+    write(tmp_path / "dev.csv", [{"text": "a", "label": number} for number in (1, 2)])
+    assert load_labelled(str(tmp_path)).splits["valid"].classes.tolist() == [0, 1]
 
 
 def test_a_test_split_of_secret_labels_is_none(tmp_path, rows):

@@ -1,4 +1,5 @@
 import io
+import json
 import random
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from grassland.train.data import image_sources
 from grassland.train.data.image_batches import EvalBatches, TrainBatches, load_batches, train_transform
 from grassland.train.data.image_sources import load_images
-from grassland.train.data.images import ImageError
+from grassland.train.data.images import ImageError, decode
 from grassland.train.start import seed_everything
 
 Image = pytest.importorskip("PIL.Image")
@@ -99,12 +100,70 @@ def test_parquet_folder_and_its_columns(tmp_path):
             load_images(str(tmp_path), *columns)
 
 
+def test_shards_of_other_types_are_one_set(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    kinds = [("binary", "int64"), ("large_binary", "int32"), ("binary", "uint8")]
+    for shard, (image, label) in enumerate(kinds):
+        columns = {"image": arrow.array([encoded(shard)], image), "label": arrow.array([shard], label)}
+        parquet.write_table(arrow.table(columns), tmp_path / f"train-{shard}.parquet")
+    write_parquet(tmp_path / "valid.parquet", [2])
+    data = load_images(str(tmp_path))
+    assert data.splits["train"].labels.tolist() == [0, 1, 2]
+    assert [value(data.splits["train"], i) for i in range(3)] == [0, 1, 2]
+    write_parquet(tmp_path / "train-3.parquet", [0])
+    with pytest.raises(ValueError, match=r"train-3.parquet: its images are struct<.*those of train-0.parquet binary"):
+        load_images(str(tmp_path))
+
+
+def test_classes_in_another_order_are_named(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for name, order in (("train", ["ant", "bee"]), ("valid", ["bee", "ant"])):
+        path = tmp_path / f"{name}.parquet"
+        write_parquet(path, [0, 1])
+        known = json.dumps({"info": {"features": {"label": {"names": order}}}})
+        parquet.write_table(parquet.read_table(path).replace_schema_metadata({"huggingface": known}), path)
+    with pytest.raises(ValueError, match=r"valid.parquet: its classes are bee, ant, but others' are ant, bee"):
+        load_images(str(tmp_path))
+
+
+def test_split_folders_are_no_classes(folder, tmp_path):
+    root = tmp_path / "split"
+    root.mkdir()
+    folder.rename(root / "Train")
+    (root / "Val" / "cat").mkdir(parents=True)
+    (root / "Val" / "cat" / "x.png").write_bytes(encoded(99))
+    (root / "Train" / "ant" / ".cache").mkdir()
+    (root / "Train" / "ant" / ".cache" / "0.png").write_bytes(encoded(0))
+    data = load_images(str(root))
+    assert data.classes == ("ant", "bee", "cat", "dog") and len(data.splits["train"]) == 24
+    (root / "Train").rename(root / "test")
+    with pytest.raises(FileNotFoundError, match="no train folder beside test, val"):
+        load_images(str(root))
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
+def test_images_of_16_bits_keep_the_upper_8(form):
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([[0, 255, 256, 65535]], np.uint16)).save(buffer, form)
+    assert np.asarray(decode(buffer.getvalue(), "it"))[0, :, 0].tolist() == [0, 0, 1, 255]
+
+
+def test_images_without_a_range_are_errors():
+    buffer = io.BytesIO()
+    Image.fromarray(np.ones((2, 2), np.float32)).save(buffer, "TIFF")
+    with pytest.raises(ImageError, match=r"image it: .*mode F have no known range"):
+        decode(buffer.getvalue(), "it")
+
+
 def test_hub_data_without_labels_in_its_test_split(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     sets = {}
     for split, labels in (("train", [0, 1, 1]), ("validation", [1, 0]), ("test", [-1, -1])):
         rows = {"image": [{"bytes": encoded(50 + i), "path": None} for i in range(len(labels))], "label": labels}
-        kinds = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["no", "yes"]))
+        rows["other"] = [{"bytes": b"no image", "path": None}] * len(labels)
+        kinds = datasets.Features(
+            image=datasets.Image(), label=datasets.ClassLabel(names=["no", "yes"]), other=datasets.Image()
+        )
         sets[split] = datasets.Dataset.from_dict(rows, features=kinds)
     monkeypatch.setattr(image_sources, "load_hub", lambda source: datasets.DatasetDict(sets))
     data = load_images("someone/images")

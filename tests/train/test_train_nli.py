@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from grassland.archs import CheckpointError
 from grassland.train.__main__ import main
-from grassland.train.data import load_tokenizer
+from grassland.train.data import load_tokenizer, pairs
 from grassland.train.data.pairs import LABELS, PairTokens, load_pairs, marks
 from grassland.train.log import read_metrics
 from grassland.train.loop import Trainer
@@ -78,6 +78,18 @@ def test_the_hubs_names_and_integer_labels_are_read(tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     splits = load_pairs(str(tmp_path / "x.jsonl"))
     assert sum(map(len, splits.values())) == 60 and set(splits["train"].labels) == {0, 1, 2}
+
+
+def test_the_hubs_labels_are_told_by_their_names(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    names = ["contradiction", "entailment", "neutral"]
+    text = datasets.Value("string")
+    kinds = datasets.Features(premise=text, hypothesis=text, label=datasets.ClassLabel(names=names))
+    rows = {"premise": ["a"] * 4, "hypothesis": ["b"] * 4, "label": [0, 1, 2, -1]}
+    table = datasets.Dataset.from_dict(rows, features=kinds)
+    monkeypatch.setattr(pairs, "load_hub", lambda source: dict.fromkeys(("train", "validation", "test"), table))
+    found = load_pairs("someone/pairs")["valid"]
+    assert [LABELS[label] for label in found.labels] == names and found.dropped == 1
 
 
 def test_tokens_are_marked_cut_and_padded(folder, shared):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from grassland.archs import CheckpointError, CosineHead
+from grassland.archs import CheckpointError, CosineHead, SharedMoE
 from grassland.train.__main__ import main
 from grassland.train.classify import Tally
 from grassland.train.compare.arms import VIT
@@ -165,6 +165,27 @@ def test_binary_cross_entropy_counts_targets_above_the_threshold_as_ones(vision)
     ones = (batch.targets > 0.2).float()
     expected = -(ones * logits.sigmoid().log() + (1 - ones) * (1 - logits.sigmoid()).log()).sum(1).mean()
     torch.testing.assert_close(loss, expected)
+
+
+EXPERTS = {**OWN, "model": "widenet_b16", "set": (*OWN["set"], "num_experts=2")}
+
+
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+@pytest.mark.parametrize("mix", [0.0, 0.4], ids=["classes", "mixed"])
+def test_the_balance_of_experts_is_part_of_either_loss(vision, loss, mix):
+    task = ImageClassification(vision(**EXPERTS, loss=loss, mixup=mix, cutmix=0.0), torch.device("cpu"))
+    task.model.train()
+    batch = next(task.batches(0))
+    ffns = [module for module in task.model.modules() if isinstance(module, SharedMoE)]
+    losses = []
+    for weight in (0.0, 1.0):
+        for ffn in ffns:
+            ffn.balance_weight = weight
+        torch.manual_seed(0)
+        losses.append(task.loss(task.model, batch).item())
+    torch.manual_seed(0)
+    balance = sum(task.model.features(batch.images)[1]).item()
+    assert balance > 0.1 and losses[1] - losses[0] == pytest.approx(balance, rel=1e-3)
 
 
 def test_the_average_follows_the_weights_and_is_put_back_on_the_manifold():
@@ -328,6 +349,10 @@ def fail(capsys):
         (["--model", "grassmann_lm_6l"], "model 'grassmann_lm_6l' is of kind 'lm', not for images"),
         (["--model", "test_vit", "--img-size", "50"], "test_vit does not take images of 50×50"),
         (["--set", "chanels=8,8,8,8"], "chanels"),
+        (
+            ["--model", "test_vit", "--set", "num_heads=0"],
+            "test_vit cannot be built with num_heads=0, img_size=224: ",
+        ),
         (["--data", "/nowhere/images"], "/nowhere/images: no such file or folder"),
         (["--recipe", "r51"], "unknown recipe 'r51'; did you mean"),
         (["--auto-augment", "rand-x9"], "auto_augment 'rand-x9'"),
@@ -396,6 +421,18 @@ def test_transfer_names_a_folder_without_an_image_model(fail, tmp_path):
     assert "config.json: no such file" in fail("transfer", tmp_path)
     (tmp_path / "config.json").write_text('{"format": "grassland", "version": 1, "model": {}, "task": "lm"}')
     assert "no run of an image model" in fail("transfer", tmp_path)
+
+
+def test_transfer_names_a_bad_option_and_a_split_without_a_readable_image(fail, vision, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    run(ImageClassification, vision(out=str(tmp_path / "run"), steps=1))
+    assert fail("transfer", tmp_path / "run", "--workers", "-1").startswith("error: workers must not be negative")
+    for name in ("train/a", "train/b", "val/a"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        image.new("RGB", (9, 9)).save(tmp_path / "data" / name / "0.png")
+    (tmp_path / "data/val/a/0.png").write_bytes(b"")
+    command = ["transfer", tmp_path / "run", "--data", tmp_path / "data", "--bad-images", "skip"]
+    assert "data data: there is no readable image in the valid split" in fail(*command)
 
 
 def test_other_data_are_refused_on_resumption(vision, tmp_path, monkeypatch):

@@ -66,6 +66,7 @@ def load_corpus(
     tk = _cached_tokenizer(tokenizer, texts["train"], text_hash, cache)
     if marked:
         special_tokens(tk)
+    _check_ids(tk, tokenizer)
     files = [name for split in SPLITS for name in ((split, f"{split}-marks") if marked else (split,))]
     key = _key(text_hash, tk.to_str(), *(["marks"] if marked else []))
     entry = cache / "tokens" / key
@@ -125,6 +126,13 @@ def _cached_tokenizer(spec: str, text: str, text_hash: str, cache: Path) -> "Tok
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, folder)
     return tokenizer
+
+
+def _check_ids(tokenizer: "Tokenizer", spec: str) -> None:
+    """Models have an embedding for each token: the ids must be 0 … size − 1."""
+    size, last = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=0)
+    if last >= size:
+        raise ValueError(f"tokenizer {spec}: it has {size} tokens, but one of them is number {last}: ids are left out")
 
 
 def _key(*parts: str) -> str:

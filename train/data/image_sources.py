@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .images import Arrays, Files, ImageSet, Part, Rows
-from .sources import ALIASES, SPLITS, load_hub, looks_local, open_parquet, read_columns, split_of
+from .sources import (
+    ALIASES,
+    SPLITS,
+    files_below,
+    first_line,
+    load_hub,
+    looks_local,
+    open_parquet,
+    read_columns,
+    split_of,
+)
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp", ".gif"})
 IMAGE_COLUMNS = ("image", "img", "images")
@@ -49,7 +59,7 @@ def load_images(source: str, image_column: str | None = None, label_column: str 
     if source == "digits":
         splits, classes = _digits()
     elif path.is_dir():
-        tables = sorted(path.rglob("*.parquet"))
+        tables = files_below(path, (".parquet",))
         splits, classes = _parquet(_by_split(path, tables), columns) if tables else _folder(path)
     elif path.is_file():
         splits, classes = _parquet({"train": [path]}, columns)
@@ -109,12 +119,12 @@ def _digits() -> tuple[dict[str, ImageSet], tuple[str, ...]]:
 
 
 def _folder(root: Path) -> tuple[dict[str, ImageSet], tuple[str, ...] | None]:
-    roots = {}
-    for split, names in ALIASES.items():
-        found = next((root / name for name in names if (root / name).is_dir()), None)
-        if found is not None:
-            roots[split] = found
+    folders = {name.lower(): root / name for name in _class_folders(root)}
+    named = {split: next((folders[n] for n in names if n in folders), None) for split, names in ALIASES.items()}
+    roots = {split: folder for split, folder in named.items() if folder is not None}
     if "train" not in roots:
+        if roots and len(roots) == len(folders):
+            raise FileNotFoundError(f"data {root}: no train folder beside {', '.join(sorted(folders))}")
         roots = {"train": root}
     names = _class_folders(roots["train"])
     return {split: _class_images(folder, names) for split, folder in roots.items()}, tuple(names)
@@ -133,16 +143,12 @@ def _class_images(root: Path, classes: list[str]) -> Files:
         raise ValueError(f"data {root / unknown[0]}: there is no class of this name in train")
     paths, labels = [], []
     for name in found:
-        files = sorted(str(path.relative_to(root)) for path in _image_files(root / name))
+        files = sorted(str(path.relative_to(root)) for path in files_below(root / name, SUFFIXES))
         if not files:
             raise ValueError(f"data {root / name}: an empty class folder: no images in it")
         paths += files
         labels += [classes.index(name)] * len(files)
     return Files(root, paths, np.array(labels, np.int64))
-
-
-def _image_files(folder: Path) -> Iterable[Path]:
-    return (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
 
 
 def _by_split(folder: Path, tables: list[Path]) -> dict[str, list[Path]]:
@@ -160,21 +166,40 @@ def _parquet(
     splits: dict[str, ImageSet] = {}
     classes = None
     for split, paths in files.items():
-        tables = []
+        images, labels = [], []
         for path in paths:
             file = open_parquet(path)
             image, label = _columns(file.schema_arrow, columns, path)
-            tables.append(read_columns(file, [image, label], path).rename_columns(["image", "label"]))
-            classes = classes or _class_names(file.schema_arrow, label)
-        table = arrow.concat_tables(tables)
+            table = read_columns(file, [image, label], path)
+            classes = _same_classes(classes, _class_names(file.schema_arrow, label), f"data {path}")
+            column = table.column(image)
+            try:
+                images.append(column.cast(images[0].type) if images else column)
+            except arrow.ArrowException as error:
+                kinds = f"{column.type}, those of {paths[0].name} {images[0].type}"
+                raise ValueError(f"data {path}: its images are {kinds} ({first_line(error)})") from error
+            labels.append(_labels(table.column(label), str(path)))
         title = str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} {split}"
-        splits[split] = Rows(table.column("image"), _labels(table.column("label"), title), title)
+        whole = arrow.chunked_array([chunk for column in images for chunk in column.chunks], images[0].type)
+        splits[split] = Rows(whole, np.concatenate(labels), title)
     return splits, classes
+
+
+def _same_classes(known: tuple[str, ...] | None, names: tuple[str, ...] | None, where: str) -> tuple[str, ...] | None:
+    """The names of the classes, which every table that has some must have in one order."""
+    if known and names and names != known:
+        raise ValueError(f"{where}: its classes are {_listed(names)}, but others' are {_listed(known)}")
+    return known or names
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
 
 
 def _columns(schema: Any, given: tuple[str | None, str | None], path: Path) -> tuple[str, str]:
     types: Any = importlib.import_module("pyarrow").types
-    image = [f.name for f in schema if types.is_struct(f.type) or types.is_binary(f.type)]
+    kinds = (types.is_struct, types.is_binary, types.is_large_binary, types.is_binary_view)
+    image = [f.name for f in schema if any(fits(f.type) for fits in kinds)]
     label = [f.name for f in schema if types.is_integer(f.type)]
     return (
         _column("image", given[0], image, IMAGE_COLUMNS, schema.names, f"data {path}"),
@@ -225,8 +250,10 @@ def _hub(source: str, columns: tuple[str | None, str | None]) -> tuple[dict[str,
         label = [name for name, kind in kinds.items() if _is_label(kind)]
         image_name = _column("image", columns[0], image, IMAGE_COLUMNS, data.column_names, where)
         label_name = _column("label", columns[1], label, LABEL_COLUMNS, data.column_names, where)
-        classes = classes or tuple(getattr(kinds[label_name], "names", None) or ()) or None
-        undecoded = data.cast_column(image_name, datasets.Image(decode=False))
+        names = tuple(getattr(kinds[label_name], "names", None) or ()) or None
+        classes = _same_classes(classes, names, f"{where}, {found}")
+        # Alone: other columns would be decoded with it.
+        undecoded = data.select_columns([image_name]).cast_column(image_name, datasets.Image(decode=False))
         labels = np.asarray(data.with_format("numpy")[label_name][:], np.int64)
         splits[split] = Rows(
             _HubColumn(undecoded, image_name), labels, f"{source} {found}", f"{source} {found}".encode()

@@ -131,14 +131,26 @@ class Rows(ImageSet):
 
 
 def decode(content: bytes | Path, name: str) -> "Image":
-    """A decoded RGB image. Raises ImageError for whatever is wrong with it, a missing file included."""
+    """A decoded RGB image, as stored: transparency and the orientation in EXIF count for nothing, as with torchvision.
+
+    Raises ImageError for whatever is wrong with it, a missing file included.
+    """
     try:
         with _pillow().open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-            return image.convert("RGB")
+            return _rgb(image)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise ImageError(f"image {name}: unreadable or truncated ({first_line(error)})") from error
+
+
+def _rgb(image: Any) -> Any:
+    """Of 16 bits the upper 8, where Pillow's own conversion makes everything above 255 white."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return _pillow().fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range")
+    return image.convert("RGB")
 
 
 def _pillow() -> Any:

@@ -1,5 +1,6 @@
 """Labelled texts, one or a pair a row, from local tables or the hub, by the `datasets` library."""
 
+import csv
 import hashlib
 import importlib
 import json
@@ -15,13 +16,23 @@ from torch import Tensor
 
 from ...kernels.losses import IGNORE
 from .masked import assemble
-from .sources import ALIASES, SPLITS, first_line, load_hub, looks_local, split_of
+from .sources import ALIASES, SPLITS, files_below, first_line, load_hub, looks_local, split_of
 from .tokenizer import special_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+# Words such as "null" and "None" are words. Quotation marks are text where tabs part the columns, as in GLUE's files.
+CSV: dict[str, Any] = {"keep_default_na": False}
+TSV = {**CSV, "delimiter": "\t", "quoting": csv.QUOTE_NONE}
+# By the ending of a file's name, the reader and its options.
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", CSV),
+    ".tsv": ("csv", TSV),
+    ".parquet": ("parquet", {}),
+}
 # What those who publish data call the columns, in order of preference; the pairs first.
 TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
     ("text", "text_pair"),
@@ -75,25 +86,26 @@ def load_labelled(
 
     source: a json, jsonl, csv, tsv or parquet file; a folder with one or more a split; or a hub data set, "name" or
     "name:config". Without `text_column`, the columns are text, sentence1, premise, question1, question or sentence, and
-    the second text's those that go with them. Labels are integers, or names, which are numbered in sorted order.
+    the second text's those that go with them. Labels are integers, or names, which are numbered in sorted order. A
+    csv file's quotation marks enclose a field, a tsv file's are text.
 
-    A split whose labels are all −1, which is how the hub keeps them secret, is as good as missing. Of missing ones,
-    validation is held out of train: every tenth row of a fixed permutation; test too if validation was missing,
-    otherwise validation serves as test.
+    A split whose labels are all −1, which is how the hub keeps them secret, or that has none, as GLUE's own files, is
+    as good as missing. Of missing ones, validation is held out of train: every tenth row of a fixed permutation; test
+    too if validation was missing, otherwise validation serves as test.
 
     Raises FileNotFoundError where nothing is found and ValueError for an empty split, a missing column, a text that is
     none, or a label that is out of range; each names its source.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in READERS and p.is_file())
+        files = files_below(path, READERS)
         named = {name: [p for p in files if split_of(p.relative_to(path)) in names] for name, names in ALIASES.items()}
         tables = {name: _read(found) for name, found in named.items() if found}
         if "train" not in tables:
             raise FileNotFoundError(f"data {source}: no train file (*train*{', *train*'.join(READERS)}) in it")
     elif path.is_file():
         tables = {"train": _read([path])}
-    elif looks_local(source) or path.suffix in READERS:
+    elif looks_local(source) or path.suffix.lower() in READERS:
         raise FileNotFoundError(f"data {source}: no such file or folder")
     else:
         tables = _hub(source)
@@ -133,13 +145,15 @@ def _shortened(texts: list[NDArray], room: int) -> list[NDArray]:
 
 def _read(files: list[Path]) -> Any:
     """The rows of tables of one kind, as a `datasets.Dataset`."""
-    kinds = {READERS[file.suffix] for file in files}
-    if len(kinds) > 1:
-        raise ValueError(f"data {files[0].parent}: files of several kinds ({', '.join(sorted(kinds))}) for one split")
-    options = {"delimiter": "\t"} if files[0].suffix == ".tsv" else {}
+    reader, options = READERS.get(files[0].suffix.lower(), (None, {}))
+    if reader is None:
+        raise ValueError(f"data {files[0]}: not one of {', '.join(READERS)}")
+    for file in files:
+        if READERS[file.suffix.lower()] != (reader, options):
+            raise ValueError(f"data {file}: of another kind than {files[0].name}, which is for the same split")
     try:
         names = [str(file) for file in files]
-        return _datasets().load_dataset(kinds.pop(), data_files=names, split="train", **options)
+        return _datasets().load_dataset(reader, data_files=names, split="train", **options)
     except ImportError:
         raise
     except Exception as error:  # the readers' errors share no base class
@@ -178,7 +192,7 @@ def _columns(
 
 def _labelled(tables: dict[str, Any], columns: tuple[tuple[str, ...], str], source: str) -> LabelledData:
     texts, label = columns
-    labels = {split: list(table[label]) for split, table in tables.items()}
+    labels = {split: _labels(table, label) for split, table in tables.items() if label in table.column_names}
     # Published test splits may have labels that are a secret: all −1.
     labels = {split: found for split, found in labels.items() if split == "train" or set(found) != {-1}}
     classes = _class_names(tables["train"].features[label], labels["train"], source)
@@ -187,7 +201,7 @@ def _labelled(tables: dict[str, Any], columns: tuple[tuple[str, ...], str], sour
         where = f"data {source}: {split}"
         if not found:
             raise ValueError(f"{where}: no rows")
-        rows = list(zip(*(_strings(tables[split][name], f"{where}: {name}") for name in texts), strict=True))
+        rows = list(zip(*(_strings(tables[split], name, where) for name in texts), strict=True))
         splits[split] = LabelledText(rows, _numbers(found, classes, where))
     tested_on = "test" if "test" in splits or "valid" not in splits else "valid"
     _complete(splits, tested_on, source)
@@ -207,10 +221,18 @@ def _complete(splits: dict[str, LabelledText], tested_on: str, source: str) -> N
         splits["train"], splits[name] = train.part(np.sort(order[count:])), train.part(np.sort(order[:count]))
 
 
+def _labels(table: Any, column: str) -> list[Any]:
+    """Names where the table has them, for splits may number the classes differently."""
+    labels, names = list(table[column]), getattr(table.features[column], "names", ())
+    return [names[label] if isinstance(label, int) and 0 <= label < len(names) else label for label in labels]
+
+
 def _class_names(feature: Any, labels: list[Any], source: str) -> tuple[str, ...]:
     if hasattr(feature, "names"):
         names = tuple(feature.names)
     elif all(isinstance(label, str) for label in labels):
+        if "" in labels:
+            raise ValueError(f"data {source}: row {labels.index('')} of train has no label")
         names = tuple(sorted(set(labels)))
     elif odd := [label for label in labels if not isinstance(label, int)]:
         raise ValueError(f"data {source}: labels must be integers or names, got {odd[0]!r}")
@@ -222,18 +244,21 @@ def _class_names(feature: Any, labels: list[Any], source: str) -> tuple[str, ...
 
 
 def _numbers(labels: list[Any], classes: tuple[str, ...], where: str) -> NDArray[np.int64]:
-    number = {name: index for index, name in enumerate(classes)} | {index: index for index in range(len(classes))}
-    for row, label in enumerate(labels):
-        if label not in number:
-            raise ValueError(f"{where}: label {label!r} of row {row} is none of the {len(classes)} classes of train")
-    return np.array([number[label] for label in labels], np.int64)
+    number = {name: index for index, name in enumerate(classes)}
+    numbers = [number.get(str(int(label)) if isinstance(label, int) else label) for label in labels]
+    if None in numbers:
+        row = numbers.index(None)
+        raise ValueError(f"{where}: label {labels[row]!r} of row {row} is none of the {len(classes)} classes of train")
+    return np.array(numbers, np.int64)
 
 
-def _strings(values: Any, where: str) -> list[str]:
-    texts = list(values)
+def _strings(table: Any, column: str, where: str) -> list[str]:
+    if column not in table.column_names:
+        raise ValueError(f"{where}: no column {column!r}; it has {', '.join(table.column_names)}")
+    texts = list(table[column])
     for row, text in enumerate(texts):
         if not isinstance(text, str):
-            raise ValueError(f"{where}: row {row} is no text, but {text!r}")
+            raise ValueError(f"{where}: {column}: row {row} is no text, but {text!r:.80}")
     return texts
 
 

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...kernels.losses import IGNORE
-from .sources import ALIASES, HOLDOUT, SPLITS, load_hub, looks_local, split_of
+from .sources import ALIASES, HOLDOUT, SPLITS, files_below, load_hub, looks_local, split_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -82,7 +82,7 @@ def load_pairs(source: str) -> dict[str, Pairs]:
 
 
 def _folder(folder: Path) -> dict[str, Pairs]:
-    files = sorted(folder.rglob("*.jsonl"))
+    files = files_below(folder, (".jsonl",))
     splits = {}
     for split, names in ALIASES.items():
         found = [file for file in files if split_of(file.relative_to(folder)) in names]
@@ -113,13 +113,20 @@ def _hub(source: str) -> dict[str, Pairs]:
         name = next((name for name in names if name in dataset), None)
         if name is not None:
             rows = ((f"data {source}, {name} row {index}", row) for index, row in enumerate(dataset[name]))
-            splits[split] = _pairs(rows)
+            names = getattr(dataset[name].features.get("label"), "names", ())
+            splits[split] = _pairs((where, _named(row, names)) for where, row in rows)
     return splits
+
+
+def _named(entry: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The entry with the name of its label, where the hub tells the names: not all data sets number them alike."""
+    label = entry.get("label")
+    return {**entry, "label": names[label]} if isinstance(label, int) and 0 <= label < len(names) else entry
 
 
 def _entries(file: Path) -> Iterator[tuple[str, Any]]:
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield f"{file}, line {number}", json.loads(line)

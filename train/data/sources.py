@@ -2,7 +2,8 @@
 
 import hashlib
 import importlib
-from collections.abc import Iterable
+import os
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +96,29 @@ def _pieces(text: str, size: int) -> list[str]:
 
 
 def _read_folder(folder: Path, column: str) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    files = files_below(folder, SUFFIXES)
     texts = {}
     for split, names in ALIASES.items():
         found = [path for path in files if split_of(path.relative_to(folder)) in names]
         if found:
-            texts[split] = "".join(_read_file(path, column) for path in found)
+            texts[split] = _joined([_read_file(path, column) for path in found])
     if "train" not in texts:
         raise FileNotFoundError(f"data {folder}: no train file ({', '.join('*train*' + s for s in SUFFIXES)}) in it")
     return texts
+
+
+def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """The files in a folder and the folders in it whose names end so, sorted; hidden ones, which editors and systems
+    leave beside the data, are left out. OSError for a folder that cannot be read."""
+    found = []
+    for place, folders, names in os.walk(folder, onerror=_refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, n) for n in names if not n.startswith(".") and Path(n).suffix.lower() in suffixes]
+    return sorted(found)
+
+
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 def split_of(path: Path) -> str | None:
@@ -117,8 +132,8 @@ def split_of(path: Path) -> str | None:
 
 
 def _read_file(path: Path, column: str) -> str:
-    if path.suffix == ".parquet":
-        return _join_rows(_parquet_rows(path, column))
+    if path.suffix.lower() == ".parquet":
+        return _join_rows(_parquet_rows(path, column), f"data {path}: column {column!r}")
     try:
         # newline="" keeps what is in the file: bits per byte are counted on it.
         with path.open(encoding="utf-8", newline="") as file:
@@ -127,7 +142,7 @@ def _read_file(path: Path, column: str) -> str:
         raise ValueError(f"data {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def _parquet_rows(path: Path, column: str) -> Iterable[str]:
+def _parquet_rows(path: Path, column: str) -> Iterable[Any]:
     file = open_parquet(path)
     if column not in file.schema_arrow.names:
         raise ValueError(f"data {path}: no column {column!r}; it has {', '.join(file.schema_arrow.names)}")
@@ -177,12 +192,23 @@ def _read_hub(source: str, column: str) -> dict[str, str]:
         if found is not None and column not in dataset[found].column_names:
             raise ValueError(f"data {source}: no column {column!r}; it has {', '.join(dataset[found].column_names)}")
         if found is not None:
-            texts[split] = _join_rows(dataset[found][column])
+            texts[split] = _join_rows(dataset[found][column], f"data {source}: {found}: column {column!r}")
     return texts
 
 
-def _join_rows(rows: Iterable[str]) -> str:
-    return "".join(row if row.endswith("\n") else row + "\n" for row in rows if row is not None)
+def _joined(texts: list[str]) -> str:
+    """The texts one after the other, each on a line of its own."""
+    return "".join(text if not text or text.endswith("\n") else text + "\n" for text in texts[:-1]) + texts[-1]
+
+
+def _join_rows(rows: Iterable[Any], where: str) -> str:
+    texts = []
+    for index, row in enumerate(rows):
+        if row is not None and not isinstance(row, str):
+            raise ValueError(f"{where}: row {index} is no text, but {row!r:.80}")
+        if row is not None:
+            texts.append(row if row.endswith("\n") else row + "\n")
+    return "".join(texts)
 
 
 def first_line(error: Exception) -> str:

@@ -41,16 +41,23 @@ def special_tokens(tokenizer: "Tokenizer") -> SpecialTokens:
 
 
 def load_tokenizer(spec: str, text: str = "") -> "Tokenizer":
-    """The tokeniser that `spec` names.
+    """The tokeniser that `spec` names; what its file says of padding and truncation is left out, texts stay whole.
 
     spec: "bpe:SIZE" trains a byte-level BPE of at most SIZE tokens on `text`; a path to a BERT vocab.txt (lower-case
     WordPiece), to a tokenizer.json or to a folder with one of these; or a name on the hub.
 
     Raises FileNotFoundError and ValueError that name the spec.
     """
-    path = Path(spec).expanduser()
     if spec.startswith("bpe:"):
         return train_bpe(text, _bpe_size(spec))
+    tokenizer = _load(spec)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _load(spec: str) -> "Tokenizer":
+    path = Path(spec).expanduser()
     if path.is_dir():
         path = next((path / name for name in (FILE, "vocab.txt") if (path / name).is_file()), path / FILE)
     if path.is_file():
@@ -80,8 +87,15 @@ def train_bpe(text: str, size: int) -> "Tokenizer":
 def read_wordpiece(path: Path) -> "Tokenizer":
     """BERT's uncased WordPiece tokeniser over the vocabulary in a vocab.txt, without [CLS] and [SEP]."""
     tk = _tokenizers()
-    words = path.read_text(encoding="utf-8").splitlines()
-    vocab = {word: index for index, word in enumerate(words)}
+    # Not splitlines: U+2028 and its like are tokens of multilingual vocabularies.
+    try:
+        words = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"tokenizer {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    vocab: dict[str, int] = {}
+    for index, word in enumerate(words):
+        if vocab.setdefault(word, index) != index:
+            raise ValueError(f"tokenizer {path}: {word!r} is on lines {vocab[word] + 1} and {index + 1}")
     if "[UNK]" not in vocab:
         raise ValueError(f"tokenizer {path}: not a WordPiece vocabulary, it has no [UNK]")
     tokenizer = tk.Tokenizer(tk.models.WordPiece(vocab, unk_token="[UNK]"))

@@ -78,7 +78,7 @@ class TextClassification(Task):
     def __init__(self, config: FinetuneConfig, device: torch.device) -> None:
         self.config = config
         # A resumed run has the encoder's sizes and the vocabulary in its own folder.
-        source = Path(config.resume if config.resume not in (None, "auto") else config.model)
+        source = Path(config.resume or config.model)
         self.data = load_labelled(config.data, config.text_column, config.pair_column, config.label_column)
         model = classifier_from(source, len(self.data.classes), config.overrides())
         check_length(config.seq_len, model)

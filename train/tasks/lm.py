@@ -106,7 +106,7 @@ def read_corpus(config: LMConfig, *, marked: bool = False) -> tuple[Corpus, bool
     def load(tokenizer: str) -> Corpus:
         return load_corpus(config.data, tokenizer, config.text_column, marked=marked)
 
-    if not config.resume or config.resume == "auto":
+    if not config.resume:
         return load(config.tokenizer), False
     # A resumed run reads the vocabulary it has been trained with, whatever has become of the tokeniser's source.
     own = Path(config.resume) / TOKENIZER_FILE

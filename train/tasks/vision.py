@@ -84,13 +84,17 @@ class ImageClassification(Task):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         self.skipped += batch.skipped
         images, targets = self._images(batch.images), self.to_device(batch.targets)
+        timms = hasattr(self.model, "spec")
+        # grassland's own models add losses of their own, as the balance of experts.
         if self.config.loss == "bce":
-            return self.binary_loss(model(images).float(), targets)
+            if timms:
+                return self.binary_loss(model(images).float(), targets)
+            return model(images, labels=targets, criterion=self.binary_loss)
         # Mixed targets are smoothed already.
         smoothing = 0.0 if targets.ndim > 1 else self.config.label_smoothing
-        if self.config.head == "linear" and hasattr(self.model, "spec"):
+        if self.config.head == "linear" and timms:
             return F.cross_entropy(model(images).float(), targets, label_smoothing=smoothing)
-        # A Grassmann head writes no logits; grassland's own models add losses of their own, as the balance of experts.
+        # A Grassmann head writes no logits.
         return model(images, labels=targets, label_smoothing=smoothing)
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
