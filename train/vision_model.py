@@ -106,7 +106,7 @@ def _timm_model(spec: ImageModelSpec) -> nn.Module:
         options["img_size"] = spec.img_size
     try:
         model: Any = timm.create_model(spec.name, num_classes=spec.num_classes, **options)
-    except (TypeError, AssertionError, KeyError, ValueError) as error:
+    except (TypeError, AssertionError, KeyError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"model {TIMM}{spec.name}: {error}") from error
     if not spec.head_dropout:
         _drop_head_dropout(model)
