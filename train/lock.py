@@ -1,5 +1,6 @@
 """A folder that one process at a time works in."""
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -13,14 +14,15 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"
+# What a file system without locks answers.
+LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """The folder is this process's while entered, made if it isn't there, and removed again if it stays empty.
 
-    ValueError that names it and its holder if another process has it. Where the file system knows no locks, nobody has
-    it.
+    ValueError that names it and its holder if another process has it; where there are no locks, none has.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
@@ -55,7 +57,7 @@ def _lock(file: IO[str]) -> bool:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
-    except OSError:
-        # A file system without locks.
-        return True
+    except OSError as error:
+        if error.errno not in LOCKLESS:
+            raise
     return True

@@ -80,11 +80,8 @@ def own_folder(config: RunConfig) -> Iterator[Path]:
     with ExitStack() as stack:
 
         def hold() -> Path:
-            if config.out is None and not config.resume:
-                folder = _made_folder(config)
-                stack.enter_context(held(folder))
-                return folder
-            folder = Path(config.out if config.resume in (None, AUTO) else config.resume)
+            given = config.out if config.resume in (None, AUTO) else config.resume
+            folder = _made_folder(config) if given is None else Path(given)
             stack.enter_context(held(folder))
             check_out(config)  # again: another run may have come and gone since
             return folder
