@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 SLOTS = ("mixer", "residual", "ffn", "head")
 # Keywords the assembly itself gives to a slot's constructor; everything else keyword-only is an option of the user's.
 CONTEXT = frozenset({"device", "dtype", "norm", "dropout", "num_layers"})
+# So many names fit into a message.
+LISTED = 20
 
 _CHOICES: dict[str, dict[str, type]] = {slot: {} for slot in SLOTS}
 _ASSEMBLIES: dict[str, Any] = {}
@@ -24,10 +26,17 @@ F = TypeVar("F", bound=Callable[[], "ModelConfig"])
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
-    """A ValueError that names what is unknown and the nearest known names (all of them if none is near)."""
+    """A ValueError that names what is unknown and the nearest known names, or if none is near all of them, of very many
+    those that are nearest all the same."""
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(names)}"
+    if near:
+        hint = f"did you mean {' or '.join(map(repr, near))}?"
+    elif len(names) <= LISTED:
+        hint = f"known: {', '.join(names)}"
+    else:
+        some = difflib.get_close_matches(str(name), names, n=LISTED, cutoff=0.0)
+        hint = f"{len(names)} are known, such as {', '.join(some)}"
     return ValueError(f"unknown {what} {name!r}; {hint}")
 
 

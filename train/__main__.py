@@ -1,4 +1,4 @@
-"""python -m grassland.train COMMAND: train, sample, plot, and look at the installation."""
+"""python -m grassland.train COMMAND: train, compare, evaluate, sample and inspect."""
 
 import importlib
 import os
@@ -57,8 +57,8 @@ class InspectOptions:
 
 def lm(arguments: list[str]) -> int:
     """train a causal language model on text"""
-    recipe = default_lm() if _argument(arguments, "--model") is None else named_lm()
-    config = read_run_config(LMConfig, recipe, arguments, "lm")
+    settings = default_lm() if _argument(arguments, "--model") is None else named_lm()
+    config = read_run_config(LMConfig, settings, arguments, "lm")
     from .start import run
     from .tasks.lm import LanguageModeling
 
@@ -81,8 +81,8 @@ def finetune(arguments: list[str]) -> int:
 
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--model", *arguments]
-    recipe, model, data = (_argument(arguments, name) for name in ("--recipe", "--model", "--data"))
-    settings = finetune_settings(recipe, model or "", data or "")
+    named, model, data = (_argument(arguments, name) for name in ("--recipe", "--model", "--data"))
+    settings = finetune_settings(named, model or "", data or "")
     config = read_run_config(FinetuneConfig, settings, arguments, "finetune")
     if not config.model or not config.data:
         raise ValueError("finetune takes the folder of a trained encoder and data: finetune RUN --data DATA")
@@ -244,11 +244,13 @@ def read_run_config(kind: type[C], default: C, arguments: list[str], command: st
 
     Raises ValueError if a resumed run is to change what must stay, CheckpointError if it cannot be read.
     """
-    folder = _argument(arguments, "--resume")
+    folder, out = _argument(arguments, "--resume"), _argument(arguments, "--out")
     if folder == "auto":
-        folder = _started_run(_argument(arguments, "--out"))
+        folder = _started_run(out)
     stored = None if folder is None else _stored_config(kind, Path(folder))
-    if stored is not None:
+    if stored is not None and folder is not None:
+        if out is not None and Path(out).resolve() != Path(folder).resolve():
+            raise ValueError(f"{folder}: a resumed run goes on in its own folder, got --out {out}")
         default = replace(stored, resume=folder)
     config: C = _parse(kind, arguments, command, _lengths(default, arguments))
     if stored is not None and (changed := stored.changed(config)):

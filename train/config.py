@@ -3,11 +3,10 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from typing_extensions import Self
 
-MODES = ("none", "ddp", "fsdp")
 # What a resumed run may change without changing the numbers of the steps already made.
 RESUMABLE = frozenset(
     {"steps", "epochs", "eval_every", "save_every", "eval_epochs", "log_every"}
@@ -23,7 +22,7 @@ class RunConfig:
     """
 
     model: str
-    """A preset of `grassland.archs.list_models()` or an assembly kind ("lm")."""
+    """A preset of `grassland.archs.list_models()` or an assembly kind ("lm", "mlm" or "vision")."""
     data: str
     """Where the data comes from: a name, a file or a folder."""
     set: tuple[str, ...] = ()
@@ -93,6 +92,9 @@ class RunConfig:
     """Also write TensorBoard events."""
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if not _fits(getattr(self, name), hint):
+                raise ValueError(f"{name} must be {_described(hint)}, got {getattr(self, name)!r}")
         if self.steps is None and self.epochs is None:
             raise ValueError("give steps or epochs")
         for name in ("steps", "epochs", "batch_size", "grad_accum", "log_every", "valid_batches"):
@@ -104,20 +106,11 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
-        self._check_choices("optimizer", "schedule", "dtype", "on_nan")
-        if self.parallel not in (None, *MODES):
-            raise ValueError(f"parallel must be one of {MODES}, got {self.parallel!r}")
         for name in ("decay", "floor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if not all(0 <= milestone <= 1 for milestone in self.milestones):
             raise ValueError(f"milestones must lie in [0, 1], got {self.milestones}")
-
-    def _check_choices(self, *names: str) -> None:
-        hints = get_type_hints(type(self))
-        for name in names:
-            if getattr(self, name) not in get_args(hints[name]):
-                raise ValueError(f"{name} must be one of {get_args(hints[name])}, got {getattr(self, name)!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict that `json.dumps` takes. What a run was resumed from, and by whom, is no part of what it is."""
@@ -269,7 +262,6 @@ class VisionConfig(RunConfig):
             raise ValueError("loss 'bce' cannot train a Grassmann head: its logits are never negative")
         if self.head_lr is not None and self.head != "grassmann":
             raise ValueError(f"head_lr is for a Grassmann head, got {self.head_lr} with head {self.head!r}")
-        self._check_choices("head", "loss", "crop", "interpolation", "bad_images")
 
     @property
     def mixes(self) -> bool:
@@ -302,6 +294,35 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not equals or not name:
         raise ValueError(f"--set takes NAME=VALUE, got {text!r}")
     return name, _value(value)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a setting's type; an integer is a number, too, but a bool is none."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in parts
+    if get_origin(hint) is tuple:
+        if not isinstance(value, tuple | list):
+            return False
+        kinds = parts[:1] * len(value) if parts[-1] is ... else parts
+        return len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if parts:
+        return any(_fits(value, part) for part in parts)
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _described(hint: Any) -> str:
+    """A setting's type in words."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return f"one of {parts}"
+    if get_origin(hint) is tuple:
+        return f"{'several' if parts[-1] is ... else len(parts)} values, each {_described(parts[0])}"
+    if parts:
+        return " or ".join(map(_described, parts))
+    return {int: "an integer", float: "a number", str: "text", bool: "True or False"}.get(hint, "None")
 
 
 def _value(text: str) -> Any:

@@ -1,7 +1,10 @@
 """A trained language model behind EleutherAI's lm-eval, and the evaluation of a run's folder with it."""
 
+import errno
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -167,12 +170,15 @@ class GrasslandLM(TemplateLM):
 def evaluate_run(options: EvalOptions, device: torch.device) -> dict[str, Any]:
     """lm-eval's results of the model in a run's folder, written as JSON, too.
 
-    Raises ValueError for unknown tasks, and FileNotFoundError or CheckpointError for what is missing or damaged.
+    Raises ValueError for unknown tasks, and FileNotFoundError or CheckpointError for what is missing or damaged; before
+    anything is evaluated OSError if the JSON cannot be written.
     """
     if not options.tasks:
         raise ValueError("--tasks: name at least one task")
     manager = _manager(options)
     model, tokenizer = load_run(options.folder, device)
+    target = options.out or options.folder / FILE
+    _check_target(target)  # an evaluation may take hours
     seeds = {f"{kind}_seed": options.seed for kind in ("random", "numpy_random", "torch_random", "fewshot_random")}
     evaluate: Any = simple_evaluate  # its decorator hides the signature
     found = evaluate(
@@ -187,7 +193,7 @@ def evaluate_run(options: EvalOptions, device: torch.device) -> dict[str, Any]:
     )
     results = {name: found[name] for name in ("results", "versions", "n-shot", "n-samples") if name in found}
     results = json.loads(json.dumps({"folder": str(options.folder), **results}, default=_plain))
-    atomic_write(options.out or options.folder / FILE, (json.dumps(results, indent=2) + "\n").encode())
+    atomic_write(target, (json.dumps(results, indent=2) + "\n").encode())
     return results
 
 
@@ -203,6 +209,15 @@ def table(results: dict[str, Any]) -> str:
             spread = f" ± {error:.4g}" if isinstance(error, float) else ""
             lines.append(f"{task}  {metric}{'' if filtered == 'none' else f' ({filtered})'}  {value:.6g}{spread}")
     return "\n".join(lines)
+
+
+def _check_target(path: Path) -> None:
+    """OSError that names what is in the way if the file cannot be written; its folder is made."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder, not the file to write", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def _manager(options: EvalOptions) -> TaskManager:

@@ -49,7 +49,7 @@ class Trainer:
         if config.cuda_graph and (task.device.type != "cuda" or parallel.size() > 1 or not task.recordable):
             raise ValueError(
                 f"cuda_graph is for one process with a GPU and train lm, not for train {task.name} on {task.device} "
-                f"with {parallel.size()}"
+                f"with {parallel.size()} processes"
             )
         self.steps = total_steps(config, task.batches_per_epoch)
         self.warmup = in_steps(config, config.warmup_epochs, task.batches_per_epoch, config.warmup)
@@ -82,7 +82,7 @@ class Trainer:
         self.meter, self.line = Meter(), ProgressLine(silent=not parallel.is_main())
         self.watch, self.agreement = Watch(config.on_nan), parallel.Agreement()
         self.step = self.position = self.saved_step = self.validated_step = 0
-        self.best, self.best_step, self.elapsed = math.inf, 0, 0.0
+        self.best, self.best_step, self.elapsed, self.peak = math.inf, 0, 0.0, 0
         self.started = time.perf_counter()
         self.log = self._resume() if config.resume else self._start()
         self.stream: Iterator[Any] = task.batches(self.position)
@@ -228,7 +228,7 @@ class Trainer:
             self.line.say(f"--- sample ---\n{sample}")
         rate = self._units_per_second(self.meter.average())
         ending = {"elapsed_s": self._elapsed(), f"{self.task.unit}_per_s": rate, "samples": samples}
-        cost = {"peak_bytes": peak_memory(self.task.device), "flops_per_unit": self.flops_per_unit}
+        cost = {"peak_bytes": self._peak(), "flops_per_unit": self.flops_per_unit}
         self.log.write("end", self.step, **ending, **cost, best_step=self.best_step)
         self.line.say(f"run: {self.folder}  ({duration(self._elapsed())}; {try_plot(self.folder)})")
         return 0
@@ -280,6 +280,8 @@ class Trainer:
         self.saved_step = self.step
         self.task.load_state(state["task"])
         self.experts.load_state(state["experts"])
+        # Older states do not say.
+        self.meter.total, self.peak = state.get("meter", [0, 0.0]), state.get("peak_bytes", 0)
         log = self.log = self._open_log(state["metrics_offset"])
         log.write("resume", self.step, steps=self.steps, versions=versions(), machine=machine())
         self._check_model()
@@ -322,6 +324,8 @@ class Trainer:
             "best_step": self.best_step,
             "elapsed": self._elapsed(),
             "watch": self.watch.state(),
+            "meter": self.meter.total,
+            "peak_bytes": self._peak(),
             "rng": parallel.gather(rng_state()),
             "metrics_offset": self.log.offset(),
         }
@@ -381,6 +385,9 @@ class Trainer:
 
     def _elapsed(self) -> float:
         return self.elapsed + time.perf_counter() - self.started
+
+    def _peak(self) -> int:
+        return max(self.peak, peak_memory(self.task.device))
 
     def _units_per_second(self, steps_per_second: float | None) -> float | None:
         units = self.task.units_per_batch * self.config.grad_accum

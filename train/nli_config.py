@@ -31,6 +31,5 @@ class NLIConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_choices("model")
         if self.max_len < 5:
             raise ValueError(f"max_len must be at least 5, one token a sentence and three marks, got {self.max_len}")

@@ -1,6 +1,7 @@
 """Curves of one run or several, from their metrics.jsonl."""
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ Event = dict[str, Any]
 def plot_runs(folders: Sequence[Path], out: Path) -> None:
     """Write a PNG with the loss, the validation metric and the throughput of each run against its steps.
 
-    Raises FileNotFoundError for a folder without metrics.jsonl, ValueError if matplotlib is not installed.
+    Raises FileNotFoundError for a folder without metrics.jsonl, ValueError if matplotlib is not installed or `out` is
+    no name of a picture.
     """
+    if not out.suffix:  # matplotlib would write another file
+        raise ValueError(f"out must name a picture, such as {out / CURVES_FILE}, got {out}")
     runs = {folder.name: read_metrics(folder) for folder in folders}
     figure_type: Any = matplotlib_module("figure").Figure
     figure = figure_type(figsize=(15, 4.2), layout="constrained")
@@ -51,6 +55,12 @@ def _quality(axes: Any, events: list[Event], name: str) -> None:
     axes.plot(*_series(events, "valid", metric), "o-", ms=3, label=name or None)
     axes.set_ylabel(f"validation {metric}")
     if metric == "perplexity":
+        scale_by_log(axes)
+
+
+def scale_by_log(axes: Any) -> None:
+    """A logarithmic y axis, if there is anything on it: matplotlib refuses one of infinities."""
+    if any(0 < value < math.inf for line in axes.lines for value in line.get_ydata()):
         axes.set_yscale("log")
 
 

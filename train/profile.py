@@ -108,21 +108,23 @@ class Boundary(torch.autograd.Function):
 
 
 def profile(options: ProfileOptions) -> list[Record]:
-    """Profile every model; writes profile.jsonl and profile.png into `options.out`.
+    """Profile every model; writes profile.jsonl, after each of them, and profile.png into `options.out`.
 
     A record has "seconds", {"data", "optimiser", "embedding forward", "embedding backward", "mixer forward", …}:
     medians over the steps. What lies between the branches, norms included, is the residual's; the final norm and the
-    loss are the head's, the clipping of gradients the optimiser's. ValueError for a model without slots.
+    loss are the head's, the clipping of gradients the optimiser's. ValueError for an unknown model, before any timing.
     """
     device = pick_device(options.device)
+    for name in options.presets:
+        model_config(name)
+    options.out.mkdir(parents=True, exist_ok=True)
     settings = {**asdict(options), "out": None, "models": None, "device": device.type}
     records = []
     for name in options.presets:
         seconds = profile_model(name, options, device)
         records.append({"model": name, "seconds": seconds, **settings, **about()})
+        (options.out / NUMBERS).write_text("".join(json.dumps(record) + "\n" for record in records))
         print(f"{name}: {1e3 * sum(seconds.values()):.1f} ms a step", flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / NUMBERS).write_text("".join(json.dumps(record) + "\n" for record in records))
     plot(records, options.out / PICTURE)
     return records
 

@@ -1,8 +1,9 @@
 """From settings to a run: the processes, the folder, the device, the seeds, the task."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +14,7 @@ from ..kernels import dispatch
 from . import parallel
 from .checkpoint import has_state
 from .config import RunConfig
+from .lock import LOCK_FILE, held
 from .loop import Trainer
 from .seeds import seed_everything
 from .tasks.base import Task
@@ -26,21 +28,23 @@ EARLY = ("metrics.jsonl", "config.json", "model.safetensors", "tokenizer.json", 
 def run(task: Callable[[C, torch.device], Task], config: C) -> int:
     """Train what `task` builds from the settings, with the processes that torchrun has started; the exit code.
 
-    Nothing is written before the settings, the data and the model are known to be good.
+    Nothing is written before the settings, the data and the model are known to be good. From then on the run's folder
+    is its own: ValueError if another run has it.
     """
     device = pick_device(config.device)
     dispatch.requested(None)  # the environment's, which models would ask for after the first files are written
     mode = parallel.checked_mode(config.parallel, config.batch_size)
     with flushed_subnormals(), parallel.processes(mode, device):
         config = replace(config, resume=parallel.from_main(lambda: resumed_folder(config)), parallel=mode)
-        folder = parallel.from_main(lambda: run_folder(config))
-        config = replace(config, out=str(folder), resume=None if config.resume == AUTO else config.resume)
+        parallel.from_main(lambda: check_out(config))
+        begun = replace(config, resume=None if config.resume == AUTO else config.resume)
         seed_everything(config.seed)
-        built = parallel.one_a_node_first(lambda: task(config, device))
+        built = parallel.one_a_node_first(lambda: task(begun, device))
         if parallel.size() > 1:
             # The same weights everywhere, but each process its own dropout.
             seed_everything(config.seed, 0, parallel.rank())
-        return Trainer(built, config, folder).run()
+        with own_folder(config) as folder:
+            return Trainer(built, replace(begun, out=str(folder)), folder).run()
 
 
 @contextmanager
@@ -66,22 +70,47 @@ def resumed_folder(config: RunConfig) -> str | None:
     return config.out if has_state(Path(config.out)) else AUTO
 
 
-def run_folder(config: RunConfig) -> Path:
-    """The folder of the run: the resumed one, the given one, or the first free of runs/MODEL-DATA, …-2, …-3.
+@contextmanager
+def own_folder(config: RunConfig) -> Iterator[Path]:
+    """The folder of the run, which process 0 holds for it while this is entered.
 
-    Raises ValueError if the given one already has something in it.
+    It is the resumed one, the given one, or the first free of runs/MODEL-DATA, …-2, …-3. Raises ValueError if another
+    process has it, or if the given one has something in it.
     """
-    if config.resume and config.resume != AUTO:
-        return Path(config.resume)
-    if config.out:
-        folder = Path(config.out)
-        if folder.exists() and not (folder.is_dir() and all(_is_early(config, path) for path in folder.iterdir())):
-            raise ValueError(f"{folder} is not an empty folder; continue its run with --resume, or give another --out")
-        return folder
+    with ExitStack() as stack:
+
+        def hold() -> Path:
+            given = config.out if config.resume in (None, AUTO) else config.resume
+            folder = _made_folder(config) if given is None else Path(given)
+            stack.enter_context(held(folder))
+            check_out(config)  # again: another run may have come and gone since
+            return folder
+
+        yield parallel.from_main(hold)
+
+
+def check_out(config: RunConfig) -> None:
+    """ValueError if the folder that a new run is given has something in it."""
+    if config.out is None or config.resume not in (None, AUTO):
+        return
+    folder = Path(config.out)
+    if folder.exists() and not (folder.is_dir() and all(_is_early(config, path) for path in folder.iterdir())):
+        raise ValueError(f"{folder} is not an empty folder; continue its run with --resume, or give another --out")
+
+
+def _made_folder(config: RunConfig) -> Path:
     model, data = (Path(name).name or name for name in (config.model, config.data))
     base = Path("runs") / f"{model}-{data}".replace(":", "-")
-    names = (base if number == 1 else base.with_name(f"{base.name}-{number}") for number in range(1, 1 << 31))
-    return next(folder for folder in names if not folder.exists())
+    names = (base if number == 1 else base.with_name(f"{base.name}-{number}") for number in itertools.count(1))
+    return next(folder for folder in names if _is_made(folder))
+
+
+def _is_made(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def pick_device(name: str) -> torch.device:
@@ -105,4 +134,4 @@ def pick_device(name: str) -> torch.device:
 
 
 def _is_early(config: RunConfig, path: Path) -> bool:
-    return config.resume == AUTO and any(path.match(pattern) for pattern in EARLY)
+    return path.name == LOCK_FILE or (config.resume == AUTO and any(path.match(pattern) for pattern in EARLY))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from grassland.archs.registry import LISTED, unknown
 from grassland.train.__main__ import main, read_run_config
 from grassland.train.config import LMConfig, default_lm
 from grassland.train.env import newer_sources
@@ -63,6 +64,8 @@ def test_lm_trains_and_sample_and_plot_use_the_folder_alone(lm, text_file, tmp_p
     assert outputs[0] == outputs[1] != outputs[2]
     assert main(["plot", str(folder), str(folder), "--out", str(tmp_path / "both.png")]) == 0
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["plot", str(folder), "--out", str(tmp_path / "both")]) == 2
+    assert "out must name a picture, such as " in capsys.readouterr().err and not list(tmp_path.glob("both/*"))
 
 
 def test_subnormal_numbers_are_zero_in_training_and_only_there(lm, tmp_path, monkeypatch):
@@ -137,6 +140,7 @@ def test_a_model_that_is_named_is_the_preset_and_not_the_small_default(fail, mon
         (["--tokenizer", "/nowhere/vocab.txt"], "/nowhere/vocab.txt: no such file"),
         (["--tokenizer", "bpe:12"], "bpe:12"),
         (["--model", "grassman_lm_6l"], "'grassman_lm_6l'; did you mean 'grassmann_lm_6l'"),
+        (["--model", "zzz"], "unknown model 'zzz'; 22 are known, such as "),
         (["--set", "mixer=atention"], "'atention'"),
         (["--set", "dimm=8"], "'dimm'"),
         (["--set", "dim"], "NAME=VALUE, got 'dim'"),
@@ -225,6 +229,17 @@ def test_other_bad_commands_are_one_line(fail, trained):
     assert "prompt '' has no tokens" in fail("sample", trained, "--prompt", "")
     assert "/nowhere/metrics.jsonl: no such file" in fail("plot", "/nowhere")
     assert "temperature" in fail("sample", trained, "--temperature", "-1")
+
+
+def test_of_very_many_names_the_nearest_are_told():
+    error = str(unknown("task", "zz", [f"{name}{number}" for name in ("zqq", "aab") for number in range(9000)]))
+    assert "18000 are known, such as zqq" in error and error.count(", zqq") == LISTED - 1
+
+
+def test_sizes_that_timm_cannot_build_are_one_line(fail):
+    pytest.importorskip("timm")
+    model = ["--model", "timm/vit_tiny_patch16_224", "--img-size", "224", "--set", "num_heads=0"]
+    assert "model timm/vit_tiny_patch16_224: " in fail("vision", *model)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import json
 import math
 import multiprocessing.connection
 import os
+import signal
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
@@ -13,6 +15,7 @@ import torch
 
 from grassland.archs.io import FORMAT, VERSION
 from grassland.train.__main__ import main
+from grassland.train.checkpoint import load_state
 from grassland.train.compare import Comparison, figure
 from grassland.train.compare.execute import Runner, in_short
 from grassland.train.compare.figure import plot
@@ -26,6 +29,15 @@ from grassland.train.env import hardware
 from grassland.train.log import UNTIMED_STEPS, MetricsLog, read_metrics
 from grassland.train.loop import Trainer
 from grassland.train.tasks.lm import LanguageModeling
+
+HOLD = """
+import pathlib, time
+from grassland.train.lock import held
+folder = pathlib.Path({folder!r})
+with held(folder):
+    (folder / "held").touch()
+    time.sleep(600)
+"""
 
 
 def written(config, folder, **changes):
@@ -265,6 +277,41 @@ def test_an_interrupted_run_is_resumed_to_the_same_numbers(config, tmp_path):
     assert any(e["event"] == "resume" for e in read_metrics(folder))
 
 
+def waited_for(happened, seconds=60):
+    """Look until it has happened."""
+    end = time.monotonic() + seconds
+    while not (found := happened()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return found
+
+
+def test_a_run_ends_with_the_comparison_that_was_killed(variant, tmp_path, start):
+    path, out = written(variant(steps=100_000, log_every=1), tmp_path, seeds=[0]), tmp_path / "out"
+    killed, _ = start(["compare", path, "--out", out])
+    folder = out / "tiny" / "attention" / "lr0.01-seed0"
+    waited_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text().count("\n") > 3)
+    os.kill(killed.pid, signal.SIGKILL)
+    log = folder.with_name("lr0.01-seed0.log")
+    waited_for(lambda: "stopped by SIGTERM, saved at step" in log.read_text())
+    assert load_state(folder)["step"] > 1
+
+
+def test_nothing_is_run_beside_a_run_that_goes_on(config, tmp_path, start, capsys):
+    path, out = written(config, tmp_path, seeds=[0]), tmp_path / "out"
+    folder = out / "tiny" / "grassmann" / "lr0.01-seed0"
+    holder, _ = start([], before=HOLD.format(folder=str(folder)))
+    waited_for(lambda: (folder / "held").exists())
+    assert run(path, out) == 2
+    assert f"error: {folder}: another process is at work there (process {holder.pid} on " in capsys.readouterr().err
+    assert not (out / "tiny" / "attention").exists()
+    assert run(path, out, "--report-only") == 1
+    holder.kill()
+    holder.join()
+    (folder / "held").unlink()
+    assert run(path, out) == 0
+
+
 def test_every_smoke_arm_runs(tmp_path):
     """The whole preset, one step an arm: minutes in full are for `compare smoke` itself."""
     for package in ("timm", "torchvision", "sklearn"):
@@ -351,6 +398,12 @@ def test_options_narrow_and_change(config, tmp_path):
         ({"settings": ("stepz=3",)}, "unknown setting 'stepz'; did you mean 'steps'"),
         ({"settings": ("lr=3",)}, "unknown setting 'lr'"),
         ({"settings": ("steps=-3",)}, "steps must be positive, got -3"),
+        ({"settings": ("steps=abc",)}, "steps must be an integer or None, got 'abc'"),
+        ({"settings": ("log_every=none",)}, "log_every must be an integer, got 'none'"),
+        ({"settings": ("batch_size=1.5",)}, "batch_size must be an integer, got 1.5"),
+        ({"settings": ("epochs=true",)}, "epochs must be a number or None, got True"),
+        ({"settings": ("betas=0.9",)}, "betas must be 2 values, each a number, got 0.9"),
+        ({"settings": ("dtype=int8",)}, r"dtype must be one of \('bf16', 'float32'\), got 'int8'"),
         ({"lrs": (0.1, 0.1)}, "lrs must differ from each other"),
         ({"seeds": (-1,)}, "seeds must be integers of at least 0"),
     ],
@@ -375,6 +428,16 @@ def test_bad_options_name_themselves(config, tmp_path, options, message):
 def test_bad_files_name_themselves(config, tmp_path, changes, message):
     with pytest.raises(ValueError, match=rf"tiny\.json: .*{message}"):
         load_comparisons(str(written(config, tmp_path, **changes)))
+
+
+def test_comparisons_of_one_file_have_names_of_their_own(config, tmp_path):
+    path = written(config, tmp_path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps([content, content | {"name": "other"}]))
+    assert [plan.name for plan in load_comparisons(str(path))] == ["tiny", "other"]
+    path.write_text(json.dumps([content, content | {"title": "Another"}]))
+    with pytest.raises(ValueError, match=r"tiny\.json: more than one comparison is named tiny"):
+        load_comparisons(str(path))
 
 
 def test_unknown_preset_is_named():
@@ -421,6 +484,26 @@ def test_statistics_are_those_of_scipy():
     assert paired({0: 3.0, 1: 3.5}, base).p is None  # the same difference twice: no deviation to test against
     assert spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5)) and spread([4.0]) == (4.0, None)
     assert holm([0.01, None, 0.04, 0.03, 0.9]) == pytest.approx([0.04, None, 0.09, 0.09, 0.9])
+
+
+@pytest.mark.parametrize("odd", [math.inf, math.nan])
+def test_a_metric_that_is_not_finite_has_no_deviation_and_no_test(odd):
+    middle, deviation = spread([1.0, odd, 2.0])
+    assert not math.isfinite(middle) and deviation is None
+    assert math.isnan(spread([math.inf, -math.inf])[0])
+    found = paired({0: 1.0, 1: odd}, {0: 2.0, 1: 3.0})
+    assert not math.isfinite(found.mean) and (found.interval, found.p, found.seeds) == (None, None, 2)
+
+
+def test_a_report_is_written_of_metrics_that_are_not_finite(plan, tmp_path):
+    for seed, (loss, other) in enumerate([(2.0, math.inf), (math.inf, 3.0), (math.nan, 2.0)]):
+        store_run(plan, tmp_path, "a", 0.01, seed, loss)
+        store_run(plan, tmp_path, "b", 0.01, seed, other)
+    records = Runner(plan, tmp_path, None).records()
+    assert write_report(records, tmp_path) == 0
+    report = (tmp_path / "report.md").read_text()
+    assert "| nan | nan |" in report and "| inf | inf | +nan |  |  |" in report
+    assert (tmp_path / "tiny.png").exists()
 
 
 def test_table_says_what_the_records_say():

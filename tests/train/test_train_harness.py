@@ -19,7 +19,7 @@ from grassland.train.__main__ import main
 from grassland.train.data import Split
 from grassland.train.data.corpus import encode
 from grassland.train.evaluate import evaluate_text
-from grassland.train.harness import GrasslandLM
+from grassland.train.harness import GrasslandLM, simple_evaluate
 from grassland.train.sample import load_run
 from grassland.train.start import run
 from grassland.train.tasks import LanguageModeling
@@ -188,6 +188,12 @@ def test_bad_settings_are_one_line(fail, folder, tasks, monkeypatch):
     assert "unknown task 'local_pp'; did you mean 'local_ppl'" in fail(folder, "--tasks", "local_pp", *local)
     assert "/nowhere: no such folder" in fail(folder, "--tasks", "x", "--include-path", "/nowhere")
     assert "/nowhere: no such folder" in fail("/nowhere", "--tasks", "local_ppl", *local)
+    monkeypatch.setattr("grassland.train.harness.simple_evaluate", lambda *a, **k: pytest.fail("evaluated"))
+    (folder / "file").touch()
+    evaluation = (folder, "--tasks", "local_ppl", *local, "--out")
+    assert f"{folder}: is a folder, not the file to write" in fail(*evaluation, folder)
+    assert f"{folder / 'file'}: " in fail(*evaluation, folder / "file" / "x.json")
+    monkeypatch.setattr("grassland.train.harness.simple_evaluate", simple_evaluate)
     assert "prefix '[CLS]' is not a token" in fail(folder, "--tasks", "local_ppl", *local, "--prefix", "[CLS]")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "grassland.train.harness")

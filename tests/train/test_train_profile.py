@@ -82,6 +82,25 @@ def test_command_writes_numbers_and_a_picture(monkeypatch, tmp_path, capsys):
         ProfileOptions(steps=0)
 
 
+def test_names_are_known_before_anything_is_timed_and_what_is_timed_is_kept(monkeypatch, tmp_path):
+    timed = []
+
+    def fake(name, options, device):
+        timed.append(name)
+        if name == "kromhc_lm_6l":
+            raise RuntimeError("out of memory")
+        return {"data": 1.0}
+
+    monkeypatch.setattr(module, "profile_model", fake)
+    with pytest.raises(ValueError, match="unknown model 'grassmann'"):
+        module.profile(ProfileOptions(("transformer_lm_6l", "grassmann"), tmp_path / "unknown", device="cpu"))
+    assert not timed and not (tmp_path / "unknown").exists()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        module.profile(ProfileOptions(("transformer_lm_6l", "kromhc_lm_6l"), tmp_path, device="cpu"))
+    (line,) = (tmp_path / "profile.jsonl").read_text().splitlines()
+    assert json.loads(line)["model"] == "transformer_lm_6l"
+
+
 def test_models_of_images_and_text_encoders_too(tmp_path):
     for package in ("torchvision", "sklearn"):
         pytest.importorskip(package)

@@ -1,9 +1,11 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,9 +106,13 @@ def test_a_run_killed_after_a_save_repeats_the_lost_steps(variant, tmp_path, mon
 def test_a_finished_run_can_be_finished_again_and_made_longer(variant, tmp_path, capsys):
     folder = tmp_path / "run"
     run(LanguageModeling, variant(out=str(folder)))
-    before = numbers(folder)
+    before, end = numbers(folder), read_metrics(folder)[-1]
+    assert end["tokens_per_s"] > 0
     assert resume(folder) == 0
     assert numbers(folder) == before
+    again = read_metrics(folder)[-1]
+    assert (again["event"], again["tokens_per_s"]) == ("end", end["tokens_per_s"])
+    assert again["peak_bytes"] >= end["peak_bytes"]
     assert main(["lm", "--resume", str(folder), "--steps", "14"]) == 0
     assert [event["step"] for event in numbers(folder, ("train",))] == list(range(1, 15))
     assert json.loads((folder / "config.json").read_text())["run"]["steps"] == 14
@@ -240,6 +246,109 @@ def test_the_default_folder_is_fresh_each_time(variant, tmp_path, monkeypatch):
         assert run(LanguageModeling, settings) == 0
     assert sorted(path.name for path in Path("runs").iterdir()) == ["lm-text.txt", "lm-text.txt-2"]
     assert json.loads(Path("runs/lm-text.txt-2/config.json").read_text())["run"]["out"] == "runs/lm-text.txt-2"
+
+
+SLOW = """
+import time
+from grassland.train.tasks.lm import LanguageModeling
+build = LanguageModeling.__init__
+def build_and_wait(self, *args):
+    build(self, *args)
+    ready.touch()
+    while not go.exists():
+        time.sleep(0.01)
+LanguageModeling.__init__ = build_and_wait
+"""
+
+
+def slow(tmp_path, number):
+    """Code that has a run wait between its data and its folder; the files that tell when it does, and how long."""
+    ready, go = tmp_path / f"ready-{number}", tmp_path / f"go-{number}"
+    names = f"import pathlib\nready, go = map(pathlib.Path, ({str(ready)!r}, {str(go)!r}))\n"
+    return names + SLOW, ready, go
+
+
+def started(folder):
+    return (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text().count("\n") > 2
+
+
+def until(happened):
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_runs_that_start_together_get_folders_of_their_own(variant, arguments, tmp_path, start):
+    words, begun, go = arguments(variant(steps=1, samples=0)), [], tmp_path / "go-0"
+    for number in range(2):
+        code, ready, _ = slow(tmp_path, number)
+        code = code.replace(f"go-{number}", "go-0")
+        begun.append((*start(words, before=f"import os\nos.chdir({str(tmp_path)!r})\n{code}"), ready))
+    until(lambda: all(ready.exists() for *_, ready in begun))
+    go.touch()
+    for process, output, _ in begun:
+        process.join(60)
+        assert process.exitcode == 0, output.read_text()
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert [folder.name for folder in folders] == ["lm-text.txt", "lm-text.txt-2"]
+    for folder in folders:
+        events = read_metrics(folder)
+        assert [event["event"] for event in events].count("start") == 1 and events[-1]["event"] == "end"
+        assert events[0]["config"]["out"] == f"runs/{folder.name}"
+
+
+def test_a_run_that_goes_on_is_no_other_processes(variant, arguments, tmp_path, start, capsys):
+    folder = tmp_path / "run"
+    long = variant(steps=100_000, eval_every=0, save_every=0, samples=0)
+    process, _ = start(arguments(long, out=folder))
+    until(lambda: started(folder))
+    refused = f"error: {folder}: another process is at work there (process {process.pid} on "
+    for words in (["lm", "--resume", folder], arguments(long, out=folder, resume="auto")):
+        assert main([*map(str, words)]) == 2
+        assert refused in capsys.readouterr().err
+    assert main(arguments(long, out=folder)) == 2
+    assert "is not an empty folder" in capsys.readouterr().err
+    process.kill()
+    process.join()
+    assert main(["lm", "--resume", str(folder), "--steps", "1"]) == 0
+
+
+def test_a_folder_that_another_run_has_filled_since_is_left_alone(variant, arguments, tmp_path, start):
+    folder = tmp_path / "run"
+    code, ready, go = slow(tmp_path, 0)
+    for resume_ in (None, "auto"):
+        process, output = start(
+            arguments(variant(samples=0), out=folder, resume=resume_ or variant().resume), before=code
+        )
+        until(ready.exists)
+        assert run(LanguageModeling, variant(out=str(folder), samples=0)) == 0
+        before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+        go.touch()
+        process.join(60)
+        assert process.exitcode == 2 and f"{folder} is not an empty folder" in output.read_text()
+        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"} == before
+        shutil.rmtree(folder)
+        ready.unlink()
+        go.unlink()
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(variant, tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("new", "there"):
+        with pytest.raises(ValueError, match=r"cuda_graph is for one process .* on cpu with 1 processes"):
+            run(LanguageModeling, variant(out=str(tmp_path / name), cuda_graph=True))
+        assert not (tmp_path / name).exists()
+
+
+def test_a_resumed_run_stays_in_its_folder(variant, tmp_path, capsys):
+    folder = tmp_path / "run"
+    run(LanguageModeling, variant(out=str(folder), steps=1, samples=0))
+    assert main(["lm", "--resume", str(folder), "--out", str(tmp_path / "other")]) == 2
+    assert (
+        f"{folder}: a resumed run goes on in its own folder, got --out {tmp_path / 'other'}" in capsys.readouterr().err
+    )
+    assert main(["lm", "--resume", str(folder), "--out", f"{folder}/../run"]) == 0
 
 
 def test_tensorboard_gets_the_same_numbers(variant, tmp_path):

@@ -6,6 +6,7 @@ import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from ...archs import read_config
 from ..checkpoint import has_state
 from ..config import RunConfig
+from ..lock import check_free
 from ..start import AUTO
 from .options import changed
 from .plan import FREE, Comparison
@@ -45,7 +47,7 @@ class Runner:
     A finished run is taken as it is, an interrupted one is resumed, one that failed is tried again. context: what
     `processes` gives; None to run nothing. jobs: how many run at a time. widen: how often a grid is widened.
 
-    Raises ValueError if a run in the folder has other settings than planned.
+    Raises ValueError if a run in the folder has other settings than planned, or is still going on.
     """
 
     def __init__(self, plan: Comparison, folder: Path, context: Any, jobs: int = 1, widen: int = 0) -> None:
@@ -53,9 +55,11 @@ class Runner:
         self.finished: list[Record] = []
         # Before anything is run, for hours perhaps.
         for arm, lr in itertools.product(plan.arms, plan.lrs):
-            for run in (Run(arm, lr, seed) for seed in plan.seeds):
-                _is_done_as(self._place(run), plan.config(*run))
-            _is_done_as(self._place_alone(arm, lr), self._config_alone(arm, lr))
+            planned = {self._place(Run(arm, lr, seed)): plan.config(arm, lr, seed) for seed in plan.seeds}
+            for folder, config in {**planned, self._place_alone(arm, lr): self._config_alone(arm, lr)}.items():
+                if context is not None:
+                    check_free(folder)
+                _is_done_as(folder, config)
 
     def records(self) -> list[Record]:
         """One record a run: the grid with the first seed, wider where an arm is best at an end of it, then the other
@@ -181,7 +185,9 @@ def in_short(config: RunConfig, out: str) -> RunConfig:
 
 
 def train(config: RunConfig, log: Path, timed: bool = False) -> None:
-    """One run, in a process of its own; what it prints goes to `log`. timed: nothing is judged, to save the time."""
+    """One run, in a process of its own, which saves and ends if the comparison's is killed; what it prints goes to
+    `log`. timed: nothing is judged, to save the time."""
+    threading.Thread(target=_follow_parent, daemon=True).start()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         sys.stdout.flush()
@@ -207,6 +213,13 @@ def train(config: RunConfig, log: Path, timed: bool = False) -> None:
         code = 2
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def processes() -> Any:

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..plot import matplotlib_module
+from ..plot import matplotlib_module, scale_by_log
 from .report import by
 from .results import SHOWN, Record, done
+from .statistics import mean
 
 
 def plot(records: Sequence[Record], path: Path) -> bool:
@@ -30,7 +31,7 @@ def plot(records: Sequence[Record], path: Path) -> bool:
             _curve(axes, runs, key, factor, f"C{index % 10}", arm if len(runs) == 1 else f"{arm} ({len(runs)} seeds)")
         axes.set(xlabel=label, ylabel=f"validation {SHOWN[task][4]}")
         if task == "lm":
-            axes.set_yscale("log")
+            scale_by_log(axes)
         if key == "units":
             axes.xaxis.set_major_formatter(matplotlib_module("ticker").EngFormatter())
         axes.locator_params(axis="x", nbins=6)
@@ -56,6 +57,6 @@ def _curve(axes: Any, runs: Sequence[Record], key: str, factor: float, colour: s
     scale = SHOWN[runs[0]["task"]][2]
     x = [factor * statistics.fmean(place) for place in zip(*(run["curve"][key] for run in runs), strict=True)]
     columns = list(zip(*([scale * value for value in run["curve"]["metric"]] for run in runs), strict=True))
-    axes.plot(x, [statistics.fmean(column) for column in columns], "o-", ms=3, color=colour, label=label)
+    axes.plot(x, [mean(column) for column in columns], "o-", ms=3, color=colour, label=label)
     if len(runs) > 1:
         axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.15, lw=0)

@@ -20,7 +20,8 @@ class CompareOptions:
     """Arms × learning rates × seeds on one data set with one loop; what is done already is not run again."""
 
     preset: str
-    """wikitext2-paper, wikitext2-tuned, controls, residuals, sharing, heads, imagenet-RECIPE, smoke; or a JSON file."""
+    """wikitext2-paper, wikitext2-tuned, controls, residuals, sharing, heads, imagenet-RECIPE, wikitext2-cpu,
+    cifar10-cpu, smoke; or a JSON file."""
     out: Path | None = None
     """Folder of the runs and of report.md, report.jsonl and the pictures; by default runs/compare-PRESET."""
     only: tuple[str, ...] = ()

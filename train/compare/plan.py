@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,10 +98,13 @@ def merged(common: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_comparisons(path: Path) -> list[Comparison]:
-    """The comparison, or the list of them, of a JSON file. ValueError that names the file."""
+    """The comparison, or the list of them with names of their own, of a JSON file. ValueError that names the file."""
     try:
         content = json.loads(path.read_text())
-        return [Comparison.from_dict(entry) for entry in (content if isinstance(content, list) else [content])]
+        plans = [Comparison.from_dict(entry) for entry in (content if isinstance(content, list) else [content])]
+        if twice := [name for name, count in Counter(plan.name for plan in plans).items() if count > 1]:
+            raise ValueError(f"more than one comparison is named {', '.join(twice)}")
+        return plans
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
 

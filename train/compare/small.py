@@ -1,4 +1,4 @@
-"""The papers' comparisons small: two hours on two CPU cores with the papers' data, minutes with what is embedded."""
+"""The papers' comparisons small: three hours on two CPU cores with the papers' data, minutes with what is embedded."""
 
 from collections.abc import Mapping
 from typing import Any

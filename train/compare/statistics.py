@@ -1,6 +1,7 @@
 """Means, deviations, and whether a difference between two arms could be chance."""
 
 import importlib
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ CONFIDENCE = 0.95
 @dataclass(frozen=True)
 class Difference:
     """Mean difference of an arm to the baseline over their common seeds, its 95 % interval, and the p-value of the
-    paired two-sided t-test; the last two are None for fewer than two seeds, or if all differences are equal."""
+    paired two-sided t-test; the last two are None for fewer than two seeds, if all differences are equal, or if one is
+    not finite."""
 
     mean: float
     interval: tuple[float, float] | None
@@ -20,8 +22,15 @@ class Difference:
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None of a single value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    """Mean and sample standard deviation; None of a single value, or if one is not finite."""
+    deviates = len(values) > 1 and all(map(math.isfinite, values))
+    return mean(values), statistics.stdev(values) if deviates else None
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean; infinite or NaN if a value is."""
+    # fmean raises where infinities cancel.
+    return statistics.fmean(values) if all(map(math.isfinite, values)) else sum(values) / len(values)
 
 
 def paired(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
@@ -30,16 +39,15 @@ def paired(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Differenc
     if not common:
         return None
     gaps = [arm[seed] - baseline[seed] for seed in common]
-    mean = statistics.fmean(gaps)
-    if len(gaps) < 2 or len(set(gaps)) == 1:
-        return Difference(mean, None, None, len(gaps))
+    if len(set(gaps)) == 1 or not all(map(math.isfinite, gaps)):
+        return Difference(mean(gaps), None, None, len(gaps))
     try:
         student = importlib.import_module("scipy.stats").t(len(gaps) - 1)
     except ImportError as error:
         raise ValueError("scipy is not installed: pip install 'grassland[train]'") from error
-    error = statistics.stdev(gaps) / len(gaps) ** 0.5
+    middle, error = mean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
     half = error * float(student.ppf((1 + CONFIDENCE) / 2))
-    return Difference(mean, (mean - half, mean + half), 2 * float(student.sf(abs(mean) / error)), len(gaps))
+    return Difference(middle, (middle - half, middle + half), 2 * float(student.sf(abs(middle) / error)), len(gaps))
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
