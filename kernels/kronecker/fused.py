@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..launch import cdiv, next_power_of_2, on_its_device
+from ..rounding import DTYPES
 
 # Programs wanted in flight for the weight gradient: four for each multiprocessor of the largest chips.
 SPLITS = 528
@@ -64,15 +65,6 @@ def load_columns(h, rows, keep, FIRST: tl.constexpr, COUNT: tl.constexpr, M: tl.
     at = h + rows[:, None] * M + tl.arange(0, 1)[None, :]
     for c in tl.static_range(COUNT):
         out = out + (tl.sum(tl.load(at + FIRST + c, mask=keep[:, None], other=0.0), 1)[:, None],)
-    return out
-
-
-@triton.jit
-def take_columns(a, FIRST: tl.constexpr, COUNT: tl.constexpr, MP: tl.constexpr):
-    j = tl.arange(0, MP)
-    out = ()
-    for c in tl.static_range(COUNT):
-        out = out + (tl.sum(tl.where((j == FIRST + c)[None, :], a, 0.0), 1)[:, None],)
     return out
 
 
@@ -475,10 +467,6 @@ def split(weight: Tensor) -> Tensor:
     return out
 
 
-def stored(x: Tensor) -> tl.dtype:
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype]
-
-
 # Tokens, channels of all streams together, channels at most, and warps of a tile, by kernel.
 TILES = {
     "pre": (64, 256, 64, 8),
@@ -510,7 +498,7 @@ def forward(
         block = tile(x, "pre")
         pre_kernel[(cdiv(tokens, block["BM"]),)](
             x, x if y is None else y, after if h is None else h, split(weight), bias, out, u, after, saved, tokens,
-            dim, eps, POST=y is not None, DTYPE=stored(x), **shape(x), **padded(x), **stacked(x), **block,
+            dim, eps, POST=y is not None, DTYPE=DTYPES[x.dtype], **shape(x), **padded(x), **stacked(x), **block,
         )  # fmt: skip
     return out, u, after, saved
 
@@ -527,7 +515,7 @@ def backward(
         return grad, dy, dh, torch.zeros_like(weight), weight.new_zeros(m)
     logits = torch.empty_like(after)
     joined, branch, before = (x if dx is None else dx), (y if post else x), (h if post else after)
-    common = {"POST": post, "DTYPE": stored(x), **shape(x), **padded(x)}
+    common = {"POST": post, "DTYPE": DTYPES[x.dtype], **shape(x), **padded(x)}
     block = stacked(x) | tile(x, "step_backward" if post else "pre_backward")
     pre_backward_kernel[(cdiv(tokens, block["BM"]),)](
         joined, du, dafter, x, branch, before, split(weight), after, saved, grad, dy, dh, logits, tokens, dim,
@@ -561,7 +549,7 @@ def kronecker_post(x: Tensor, y: Tensor, h: Tensor) -> Tensor:
     out, block = torch.empty_like(x), tile(x, "post")
     if tokens:
         grid = (cdiv(tokens, block["BM"]), cdiv(dim, block["BC"]))
-        post_kernel[grid](x, y, h, out, tokens, dim, DTYPE=stored(x), **shape(x), **block)
+        post_kernel[grid](x, y, h, out, tokens, dim, DTYPE=DTYPES[x.dtype], **shape(x), **block)
     return out
 
 
