@@ -1,7 +1,8 @@
 """What a layer asks of its input, so that a wrong one is named before an inner module or a kernel refuses it."""
 
-import torch
 from torch import Tensor, nn
+
+from ..kernels.launch import autocast_dtype
 
 
 def check_input(x: Tensor, dim: int, layer: nn.Module | None = None, *, sequence: bool = False) -> None:
@@ -15,5 +16,5 @@ def check_input(x: Tensor, dim: int, layer: nn.Module | None = None, *, sequence
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or x.dtype == weight.dtype or weight.dtype.itemsize == 1:
         return
-    if not torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x.device.type) is None:
         raise TypeError(f"x must have the dtype of the layer's weights, {weight.dtype}, got {x.dtype}")

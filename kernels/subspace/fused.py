@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..launch import next_power_of_2, on_its_device
-from ..losses import accumulation
+from ..precision import accumulation
 from ..rounding import store
 from . import chunked, eager
 from .chunked import Loss
@@ -283,7 +283,7 @@ def finish(
 
 
 @triton.jit
-def trigonometry(h, eye, R: tl.constexpr):
+def trigonometry(h, eye):
     # u = cos(sqrt h) - 1 and sinc(sqrt h) where eye is 1; halved to the series' range, then doubled
     trace = tl.sum(tl.sum(h * eye, 1), 0)
     halvings = tl.full((), 0, tl.int32)
@@ -317,7 +317,7 @@ def coefficients(m, across, a, KP: tl.constexpr, R: tl.constexpr, CARRY: tl.cons
     down = tl.trans(up)
     square = tl.where(top | left, 0.0, m) - product(across, tl.trans(across))
     swept = product(square, down) if CARRY == 2 else square
-    u, sinc = trigonometry(a * a * square, lower, R)
+    u, sinc = trigonometry(a * a * square, lower)
     carried = tl.zeros((R, R), tl.float32)
     if CARRY > 0:
         carried -= across
