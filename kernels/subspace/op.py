@@ -181,9 +181,9 @@ def _step(
 ) -> None:
     """Overwrites weight and buffer."""
     if backend == "triton":
-        from . import fused
+        from . import fused_step
 
-        return fused.grassmann_step_(weight, buffer, grad, k, lr, momentum, carry)
+        return fused_step.grassmann_step_(weight, buffer, grad, k, lr, momentum, carry)
     if backend == "eager":
         moved, stored = eager.grassmann_step(weight, buffer, grad, k, lr, momentum, carry)
     else:
