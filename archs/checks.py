@@ -2,8 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from ..kernels.launch import autocast_dtype
 
 
 def check_input(x: Tensor, dim: int, layer: nn.Module | None = None, *, sequence: bool = False) -> None:
@@ -17,7 +18,7 @@ def check_input(x: Tensor, dim: int, layer: nn.Module | None = None, *, sequence
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or x.dtype == weight.dtype or weight.dtype.itemsize == 1:
         return
-    if not torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x.device.type) is None:
         raise TypeError(f"x must have the dtype of the layer's weights, {weight.dtype}, got {x.dtype}")
 
 

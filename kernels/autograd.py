@@ -41,14 +41,19 @@ def differentiable_loss(op: Any, name: str) -> Callable[..., Any]:
         # Without this, autograd would write zeros of the weight's size for the two outputs that nobody uses.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:])
-        ctx.dtypes = [t.dtype for t in inputs[:2]]
+        # Not among the saved ones: their values, which may change before the backward, do not matter to it.
+        ctx.sources = inputs[:2]
 
     def backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple:
         found: list[Tensor | None] = [None, None]
         if grad is not None:
-            saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
-            found = [scaled(gradient, grad, dtype) if needed else None for gradient, dtype, needed in saved]
-        return (*once(name, *found), *[None] * (len(ctx.needs_input_grad) - 2))
+            saved = zip(ctx.saved_tensors, ctx.sources, ctx.needs_input_grad[:2], strict=True)
+            found = [scaled(gradient, grad, source.dtype) if needed else None for gradient, source, needed in saved]
+            if torch.is_grad_enabled():
+                found = once(name, found, (grad, *ctx.sources))
+            if not _C._autograd._get_current_graph_task_keep_graph():
+                ctx.sources = None
+        return (*found, *[None] * (len(ctx.needs_input_grad) - 2))
 
     return differentiable(op, backward, setup_context)
 
@@ -66,21 +71,39 @@ def scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     wide = torch.promote_types(saved.dtype, dtype)
     if wide != saved.dtype:
         return (saved.to(wide) * factor).to(dtype)
-    # What traces a backward (torch.compile) has tensor types of its own, and does without the spare tensor anyway.
-    if type(saved) is not Tensor or _C._autograd._get_current_graph_task_keep_graph():
+    # What traces a backward (torch.compile) has tensor types of its own, and does without the spare tensor anyway. A
+    # vectorised Jacobian has many factors in one.
+    traced, many = type(saved) is not Tensor, _batched(factor)
+    if traced or many or _C._autograd._get_current_graph_task_keep_graph():
         return (saved * factor).to(dtype)
     return saved.mul_(factor).to(dtype)
 
 
-def once(name: str, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+def _batched(x: Tensor) -> bool:
+    """Whether it stands for many: those of torch.vmap, or of autograd's is_grads_batched."""
+    return _C._functorch.is_batchedtensor(x) or _C._functorch.is_legacy_batchedtensor(x)
+
+
+def once(name: str, gradients: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
     """`gradients` that raise where they are differentiated again, for the backward of an op that saved them.
 
-    To autograd they are constants: a penalty on them would train on nothing.
+    sources: what they depend on. To autograd they would be constants, and a penalty on them would train on nothing.
     """
-    found = [g for g in gradients if g is not None]
-    if not torch.is_grad_enabled() or not found:
-        return gradients
-    stop = _C._functions.DelayedError(f"{name} cannot be differentiated twice".encode(), len(found))
-    marked = stop(*(g.detach().requires_grad_() for g in found))
-    rest = iter([marked] if len(found) == 1 else marked)
-    return tuple(None if g is None else next(rest) for g in gradients)
+    marked = iter(_Once.apply(name, *(g for g in gradients if g is not None), *sources))
+    return [None if g is None else next(marked) for g in gradients]
+
+
+class _Once(torch.autograd.Function):
+    """All tensors; backward, an error."""
+
+    @staticmethod
+    def forward(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple:
+        raise RuntimeError(f"{ctx.name} cannot be differentiated twice: backend='reference' can")

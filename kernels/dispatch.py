@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,11 +106,28 @@ def fastest(op: Op, device: str, dtype: torch.dtype, unfit: Collection[str] = ()
     return next(ready, choices[-1] if choices else "eager")
 
 
+def opaque(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a custom op of a function, whose operations keep the dtypes of their inputs under autocast, too."""
+
+    def register_op(function: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def body(*args: Any) -> Any:
+            if not torch._C._is_any_autocast_enabled():
+                return function(*args)
+            with torch._C._DisableAutocast():
+                return function(*args)
+
+        schema = torch.library.infer_schema(function, mutates_args=mutates_args)
+        return torch.library.custom_op(f"{NAMESPACE}::{name}", body, mutates_args=mutates_args, schema=schema)
+
+    return register_op
+
+
 def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is at work: an opaque op would drop its
     derivatives without a word, or fail."""
-    if torch.compiler.is_compiling():
-        return False
+    if torch.compiler.is_compiling():  # the op's registered derivative is seen there, but a tangent is not
+        return forward_ad._current_level >= 0
     functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     return functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 

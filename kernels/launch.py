@@ -25,9 +25,16 @@ def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
     return guarded
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts to; None where it is off, or where there is none, as for meta tensors."""
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def without_autocast(device: str) -> Any:
     """A context where operations keep the dtypes of their inputs: torch's, which takes microseconds, if needed."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
 
 
 # Triton's own are written for its kernels too, and take a microsecond each.

@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .precision import accumulation
 from .products import product
 
 # The class that does not count, as in PyTorch.
@@ -19,10 +20,6 @@ def chunks(rows: int, limit: int) -> list[slice]:
     count = max(1, -(-rows // limit))
     step = max(1, -(-rows // count))
     return [slice(start, start + step) for start in range(0, rows, step)]
-
-
-def accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Gradients:

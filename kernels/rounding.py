@@ -1,4 +1,4 @@
-"""Storing in half precision from Triton."""
+"""PyTorch's dtypes in Triton, and storing in half precision."""
 
 # Triton's constexpr parameters take plain values, and its language is not quite Python's.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportOperatorIssue=false
@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from . import dispatch
 
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # The interpreter converts to bfloat16 by cutting bits off.
 ROUND = tl.constexpr(dispatch.interpreted())
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..launch import autocast_dtype, without_autocast
 from ..losses import check_loss
 from . import op, reference
 
@@ -50,13 +51,12 @@ def linear_cross_entropy(
     _check(x, weight)
     check_loss(x, weight.shape[0], target, label_smoothing, reduction, soft=False)
     rows, flat = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1)
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    dtype = x.dtype if x.dtype == torch.float64 else dtype
+    dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device.type) or x.dtype
     chosen = dispatch.requested(backend)
     smoothing = float(label_smoothing)
     if chosen == "reference":
-        total = reference.linear_cross_entropy(rows.to(dtype), weight.to(dtype), flat, smoothing, ignore_index)
+        with without_autocast(x.device.type):
+            total = reference.linear_cross_entropy(rows.to(dtype), weight.to(dtype), flat, smoothing, ignore_index)
     else:
         enabled = torch.is_grad_enabled()
         mask = [enabled and rows.requires_grad, enabled and weight.requires_grad]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..losses import accumulation
+from ..precision import full_precision
 
 
 def row_losses(
@@ -16,7 +16,7 @@ def row_losses(
     Also `boost` times dl = softmax(l) - (1 - s) onehot - s / V in the dtype of the logits, zero in the other columns
     and in ignored rows; without `differentiate`, anything. Overwrites the logits where they are float32 or wider.
     """
-    whole = logits.to(accumulation(logits.dtype))
+    whole = full_precision(logits)
     wide, counted = whole[:, :vocab], target != ignore_index
     known = (target >= 0) & (target < vocab)
     aimed = torch.where(known, target, 0)[:, None]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import differentiable_loss
-from ..launch import without_autocast
-from ..losses import Gradients, accumulation, check_labels, chunks
+from ..losses import Gradients, check_labels, chunks
+from ..precision import HALVES, accumulation
 from ..products import boost, multiplies_halves
 from . import eager
 
@@ -28,11 +28,11 @@ RowLosses = Callable[..., tuple[Tensor, Tensor]]
 OP = dispatch.register(
     "linear_cross_entropy",
     cpp=(torch.float32, torch.bfloat16),
-    triton=(torch.float32, torch.bfloat16, torch.float16),
+    triton=(torch.float32, *HALVES),
 )
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::linear_cross_entropy", mutates_args=())
+@dispatch.opaque("linear_cross_entropy")
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -83,13 +83,11 @@ def chunked(
     elements = CHUNK_ELEMENTS if x.device.type == "cpu" else GPU_CHUNK_ELEMENTS
     gradients = Gradients(x, weight, mask)
     losses = x.new_empty(x.shape[0], dtype=accumulation(x.dtype))
-    # The op's own dtypes hold inside it, not autocast's.
-    with without_autocast(x.device.type):
-        for rows in chunks(x.shape[0], max(1, elements // weight.shape[0])):
-            logits = x[rows] @ weight.T
-            options = (vocab, smoothing, ignore_index, larger, any(mask))
-            losses[rows], dlogits = row_losses(logits, target[rows], *options)
-            gradients.add(rows, dlogits)
+    for rows in chunks(x.shape[0], max(1, elements // weight.shape[0])):
+        logits = x[rows] @ weight.T
+        options = (vocab, smoothing, ignore_index, larger, any(mask))
+        losses[rows], dlogits = row_losses(logits, target[rows], *options)
+        gradients.add(rows, dlogits)
     dx, dweight = gradients.result(larger)
     return losses.sum(), dx, dweight.resize_(vocab, x.shape[1]) if mask[1] else dweight  # without the padding
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..launch import without_autocast
+from ..precision import HALVES, accumulation
 from . import eager, op, projection, reference
 
 __all__ = [
@@ -94,7 +95,9 @@ def kronecker_projection(
     sizes = kronecker_factors(beta.shape[1], factors)
     tensors = [alpha, beta, gamma, pre_scale, post_scale, mixing_scale, static_alpha, static_beta]
     _check_parameters(tensors, sizes)
-    if alpha.dtype in op.HALVES:
+    if max(t.dim() for t in tensors[3:6]) > 1:
+        tensors[3:6] = [t.reshape(()) for t in tensors[3:6]]
+    if alpha.dtype in HALVES:
         tensors = [t.float() for t in tensors]
     chosen = dispatch.requested(backend)
     if chosen != "reference" and eager.all_pairs(sizes):
@@ -272,14 +275,10 @@ def _only_eager(name: str, backend: str, factors: tuple[int, ...]) -> None:
         raise dispatch.BackendError(f"{name}: the {backend} backend takes factors of 2 alone, got {factors}")
 
 
-def _full(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _check_streams(x: Tensor, factors: Sequence[int] | None) -> tuple[int, ...]:
     if x.dim() < 2 or x.shape[-2] < 2 or x.shape[-1] < 1:
         raise ValueError(f"x must be streams (…, n, C) with n >= 2 and C >= 1, got {tuple(x.shape)}")
-    if x.dtype not in (torch.float32, torch.float64, *op.HALVES):
+    if x.dtype not in (torch.float32, torch.float64, *HALVES):
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
     return kronecker_factors(x.shape[-2], factors)
 
@@ -294,7 +293,7 @@ def _check_projection(
         _check_kind(name, tensor, x)
     if not eps > 0:
         raise ValueError(f"eps must be > 0, got {eps}")
-    return weight.to(_full(x)), bias.to(_full(x))
+    return weight.to(accumulation(x.dtype)), bias.to(accumulation(x.dtype))
 
 
 def _check_parameters(tensors: Sequence[Tensor], factors: tuple[int, ...]) -> None:
@@ -321,9 +320,9 @@ def _check_branch(x: Tensor, y: Tensor, h: Tensor, factors: tuple[int, ...]) -> 
         if tuple(tensor.shape) != wanted[name]:
             raise ValueError(f"{name} must be {wanted[name]} beside x {tuple(x.shape)}, got {tuple(tensor.shape)}")
         _check_kind(name, tensor, x)
-    if y.dtype != x.dtype and not (x.dtype == torch.float32 and y.dtype in op.HALVES):
+    if y.dtype != x.dtype and not (x.dtype == torch.float32 and y.dtype in HALVES):
         raise TypeError(f"y must have the dtype of x ({x.dtype}) or be half beside float32, got {y.dtype}")
-    return y.to(x.dtype), h.to(_full(x))
+    return y.to(x.dtype), h.to(accumulation(x.dtype))
 
 
 def _check_kind(name: str, tensor: Tensor, x: Tensor) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import differentiable
+from ..precision import HALVES
 from . import eager
 
-HALVES = (torch.bfloat16, torch.float16)
 DTYPES = {"cpp": (torch.float32, torch.bfloat16), "triton": (torch.float32, *HALVES)}
 PRE = dispatch.register("kronecker_pre", **DTYPES)
 POST = dispatch.register("kronecker_post", **DTYPES)
@@ -55,7 +55,7 @@ def _new(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(tokens, x.shape[2]), h.new_empty(tokens, columns), h.new_empty(tokens, columns + 1)
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_pre", mutates_args=())
+@dispatch.opaque("kronecker_pre")
 def kronecker_pre(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """(u, h, [z | r])."""
     backend = _backend(PRE, x, backend)
@@ -70,7 +70,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tupl
     return _new(x, weight)
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_pre_backward", mutates_args=())
+@dispatch.opaque("kronecker_pre_backward")
 def kronecker_pre_backward(
     du: Tensor, dh: Tensor, x: Tensor, weight: Tensor, h: Tensor, saved: Tensor, eps: float, backend: str,
     dx: Tensor | None = None,
@@ -94,7 +94,7 @@ def _(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_post", mutates_args=())
+@dispatch.opaque("kronecker_post")
 def kronecker_post(x: Tensor, y: Tensor, h: Tensor, backend: str) -> Tensor:
     """X' = H_res X + h_post (x) y."""
     backend = _backend(POST, x, backend)
@@ -109,7 +109,7 @@ def _(x: Tensor, y: Tensor, h: Tensor, backend: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_post_backward", mutates_args=())
+@dispatch.opaque("kronecker_post_backward")
 def kronecker_post_backward(
     grad: Tensor, x: Tensor, y: Tensor, h: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +127,7 @@ def _(grad: Tensor, x: Tensor, y: Tensor, h: Tensor, backend: str) -> tuple[Tens
     return x.new_empty(x.shape), y.new_empty(y.shape), h.new_empty(h.shape)
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_step", mutates_args=())
+@dispatch.opaque("kronecker_step")
 def kronecker_step(
     x: Tensor, y: Tensor, h: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -147,7 +147,7 @@ def _(
     return (x.new_empty(x.shape), *_new(x, weight))
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_step_backward", mutates_args=())
+@dispatch.opaque("kronecker_step_backward")
 def kronecker_step_backward(
     dx: Tensor, du: Tensor, dh: Tensor, x: Tensor, y: Tensor, h: Tensor, weight: Tensor, following_h: Tensor,
     saved: Tensor, eps: float, backend: str,
@@ -232,6 +232,5 @@ class KroneckerOpen(torch.autograd.Function):
         return x.view_as(x), *output[:2]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dx: Tensor | None, du: Tensor | None, dh: Tensor | None) -> tuple:
         return _backward_pre(ctx, du, dh, None, dx)

@@ -23,7 +23,7 @@ def _kernels(backend: str) -> Any:
     return fused_projection
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_projection", mutates_args=())
+@dispatch.opaque("kronecker_projection")
 def kronecker_projection(
     alpha: Tensor, beta: Tensor, gamma: Tensor, pre: Tensor, post: Tensor, mixing: Tensor, static_alpha: Tensor,
     static_beta: Tensor, backend: str,
@@ -49,7 +49,7 @@ def _(
     return alpha.new_empty(rows, alpha.shape[0]), alpha.new_empty(rows)
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::kronecker_projection_backward", mutates_args=())
+@dispatch.opaque("kronecker_projection_backward")
 def kronecker_projection_backward(
     dweight: Tensor, dbias: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, pre: Tensor, post: Tensor,
     mixing: Tensor, backend: str,

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..launch import autocast_dtype, without_autocast
+from ..precision import accumulation
 from . import op, reference, routing, shared
 from .reference import Routing
 
@@ -14,7 +16,7 @@ __all__ = ["Routing", "expert_capacity", "moe_ffn", "moe_route"]
 
 def expert_capacity(tokens: int, num_experts: int, top_k: int, factor: float) -> int:
     """Places of each expert: int(tokens · factor · top_k // num_experts) (arXiv 2107.11817, section 3.2)."""
-    return int(tokens * factor * top_k // num_experts)
+    return torch.sym_int(tokens * factor * top_k // num_experts)  # int, but for a size that torch.export leaves open
 
 
 def moe_route(
@@ -51,7 +53,8 @@ def moe_route(
     _check_route(logits, top_k, capacity, mask)
     chosen = dispatch.requested(backend)
     if chosen == "reference":
-        return reference.route(logits, mask, top_k, capacity, renormalize)
+        with without_autocast(logits.device.type):
+            return reference.route(logits, mask, top_k, capacity, renormalize)
     found = routing.route(logits, mask, top_k, -1 if capacity is None else capacity, renormalize, chosen)
     return Routing(*found[:7])
 
@@ -101,8 +104,9 @@ def moe_ffn(
     _check_weights(x, {"w_up": w_up, "b_up": b_up, "w_down": w_down, "b_down": b_down}, offsets)
     inputs = (x, gates, w_up, b_up, w_down, b_down)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    if autocast(x):
-        x, b_up, b_down = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, b_up, b_down))
+    dtype = autocast(x)
+    if dtype is not None:
+        x, b_up, b_down = (t.to(dtype) for t in (x, b_up, b_down))
     seed = None if dropout == 0 else seed
     chosen = dispatch.requested(backend)
     if save and chosen != "reference" and not torch.compiler.is_compiling():
@@ -110,14 +114,15 @@ def moe_ffn(
         return shared.moe_ffn(x, gates, slots, order, offsets, *weights, float(dropout), seed, gelu_out, chosen)
     w_up, w_down = w_up.to(x.dtype), w_down.to(x.dtype)
     if chosen == "reference":
-        return reference.moe_ffn(x, gates, slots, offsets, w_up, b_up, w_down, b_down, dropout, seed, gelu_out)
+        with without_autocast(x.device.type):
+            return reference.moe_ffn(x, gates, slots, offsets, w_up, b_up, w_down, b_down, dropout, seed, gelu_out)
     return op.moe_ffn(
         x, gates, slots, order, offsets, w_up, b_up, w_down, b_down, float(dropout), seed, gelu_out, save, chosen
     )[0]
 
 
-def autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+def autocast(x: Tensor) -> torch.dtype | None:
+    return None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
 
 
 def _check_route(logits: Tensor, top_k: int, capacity: int | None, mask: Tensor | None) -> None:
@@ -127,7 +132,8 @@ def _check_route(logits: Tensor, top_k: int, capacity: int | None, mask: Tensor 
         raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= logits.shape[1]:
         raise ValueError(f"top_k must be an integer from 1 to E = {logits.shape[1]}, got {top_k!r}")
-    if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
+    integer = isinstance(capacity, int | torch.SymInt) and not isinstance(capacity, bool)
+    if capacity is not None and (not integer or capacity < 1):
         raise ValueError(f"capacity must be a positive integer or None, got {capacity!r}")
     if mask is not None:
         if mask.shape != logits.shape[:1] or mask.dtype != torch.bool:
@@ -145,7 +151,7 @@ def _check_ffn(
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if gates.dim() != 2 or gates.shape[0] != x.shape[0]:
         raise ValueError(f"gates must be ({x.shape[0]}, K), got {tuple(gates.shape)}")
-    if gates.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
+    if gates.dtype not in (x.dtype, accumulation(x.dtype)):
         raise TypeError(f"gates must have the dtype of x ({x.dtype}) or be float32 beside it, got {gates.dtype}")
     shapes = {"slots": (slots, tuple(gates.shape)), "order": (order, (gates.numel(),))}
     for name, (tensor, shape) in (shapes | {"offsets": (offsets, (offsets.numel(),))}).items():
@@ -170,7 +176,7 @@ def _check_weights(x: Tensor, weights: dict[str, Tensor], offsets: Tensor) -> No
     for name, tensor in weights.items():
         if tensor.shape != shapes[name]:
             raise ValueError(f"{name} must be {tuple(shapes[name])}, got {tuple(tensor.shape)}")
-        if tensor.dtype != x.dtype and not autocast(x):
+        if tensor.dtype != x.dtype and autocast(x) is None:
             raise TypeError(f"{name} must have the dtype of x ({x.dtype}), got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x ({x.device}), got {tensor.device}")

@@ -8,11 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..precision import accumulation, full_precision
 from .reference import OUTPUT_SALT, Routing, dropout_scale
-
-
-def full_precision(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def route(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renormalize: bool) -> tuple[Routing, Tensor]:
@@ -142,7 +139,7 @@ def moe_ffn_backward(
     experts' outputs need not be kept.
     """
     top_k, (count, inner, dim) = gates.shape[1], w_up.shape
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = accumulation(x.dtype)
     bounds = offsets.tolist()
     dgate, dx = grad.new_zeros(bounds[-1], dtype=wide), grad.new_empty(bounds[-1], dim)
     db_up, db_down = grad.new_zeros(count, inner, dtype=wide), grad.new_zeros(count, dim, dtype=wide)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..launch import cdiv, next_power_of_2, on_its_device
-from ..rounding import store
+from ..rounding import DTYPES, store
 from .fused_route import route, route_backward
 
 __all__ = ["moe_ffn", "moe_ffn_backward", "route", "route_backward"]
@@ -94,12 +94,14 @@ def grouped_kernel(
     DTYPE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     # out = A W^T + b (A W if TRANSPOSED) for the rows of one expert; GATHER reads A by token
-    # Programs that follow each other share their rows: those stay in the cache, and so does one expert's weight.
-    expert, first, stop = find_rows(offsets, tl.program_id(1), E, BM)
+    # Programs that follow each other share their rows: those stay in the cache, and so does one expert's weight. One
+    # axis, as the others end at 65,535 programs.
+    blocks = tl.cdiv(width, BN)
+    expert, first, stop = find_rows(offsets, tl.program_id(0) // blocks, E, BM)
     if expert < 0:
         return
     rows = first + tl.arange(0, BM)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    n = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
     keep = rows < stop
     source = rows
     if GATHER:
@@ -288,7 +290,7 @@ def operand(dtype: torch.dtype) -> tl.dtype:
     """The dtype of matrix operands: that of x, but float32 in the interpreter, whose half-precision dot is wrong."""
     if dispatch.interpreted():
         return tl.float32
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+    return DTYPES[dtype]
 
 
 def tile(rows: int, cols: int, depth: int, warps: int, **options: int) -> dict[str, int]:
@@ -336,8 +338,8 @@ def grouped(
 ) -> None:  # fmt: skip
     experts, (pairs, width), inner = weight.shape[0], out.shape, a.shape[1]
     size = choose(GROUPED[a.dtype == torch.float32], pairs, experts, width)
-    grid = (cdiv(width, size["BN"]), cdiv(pairs, size["BM"]) + experts)
-    grouped_kernel[grid](
+    blocks = cdiv(width, size["BN"]) * (cdiv(pairs, size["BM"]) + experts)
+    grouped_kernel[(blocks,)](
         a, weight, a if bias is None else bias, out, order, offsets, inner, width, TOP_K=top_k, E=experts,
         GATHER=gather, TRANSPOSED=transposed, BIAS=bias is not None, DTYPE=operand(a.dtype), **size,
     )  # fmt: skip

@@ -42,6 +42,7 @@ def choose_kernel(
         live = live & (tl.load(mask + t, mask=live, other=0) != 0)
     taken = tl.zeros((BT, EP), tl.int32)
     total = tl.zeros((BT,), tl.float32)
+    chosen = ()
     # a NaN is the largest, as where PyTorch sorts: nothing is equal to it, not even itself
     v = tl.where(v == v, v, float("inf"))
     for k in tl.static_range(TOP_K):
@@ -52,14 +53,13 @@ def choose_kernel(
         taken += hit.to(tl.int32)
         gate = tl.sum(tl.where(hit, p, 0.0), 1)
         total += gate
-        tl.store(gates + t * TOP_K + k, gate, mask=t < tokens)
+        chosen = chosen + (gate,)
         tl.store(experts + t * TOP_K + k, index.to(tl.int64), mask=t < tokens)
-    if NORMAL:
-        for k in tl.static_range(TOP_K):
-            # the same sums as above, so that each thread normalises what it wrote
-            hit = e[None, :] == tl.load(experts + t * TOP_K + k, mask=t < tokens, other=-1)[:, None]
-            gate = tl.sum(tl.where(hit, p, 0.0), 1) / tl.where(t < tokens, total, 1.0)
-            tl.store(gates + t * TOP_K + k, gate, mask=t < tokens)
+    for k in tl.static_range(TOP_K):
+        gate = chosen[k]
+        if NORMAL:
+            gate = gate / tl.where(t < tokens, total, 1.0)
+        tl.store(gates + t * TOP_K + k, gate, mask=t < tokens)
     at = tl.program_id(0).to(tl.int64) * E + e
     tl.store(histogram + at, tl.sum(tl.where(live[:, None], taken, 0), 0), mask=e < E)
     tl.store(sums + at, tl.sum(tl.where(live[:, None], precise, 0.0), 0), mask=e < E)

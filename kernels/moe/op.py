@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..precision import HALVES
 from . import eager
 
-HALVES = (torch.bfloat16, torch.float16)
 Parts = tuple[Tensor, Tensor, Tensor]
 OP = dispatch.register("moe_ffn", cpp=(torch.float32, torch.bfloat16), triton=(torch.float32, *HALVES))
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::moe_ffn", mutates_args=())
+@dispatch.opaque("moe_ffn")
 def moe_ffn(
     x: Tensor,
     gates: Tensor,
@@ -57,7 +57,7 @@ def _(x: Tensor, gates: Tensor, slots: Tensor, order: Tensor, offsets: Tensor, w
     return x.new_empty(x.shape), h, x.new_empty(pairs if save and gelu_out else 0, x.shape[1])
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::moe_ffn_backward", mutates_args=("total_up", "total_down"))
+@dispatch.opaque("moe_ffn_backward", ("total_up", "total_down"))
 def moe_ffn_backward(
     grad: Tensor,
     x: Tensor,

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..precision import full_precision
+
 # A 32-bit hash, by one multiply-and-shift round after another; the same numbers in every backend.
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 OUTPUT_SALT = 0x9E3779B9
@@ -53,7 +55,8 @@ def dropout_scale(pairs: Tensor, width: int, rate: float, seed: Tensor, salt: in
 
 def route(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int | None, renormalize: bool) -> Routing:
     """One token after another, each taking the next free place of its experts."""
-    tokens, experts = logits.shape
+    (tokens, experts), device = logits.shape, logits.device
+    logits = full_precision(logits)
     probabilities = torch.softmax(logits, -1)
     chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
     gates = probabilities.gather(1, chosen)
@@ -64,13 +67,13 @@ def route(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int | None,
     for t in live:
         for k in range(top_k):
             queues[int(chosen[t, k])].append(t * top_k + k)
-    counts = torch.tensor([len(queue) for queue in queues])
+    counts = torch.tensor([len(queue) for queue in queues], device=device)
     kept = [queue[:capacity] for queue in queues]
     order = [pair for queue in kept for pair in queue]
-    slots = torch.full((tokens * top_k,), -1)
-    slots[order] = torch.arange(len(order))
-    padded = torch.tensor(order + [-1] * (tokens * top_k - len(order)), dtype=torch.int64)
-    offsets = torch.tensor([0, *(len(queue) for queue in kept)]).cumsum(0)
+    slots = torch.full((tokens * top_k,), -1, device=device)
+    slots[order] = torch.arange(len(order), device=device)
+    padded = torch.tensor(order + [-1] * (tokens * top_k - len(order)), dtype=torch.int64, device=device)
+    offsets = torch.tensor([0, *(len(queue) for queue in kept)], device=device).cumsum(0)
     # E sum_e m_e P_e, m_e the share of the T K assignments, P_e the mean probability
     share = counts.to(gates.dtype) / max(len(live) * top_k, 1)
     balance = experts * (share * probabilities[live].sum(0) / max(len(live), 1)).sum()
@@ -93,6 +96,8 @@ def moe_ffn(
     """y_t = sum_k g_tk E_k(x_t): every expert on every token, weighted by 0 where the token did not go there."""
     tokens, top_k = gates.shape
     chosen = torch.searchsorted(offsets[1:].contiguous(), slots.contiguous(), right=True)
+    dtype = x.dtype
+    x, w_up, b_up, w_down, b_down = (full_precision(t) for t in (x, w_up, b_up, w_down, b_down))
     y = torch.zeros_like(x)
     for k in range(top_k):
         pairs = torch.arange(tokens, device=x.device) * top_k + k
@@ -107,4 +112,4 @@ def moe_ffn(
                 o = o * dropout_scale(pairs, o.shape[1], dropout, seed, OUTPUT_SALT).to(o.dtype)
             here = (slots[:, k] >= 0) & (chosen[:, k] == e)
             y = y + torch.where(here, gates[:, k], 0)[:, None].to(o.dtype) * o
-    return y
+    return y.to(dtype)

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import differentiable
+from ..precision import HALVES, accumulation
 from . import eager
 
-HALVES = (torch.bfloat16, torch.float16)
 OP = dispatch.register("moe_route", cpp=(torch.float32, torch.bfloat16), triton=(torch.float32, *HALVES))
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::moe_route", mutates_args=())
+@dispatch.opaque("moe_route")
 def moe_route(
     logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renormalize: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -38,7 +38,7 @@ def moe_route(
 @moe_route.register_fake
 def _(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renormalize: bool, backend: str) -> Parts:
     tokens, experts = logits.shape
-    wide = torch.promote_types(logits.dtype, torch.float32)
+    wide = accumulation(logits.dtype)
     return (
         logits.new_empty(tokens, top_k, dtype=wide),
         logits.new_empty((), dtype=wide),
@@ -51,7 +51,7 @@ def _(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renormaliz
     )
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::moe_route_backward", mutates_args=())
+@dispatch.opaque("moe_route_backward")
 def moe_route_backward(
     grad_gates: Tensor,
     grad_balance: Tensor,

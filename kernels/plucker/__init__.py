@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..launch import autocast_dtype, without_autocast
+from ..precision import HALVES
 from . import blend, op, reference
 
 __all__ = ["gated_blend", "plucker_coordinates", "plucker_mix"]
@@ -66,14 +68,14 @@ def plucker_mix(
         ValueError, TypeError: naming the argument that is wrong, what it was and what is allowed.
         grassland.kernels.dispatch.BackendError: when a requested backend is not there.
     """
-    device = z.device.type
-    if torch.is_autocast_enabled(device) and z.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(z.device.type)
+    if dtype is not None and z.dtype != torch.float64:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     steps = _check(z, weight, bias, offsets, eps)
     chosen = dispatch.requested(backend)
     if chosen == "reference":
-        return reference.plucker_mix(z, weight, bias, steps, eps)
+        with without_autocast(z.device.type):
+            return reference.plucker_mix(z, weight, bias, steps, eps)
     return op.mix(z, weight, bias, steps, float(eps), chosen)
 
 
@@ -95,14 +97,14 @@ def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, *, backend: 
         ValueError, TypeError: naming the argument that is wrong, what it was and what is allowed.
         grassland.kernels.dispatch.BackendError: when a requested backend is not there.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None and x.dtype != torch.float64:
         g, weight, bias = g.to(dtype), weight.to(dtype), bias.to(dtype)
     _check_blend(x, g, weight, bias)
     chosen = dispatch.requested(backend)
     if chosen == "reference":
-        return reference.gated_blend(x, g, weight, bias)
+        with without_autocast(x.device.type):
+            return reference.gated_blend(x, g, weight, bias)
     return blend.blend(x, g, weight, bias, chosen)[0]
 
 
@@ -119,7 +121,7 @@ def _check_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> None:
             raise ValueError(f"{name} must be on the device of x ({x.device}), got {tensor.device}")
     if not x.is_floating_point():
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
-    if g.dtype != x.dtype and not (x.dtype == torch.float32 and g.dtype in op.HALVES):
+    if g.dtype != x.dtype and not (x.dtype == torch.float32 and g.dtype in HALVES):
         raise TypeError(f"g must have the dtype of x ({x.dtype}) or be half beside float32, got {g.dtype}")
 
 
@@ -133,7 +135,7 @@ def _check(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int
         raise ValueError(f"bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
     if not z.is_floating_point():
         raise TypeError(f"z must be float32, bfloat16, float16 or float64, got {z.dtype}")
-    if weight.dtype != z.dtype and not (z.dtype == torch.float32 and weight.dtype in op.HALVES):
+    if weight.dtype != z.dtype and not (z.dtype == torch.float32 and weight.dtype in HALVES):
         raise TypeError(f"weight must have the dtype of z ({z.dtype}) or be half beside float32, got {weight.dtype}")
     if bias is not None and bias.dtype != weight.dtype:
         raise TypeError(f"bias must have the dtype of weight ({weight.dtype}), got {bias.dtype}")

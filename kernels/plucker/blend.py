@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import differentiable
+from ..precision import HALVES, accumulation
 from . import eager
-from .op import HALVES
 
 
 def triton_kernels() -> Any:
@@ -29,7 +29,7 @@ def rows(t: Tensor) -> Tensor:
 OP = dispatch.register("gated_blend", cpp=(torch.float32, torch.bfloat16), triton=(torch.float32, *HALVES))
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::gated_blend", mutates_args=())
+@dispatch.opaque("gated_blend")
 def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """(out, alpha), contiguous."""
     backend = dispatch.pick(OP, g, backend)
@@ -50,7 +50,7 @@ def _(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, backend: str) -> tuple
     return x.new_empty(x.shape), g.new_empty(g.shape)
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::gated_blend_backward", mutates_args=())
+@dispatch.opaque("gated_blend_backward")
 def gated_blend_backward(
     grad: Tensor, x: Tensor, g: Tensor, weight: Tensor, alpha: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,7 +67,7 @@ def gated_blend_backward(
         dx, dg, dlogit, dweight = torch.ops.grassland_cpp.gated_blend_backward(*arguments)
         if dx.dtype != dlogit.dtype:
             dx += dlogit @ weight[:, :dim]
-    total = torch.promote_types(g.dtype, torch.float32)
+    total = accumulation(g.dtype)
     dbias = triton_kernels().column_sum(dlogit) if backend == "triton" else dlogit.sum(0, dtype=total)
     if backend != "cpp":
         dweight = torch.empty_like(weight)

@@ -15,11 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..precision import full_precision
 from .reference import plucker_coordinates
-
-
-def full_precision(z: Tensor) -> Tensor:
-    return z if z.dtype == torch.float64 else z.float()
 
 
 def shift(x: Tensor, offset: int) -> Tensor:

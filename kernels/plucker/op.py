@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import differentiable
+from ..precision import HALVES
 from . import eager
 
-HALVES = (torch.bfloat16, torch.float16)
 OP = dispatch.register(
     "plucker_mix",
     cpp=(torch.float32, torch.bfloat16),
@@ -29,7 +29,7 @@ def unfit(z: Tensor, offsets: list[int]) -> tuple[str, ...]:
     return ("cuda",) if z.shape[-1] > MAX_RANK or len(offsets) > MAX_OFFSETS else ()
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::plucker_mix", mutates_args=())
+@dispatch.opaque("plucker_mix")
 def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: list[int], eps: float, backend: str) -> Tensor:
     backend = dispatch.pick(OP, weight, backend, unfit(z, offsets))
     if backend == "eager":
@@ -59,7 +59,7 @@ def bias_gradient(grad: Tensor, first: int) -> Tensor:
     return fused.column_sum(grad.flatten(0, 1), grad.shape[1], first)
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::plucker_mix_backward", mutates_args=())
+@dispatch.opaque("plucker_mix_backward")
 def plucker_mix_backward(
     grad: Tensor, z: Tensor, weight: Tensor, offsets: list[int], eps: float, mask: list[bool], backend: str
 ) -> list[Tensor]:

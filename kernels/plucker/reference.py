@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..precision import full_precision
+
 
 def plucker_coordinates(a: Tensor, b: Tensor) -> Tensor:
     i, j = torch.triu_indices(a.shape[-1], a.shape[-1], offset=1, device=a.device)
@@ -18,7 +20,7 @@ def plucker_coordinates(a: Tensor, b: Tensor) -> Tensor:
 
 def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], eps: float) -> Tensor:
     length = z.shape[1]
-    z = z.to(torch.promote_types(z.dtype, weight.dtype))
+    z = full_precision(z)
     position = torch.arange(length, device=z.device).unsqueeze(-1)
     total = z.new_zeros(*z.shape[:2], weight.shape[0])
     count = torch.zeros_like(position)
@@ -39,9 +41,9 @@ def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequenc
 
 
 def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    dtype = torch.promote_types(x.dtype, g.dtype)
+    wide_x, wide_g = full_precision(x), full_precision(g)
     # 1. alpha = sigmoid(W [x; g] + b)
-    logit = torch.cat([x.to(dtype), g.to(dtype)], dim=-1) @ weight.to(dtype).T + bias.to(dtype)
+    logit = torch.cat([wide_x, wide_g], dim=-1) @ full_precision(weight).T + full_precision(bias)
     alpha = torch.sigmoid(logit)
     # 2. h = alpha x + (1 - alpha) g
-    return (alpha * x + (1 - alpha) * g).to(x.dtype)
+    return (alpha * wide_x + (1 - alpha) * wide_g).to(x.dtype)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..launch import autocast_dtype, without_autocast
 from ..losses import check_loss
+from ..precision import HALVES
 from . import op, reference
 from .op import MODES
 
@@ -41,7 +43,8 @@ def subspace_logits(x: Tensor, weight: Tensor, k: int, scale: float = 25.0, *, b
     _check_head(x, weight, k, scale)
     chosen = dispatch.requested(backend)
     if chosen == "reference":
-        return reference.subspace_logits(x, weight, k, scale)
+        with without_autocast(x.device.type):
+            return reference.subspace_logits(x, weight, k, scale)
     flat = op.logits(x.reshape(-1, x.shape[-1]), weight, k, float(scale), chosen)
     return flat.view(*x.shape[:-1], weight.shape[0] // k)
 
@@ -88,7 +91,8 @@ def subspace_cross_entropy(
     chosen = dispatch.requested(backend)
     if chosen == "reference":
         options = (k, float(scale), float(label_smoothing), ignore_index)
-        total = reference.subspace_cross_entropy(rows, weight, flat.to(rows.dtype) if soft else flat, *options)
+        with without_autocast(x.device.type):
+            total = reference.subspace_cross_entropy(rows, weight, flat, *options)
     else:
         enabled = torch.is_grad_enabled()
         mask = [enabled and rows.requires_grad, enabled and weight.requires_grad]
@@ -139,8 +143,8 @@ def grassmann_step(
     weight, buffer, grad = weight.detach(), buffer.detach(), grad.detach()
     chosen = dispatch.requested(backend)
     if chosen == "reference":
-        moved, stored = reference.grassmann_step(weight, buffer, grad, *options)
-        return moved.to(weight.dtype), stored.to(buffer.dtype)
+        with without_autocast(weight.device.type):
+            return reference.grassmann_step(weight, buffer, grad, *options)
     return op.grassmann_step(weight, buffer, grad, *options, chosen)
 
 
@@ -160,7 +164,8 @@ def grassmann_step_(
     weight, buffer, grad = weight.detach(), buffer.detach(), grad.detach()
     chosen = dispatch.requested(backend)
     if chosen == "reference":
-        moved, stored = reference.grassmann_step(weight, buffer, grad, *options)
+        with without_autocast(weight.device.type):
+            moved, stored = reference.grassmann_step(weight, buffer, grad, *options)
         weight.copy_(moved)
         buffer.copy_(stored)
     else:
@@ -168,10 +173,9 @@ def grassmann_step_(
 
 
 def _autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None or x.dtype == torch.float64:
         return x, weight
-    dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), weight.to(dtype)
 
 
@@ -210,7 +214,7 @@ def _check_step(
             )
     if grad.dtype != weight.dtype:
         raise TypeError(f"grad must have the dtype of weight ({weight.dtype}), got {grad.dtype}")
-    if buffer.dtype != weight.dtype and not (buffer.dtype == torch.float32 and weight.dtype in op.HALVES):
+    if buffer.dtype != weight.dtype and not (buffer.dtype == torch.float32 and weight.dtype in HALVES):
         raise TypeError(f"buffer must be {weight.dtype}, as weight, or float32 beside half, got {buffer.dtype}")
     if not (isinstance(lr, Real) and 0 <= lr < math.inf):
         raise ValueError(f"lr must be a finite number >= 0, got {lr!r}")

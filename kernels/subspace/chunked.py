@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..losses import Gradients, accumulation, chunks
+from ..losses import Gradients, chunks
+from ..precision import accumulation, full_precision
 from ..products import boost
 from .reference import EPS
 
@@ -50,7 +51,7 @@ class Unit:
     """x^ = x / max(|x|, eps), and the way back through it."""
 
     def __init__(self, x: Tensor) -> None:
-        wide = x.to(accumulation(x.dtype))
+        wide = full_precision(x)
         self.norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         self.wide = wide / self.norm.clamp_min(EPS)
         self.hat = self.wide.to(x.dtype)

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..losses import accumulation
+from ..precision import accumulation, full_precision
 from .chunked import Loss
 
 # Powers of H in the series, and the trace of H above which angles are halved.
@@ -26,7 +26,7 @@ HALVINGS = 40
 
 
 def group_norms(z: Tensor, k: int) -> Tensor:
-    return torch.linalg.vector_norm(z.to(accumulation(z.dtype)).unflatten(-1, (-1, k)), dim=-1)
+    return torch.linalg.vector_norm(full_precision(z).unflatten(-1, (-1, k)), dim=-1)
 
 
 def logits(z: Tensor, k: int, scale: float) -> Tensor:
@@ -61,7 +61,10 @@ def loss(z: Tensor, target: Tensor, k: int, settings: Loss) -> tuple[Tensor, Ten
     q = distribution(target, values.shape[-1], settings, values.dtype)
     mass = q.sum(-1, keepdim=True)
     logp = values.log_softmax(-1)
-    return -(q * logp).sum(-1), pull_back(z, norms, mass * logp.exp() - q, k, settings.scale * settings.boost)
+    losses = -(q * logp).sum(-1)
+    if not target.is_floating_point():  # an ignored row may be NaN
+        losses = torch.where(target != settings.ignore_index, losses, 0)
+    return losses, pull_back(z, norms, mass * logp.exp() - q, k, settings.scale * settings.boost)
 
 
 def trigonometry(h: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import differentiable, differentiable_loss
-from ..losses import accumulation, check_labels
+from ..losses import check_labels
+from ..precision import HALVES, accumulation
 from ..products import multiplies_halves
 from . import chunked, eager
 
-HALVES = (torch.bfloat16, torch.float16)
 CPP = (torch.float32, torch.bfloat16)
 TRITON = (torch.float32, *HALVES)
 LOGITS = dispatch.register("subspace_logits", cpp=CPP, triton=TRITON)
@@ -46,7 +46,7 @@ def rows_of(backend: str) -> Any:
     return fused
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::subspace_logits", mutates_args=())
+@dispatch.opaque("subspace_logits")
 def subspace_logits(x: Tensor, weight: Tensor, k: int, scale: float, backend: str) -> Tensor:
     backend = dispatch.pick(LOGITS, weight, backend)
     if backend == "cpp":
@@ -59,7 +59,7 @@ def _(x: Tensor, weight: Tensor, k: int, scale: float, backend: str) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0] // k, dtype=accumulation(x.dtype))
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::subspace_logits_backward", mutates_args=())
+@dispatch.opaque("subspace_logits_backward")
 def subspace_logits_backward(
     grad: Tensor, x: Tensor, weight: Tensor, k: int, scale: float, mask: list[bool], backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,7 @@ def _backward_logits(ctx: Any, grad: Tensor) -> tuple:
 logits = differentiable(subspace_logits, _backward_logits, _setup_logits)
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::subspace_cross_entropy", mutates_args=())
+@dispatch.opaque("subspace_cross_entropy")
 def subspace_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -141,7 +141,7 @@ def _(
 cross_entropy = differentiable_loss(subspace_cross_entropy, "subspace_cross_entropy")
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::grassmann_step", mutates_args=())
+@dispatch.opaque("grassmann_step")
 def grassmann_step(
     weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, carry: str, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -162,7 +162,7 @@ def _(
     return weight.new_empty(weight.shape), buffer.new_empty(buffer.shape)
 
 
-@torch.library.custom_op(f"{dispatch.NAMESPACE}::grassmann_step_", mutates_args=("weight", "buffer"))
+@dispatch.opaque("grassmann_step_", ("weight", "buffer"))
 def grassmann_step_(
     weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, carry: str, backend: str
 ) -> None:
@@ -181,9 +181,9 @@ def _step(
 ) -> None:
     """Overwrites weight and buffer."""
     if backend == "triton":
-        from . import fused
+        from . import fused_step
 
-        return fused.grassmann_step_(weight, buffer, grad, k, lr, momentum, carry)
+        return fused_step.grassmann_step_(weight, buffer, grad, k, lr, momentum, carry)
     if backend == "eager":
         moved, stored = eager.grassmann_step(weight, buffer, grad, k, lr, momentum, carry)
     else:

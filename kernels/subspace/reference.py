@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..precision import full_precision
+
 # Below this norm a feature is divided by it instead, as F.normalize does.
 EPS = 1e-12
 
 
 def subspace_logits(x: Tensor, weight: Tensor, k: int, scale: float) -> Tensor:
     # 1. x^ = x / max(|x|, eps)      2. z_i = S_i^T x^      3. logit_i = scale |z_i|
-    z = F.normalize(x, dim=-1, eps=EPS) @ weight.T
+    z = F.normalize(full_precision(x), dim=-1, eps=EPS) @ full_precision(weight).T
     return scale * torch.linalg.vector_norm(z.unflatten(-1, (-1, k)), dim=-1)
 
 
@@ -24,6 +26,7 @@ def subspace_cross_entropy(
 ) -> Tensor:
     """Summed over the rows of x (N, n)."""
     logits = subspace_logits(x, weight, k, scale)
+    target = target.to(logits.dtype) if target.is_floating_point() else target
     return F.cross_entropy(logits, target, ignore_index=ignore_index, label_smoothing=smoothing, reduction="sum")
 
 
@@ -44,7 +47,7 @@ def geodesic(s: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 def grassmann_step(
     weight: Tensor, buffer: Tensor, grad: Tensor, k: int, lr: float, momentum: float, mode: str
 ) -> tuple[Tensor, Tensor]:
-    s, b, d = (t.unflatten(0, (-1, k)).mT for t in (weight, buffer, grad))
+    s, b, d = (full_precision(t).unflatten(0, (-1, k)).mT for t in (weight, buffer, grad))
     # 1. B <- mu B + D      2. G = B - S (S^T B)      3. S <- geodesic from S along -lr G
     b = momentum * b + d
     g = project(s, b)
@@ -53,4 +56,4 @@ def grassmann_step(
         b = g
     elif mode == "transport":
         b = velocity / -lr if lr else g
-    return end.mT.flatten(0, 1), b.mT.flatten(0, 1)
+    return end.mT.flatten(0, 1).to(weight.dtype), b.mT.flatten(0, 1).to(buffer.dtype)

@@ -229,3 +229,9 @@ def test_shared_layers_have_one_set_of_weights_and_individual_norms():
     loss = model(tokens(2, 9), labels=tokens(2, 9, seed=2))
     first = model.blocks[0].mixer.branch.plucker.weight
     assert torch.autograd.grad(loss, first)[0].abs().max() > 0
+
+
+def test_a_model_without_memory_has_the_shapes_of_its_outputs():
+    model = create_model("lm", **SIZES, **MIXERS["grassmann"], device="meta")
+    logits = model(torch.zeros(2, 7, dtype=torch.int64, device="meta"))
+    assert logits.is_meta and logits.shape == (2, 7, SIZES["vocab_size"])

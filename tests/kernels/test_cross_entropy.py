@@ -113,6 +113,29 @@ def test_second_derivatives_are_refused():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_may_change_before_the_backward(backend):
+    """The gradients are there already."""
+    x, weight, target = inputs(dtype=torch.float32)
+    expected = torch.autograd.grad(linear_cross_entropy(x, weight, target, backend=backend), (x, weight))
+    loss = linear_cross_entropy(x, weight, target, backend=backend)
+    with torch.no_grad():
+        x.zero_()
+        weight.zero_()
+    for a, b in zip(torch.autograd.grad(loss, (x, weight)), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_output_gradients_at_once(backend):
+    """As a vectorised Jacobian has them."""
+    x, weight, target = inputs(dtype=torch.float32)
+    loss = linear_cross_entropy(x, weight, target, backend=backend)
+    (expected,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (found,) = torch.autograd.grad(loss, weight, torch.tensor([1.0, -2.0]), is_grads_batched=True)
+    torch.testing.assert_close(found, torch.stack([expected, -2 * expected]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_retained_graph_gives_its_gradients_again(backend):
     x, weight, target = inputs(dtype=torch.float32)
     loss = linear_cross_entropy(x, weight, target, backend=backend)

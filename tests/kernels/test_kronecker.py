@@ -206,6 +206,17 @@ def test_gradients_of_one_output_alone(call, make):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["reference", "eager", None])
+@pytest.mark.parametrize("shape", [(1,), (1, 1, 1)])
+def test_scales_have_any_shape(shape, backend):
+    tensors = make_projection(streams=4, dim=8)
+    scales = {name: tensors[name].reshape(shape).requires_grad_() for name in tensors if name.endswith("_scale")}
+    expected = kronecker_projection(**tensors, backend=backend)
+    found = kronecker_projection(**(tensors | scales), backend=backend)
+    torch.testing.assert_close(found, expected)
+    assert [g.shape for g in torch.autograd.grad(found[0].sum(), list(scales.values()))] == [shape] * 3
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

@@ -233,6 +233,26 @@ def test_capacity_formula():
     assert expert_capacity(1, 4, 2, 1.2) == 0
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_capacity_of_the_batch_is_exported(strict):
+    class Router(torch.nn.Module):
+        def forward(self, logits):
+            return moe_route(logits, capacity=expert_capacity(logits.shape[0], 3, 2, 1.2)).slots
+
+    sizes = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(Router(), (normal(10, 3).float(),), dynamic_shapes=sizes, strict=strict)
+    logits = normal(22, 3, seed=1).float()
+    assert torch.equal(program.module()(logits), Router()(logits))
+
+
+def test_the_reference_routes_on_the_device_of_the_logits():
+    logits = normal(6, 4)
+    with torch.device("meta"):
+        found = moe_route(logits, capacity=2, backend="reference")
+    for a, b in zip(found, moe_route(logits, capacity=2, backend="eager"), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

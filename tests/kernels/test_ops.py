@@ -68,6 +68,86 @@ def test_transforms_see_every_derivative(spec):
         torch.func.grad(lambda *v: call(*v, backend="eager"))(*values)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("spec", DIFFERENTIABLE)
+def test_a_compiler_sees_every_tangent(spec):
+    tensors, options = first(spec).tensors(), first(spec).options
+    values = {name: t.detach() for name, t in tensors.items() if t.requires_grad}
+    directions = tuple(normal(*v.shape, seed=60 + k) for k, v in enumerate(values.values()))
+
+    def slopes(*values):
+        def call(*values):
+            out = spec.call(**(tensors | dict(zip(names, values, strict=True))), **options)
+            return out if isinstance(out, torch.Tensor) else tuple(out)
+
+        return torch.func.jvp(call, values, directions)[1]
+
+    names = list(values)
+    torch._dynamo.reset()
+    # The reference of the routing reads its experts on the host.
+    compiled = torch.compile(slopes, backend="eager", fullgraph=spec.name != "moe_route")
+    torch.testing.assert_close(compiled(*values.values()), slopes(*values.values()))
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=needs_extension)])
+@pytest.mark.parametrize("spec", DIFFERENTIABLE)
+def test_a_penalty_on_gradients_is_right_or_refused(spec, backend):
+    """Also where autograd is asked for single gradients, and looks at nothing else."""
+
+    def penalties(backend):
+        tensors = first(spec).tensors(torch.float32)
+        wanted = {name: t for name, t in tensors.items() if t.requires_grad}
+        out = spec.call(**tensors, **first(spec).options, backend=backend)
+        loss = sum(o.square().sum() for o in ([out] if isinstance(out, torch.Tensor) else out))
+        gradients = torch.autograd.grad(loss, list(wanted.values()), create_graph=True)
+        penalty = sum(g.square().sum() for g in gradients)
+        return {name: lambda t=t: torch.autograd.grad(penalty, t, retain_graph=True)[0] for name, t in wanted.items()}
+
+    truth = penalties("reference")
+    for name, gradient in penalties(backend).items():
+        if spec.name == "moe_ffn":
+            torch.testing.assert_close(gradient(), truth[name](), rtol=1e-4, atol=1e-4)
+        else:
+            with pytest.raises(RuntimeError, match=r"cannot be differentiated twice|no autograd formula"):
+                gradient()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_operators_keep_their_dtypes_under_autocast(spec, dtype):
+    for operator, arguments in spec.registered(first(spec).tensors(torch.float32), first(spec).options, "eager"):
+        seen = []
+        for enabled in (False, True):
+            values = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+            with torch.autocast("cpu", dtype, enabled=enabled):
+                out = operator(*values)
+            out = [out] if isinstance(out, torch.Tensor) else list(out or ())
+            seen.append([*out, *(v for v in values if isinstance(v, torch.Tensor))])
+        for a, b in zip(*seen, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_reference_of_halves_is_exact_and_of_the_dtypes_of_eager(spec, dtype):
+    truth = run(spec, first(spec).tensors(rounded=dtype), first(spec).options, "reference", rounded=dtype)
+    eager = run(spec, first(spec).tensors(dtype), first(spec).options, "eager")
+    found = run(spec, first(spec).tensors(dtype), first(spec).options, "reference")
+    for name, exact in truth.items():
+        assert found[name].dtype == eager[name].dtype, name
+        allowed = 2 * torch.finfo(dtype).eps * max(1.0, float(exact.norm()))
+        assert torch.linalg.vector_norm(found[name].double() - exact) <= allowed, name
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_meta_tensors_have_the_outputs_of_real_ones(spec):
+    real = run(spec, first(spec).tensors(torch.float32), first(spec).options, "eager")
+    with torch.autocast("cpu", torch.bfloat16):  # of another device
+        found = run(spec, first(spec).tensors(torch.float32, "meta"), first(spec).options, "")
+    assert all(t.is_meta for t in found.values())
+    assert {n: (t.dtype, t.shape) for n, t in found.items()} == {n: (t.dtype, t.shape) for n, t in real.items()}
+
+
 @needs_extension
 @pytest.mark.support(backend="cpp", how="run")
 @pytest.mark.parametrize("dtype", DTYPES)

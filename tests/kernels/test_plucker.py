@@ -133,6 +133,14 @@ def test_float32_tokens_beside_a_half_weight(backend):
     assert (out - exact).norm() / exact.norm() < 2**-7
 
 
+def test_the_reference_multiplies_halves_in_float32():
+    """As the transforms of torch.func get it: the coordinates of these tokens are no float16."""
+    z, weight = 400 * normal(1, 6, 4).half(), normal(5, 6, seed=1).half()
+    found = plucker_mix(z, weight, offsets=(1, 2), backend="reference")
+    exact = plucker_mix(z.double(), weight.double(), offsets=(1, 2), backend="reference")
+    torch.testing.assert_close(found.double(), exact, rtol=2e-3, atol=2e-3)
+
+
 def test_autocast_casts_the_weight_and_not_the_tokens():
     tensors = {name: t.float() for name, t in make(2, 12, 8, 6).items()}
     with torch.autocast("cpu", torch.bfloat16):

@@ -126,6 +126,36 @@ def test_float16_sums_over_many_rows_stay_finite():
     assert weight.grad.isfinite().all()
 
 
+def test_the_reference_sums_halves_in_float32():
+    x, weight, _ = confident(torch.float16)
+    rows, labels = x[:1].detach().expand(20000, -1), torch.ones(20000, dtype=torch.int64)
+    exact = subspace_cross_entropy(rows.double(), weight.double(), labels, 4)
+    found = subspace_cross_entropy(rows, weight, labels, 4, backend="reference")
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_nan_counts_where_its_row_does(backend):
+    x, weight, labels = (t.detach() for t in confident(torch.float32))
+    labels[2] = -100
+    expected = subspace_cross_entropy(x, weight, labels, 4, backend=backend)
+    x[2] = torch.nan
+    assert subspace_cross_entropy(x, weight, labels, 4, backend=backend) == expected
+    assert subspace_cross_entropy(x, weight, labels.clamp_min(0), 4, backend=backend).isnan()
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_a_step_inside_autocast_keeps_the_basis(backend):
+    tensors = [t.float() for t in motion(3, 4, 24).values()]
+    expected = grassmann_step(*tensors, 4, 0.1, backend=backend)
+    in_place = [t.clone() for t in tensors]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = grassmann_step(*tensors, 4, 0.1, backend=backend)
+        grassmann_step_(*in_place, 4, 0.1, backend=backend)
+    for a, b, c in zip(found, in_place, expected, strict=False):
+        assert torch.equal(a, c) and torch.equal(b, c)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_second_derivative_of_the_loss_is_refused(backend):
     x, weight, labels = confident(torch.float32)

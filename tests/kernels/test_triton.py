@@ -103,6 +103,29 @@ def test_a_new_sequence_length_compiles_nothing(name, inputs, options, monkeypat
     assert keys(1) == keys(64) == keys(77) == keys(longest)
 
 
+def test_rows_of_any_number_have_one_grid_axis(monkeypatch):
+    """The others end at 65,535 programs."""
+    from triton.runtime.jit import JITFunction
+
+    from grassland.kernels.moe import fused
+
+    grids = []
+    monkeypatch.setattr(JITFunction, "run", lambda *_, grid, **__: grids.append(grid))
+    x, out = (torch.empty(1 << 22, width, device="meta") for width in (8, 96))
+    index = torch.empty(1 << 22, dtype=torch.int64, device="meta")
+    fused.grouped(x, torch.empty(4, 96, 8, device="meta"), None, index, index[:5], 2, out)
+    assert len(grids) == 1 and max(grids[0][1:], default=1) < 1 << 16
+
+
+def test_no_thread_reads_what_another_has_written():
+    """Programs of several warps read their logits, and none of the experts that they have stored."""
+    from grassland.kernels.moe import fused_route
+
+    recorded = record_launches(lambda: fused_route.route(torch.zeros(300, 64), None, 1, -1, True))
+    (choose,) = [launch for launch in recorded if launch.name == "choose_kernel"]
+    assert choose.compile(*TARGETS["sm_90"][:3]).asm["ttgir"].count("tt.load") == 1
+
+
 @functools.cache
 def launches(name: str, dtype: torch.dtype) -> list[Launch]:
     """Every launch of forward and backward at a realistic shape. The recorder stands in for the GPU."""
