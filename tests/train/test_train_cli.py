@@ -236,12 +236,6 @@ def test_of_very_many_names_the_nearest_are_told():
     assert "18000 are known, such as zqq" in error and error.count(", zqq") == LISTED - 1
 
 
-def test_sizes_that_timm_cannot_build_are_one_line(fail):
-    pytest.importorskip("timm")
-    model = ["--model", "timm/vit_tiny_patch16_224", "--img-size", "224", "--set", "num_heads=0"]
-    assert "model timm/vit_tiny_patch16_224: " in fail("vision", *model)
-
-
 @pytest.mark.parametrize(
     "changes", [{"steps": 0}, {"lr": -1.0}, {"steps": None}, {"floor": 2.0}, {"dtype": "int8"}, {"lr": float("nan")}]
 )
