@@ -267,7 +267,7 @@ template <typename T>
 std::tuple<Tensor, Tensor> logits_backward(const Tensor& grad, const Tensor& x, const Tensor& weight, int64_t k,
                                            double scale, bool need_x, bool need_weight) {
   const Unit<T> u(x, weight, k, scale);
-  Gradients gradients(u.rounded, weight, need_x, need_weight);
+  Gradients gradients(u.rounded, weight, need_x, need_weight, ScalarType::Float, kDtype<T>);
   u.project(weight, [&](int64_t base, int64_t stop, const Tensor& z) {
     torch::stable::parallel_for(0, stop - base, 4, [&](int64_t begin, int64_t end) {
       logits_backward_rows(u.h, begin, end, data<float>(grad) + base * u.h.classes, data<T>(z));
@@ -283,7 +283,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& x, const Tensor& 
                                                  double scale, double smoothing, int64_t ignore_index, bool need_x,
                                                  bool need_weight) {
   const Unit<T> u(x, weight, k, scale);
-  Gradients gradients(u.rounded, weight, need_x, need_weight);
+  Gradients gradients(u.rounded, weight, need_x, need_weight, ScalarType::Float, kDtype<T>);
   const bool hard = target.scalar_type() == ScalarType::Long;
   const Target t{hard ? data<int64_t>(target) : nullptr, hard ? nullptr : data<float>(target),
                  static_cast<float>(smoothing), ignore_index};
@@ -322,7 +322,7 @@ std::tuple<Tensor, Tensor, Tensor> subspace_cross_entropy_cpu(const Tensor& x, c
 }  // namespace grassland
 
 // Inputs are checked and made contiguous by kernels/subspace/op.py: x and weight float32 or bfloat16 alike, grad float32,
-// targets int64 classes in range or float32.
+// targets int64 classes in range or float32. The loss and x's gradient are float32, the weight's is of its dtype.
 STABLE_TORCH_LIBRARY_FRAGMENT(grassland_cpp, m) {
   m.def("subspace_logits(Tensor x, Tensor weight, int k, float scale) -> Tensor");
   m.def(

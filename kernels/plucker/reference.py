@@ -18,9 +18,9 @@ def plucker_coordinates(a: Tensor, b: Tensor) -> Tensor:
     return a[..., i] * b[..., j] - a[..., j] * b[..., i]
 
 
-def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], eps: float) -> Tensor:
+def literal_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], eps: float) -> Tensor:
+    """In the dtype of z."""
     length = z.shape[1]
-    z = full_precision(z)
     position = torch.arange(length, device=z.device).unsqueeze(-1)
     total = z.new_zeros(*z.shape[:2], weight.shape[0])
     count = torch.zeros_like(position)
@@ -40,10 +40,16 @@ def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequenc
     return (total / count.clamp_min(1)).to(weight.dtype)
 
 
-def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    wide_x, wide_g = full_precision(x), full_precision(g)
+def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], eps: float) -> Tensor:
+    return literal_mix(full_precision(z), weight, bias, offsets, eps)
+
+
+def literal_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     # 1. alpha = sigmoid(W [x; g] + b)
-    logit = torch.cat([wide_x, wide_g], dim=-1) @ full_precision(weight).T + full_precision(bias)
-    alpha = torch.sigmoid(logit)
+    alpha = torch.sigmoid(torch.cat([x, g], dim=-1) @ weight.T + bias)
     # 2. h = alpha x + (1 - alpha) g
-    return (alpha * wide_x + (1 - alpha) * wide_g).to(x.dtype)
+    return alpha * x + (1 - alpha) * g
+
+
+def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return literal_blend(*(full_precision(t) for t in (x, g, weight, bias))).to(x.dtype)

@@ -87,7 +87,7 @@ def eager_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def build_literal(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-    return with_gradients(mixer(reference.plucker_mix, reference.gated_blend, v), inputs(v, dtype, device))
+    return with_gradients(mixer(reference.literal_mix, reference.literal_blend, v), inputs(v, dtype, device))
 
 
 def build_collapsed(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:

@@ -30,11 +30,14 @@ def plain(*tensors: Tensor) -> list[Tensor]:
     return [t.float().contiguous() for t in tensors]
 
 
+def narrow(x: Tensor, weight: Tensor) -> bool:
+    """Whether the head's C++ kernels multiply in bfloat16: if both are and the processor does."""
+    return x.dtype == weight.dtype == torch.bfloat16 and multiplies_halves()
+
+
 def operands(x: Tensor, weight: Tensor) -> list[Tensor]:
-    """What the head's C++ kernels take: contiguous bfloat16 if both are and the processor multiplies it, or float32."""
-    if x.dtype == weight.dtype == torch.bfloat16 and multiplies_halves():
-        return [x.contiguous(), weight.contiguous()]
-    return plain(x, weight)
+    """What the head's C++ kernels take: contiguous bfloat16 or float32."""
+    return [x.contiguous(), weight.contiguous()] if narrow(x, weight) else plain(x, weight)
 
 
 def rows_of(backend: str) -> Any:
@@ -109,8 +112,8 @@ def subspace_cross_entropy(
     mask: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss, and its gradients by x and weight, float32 or wider: empty (0,) where `mask` says that they are
-    not needed."""
+    """The summed loss, and its gradients by x and weight, empty (0,) where `mask` says that they are not needed; float32
+    or wider, but the weight's bfloat16 where C++ multiplies it."""
     backend = dispatch.pick(CROSS_ENTROPY, weight, backend)
     check_labels(target, weight.shape[0] // k, ignore_index)
     if backend != "cpp":
@@ -135,7 +138,9 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = accumulation(x.dtype)
-    return x.new_empty((), dtype=wide), _like(x, mask[0]).to(wide), _like(weight, mask[1]).to(wide)
+    half = narrow(x, weight) and dispatch.pick(CROSS_ENTROPY, weight, backend) == "cpp"
+    dweight = _like(weight, mask[1])
+    return x.new_empty((), dtype=wide), _like(x, mask[0]).to(wide), dweight if half else dweight.to(wide)
 
 
 cross_entropy = differentiable_loss(subspace_cross_entropy, "subspace_cross_entropy")

@@ -162,7 +162,8 @@ def our_loss(x: Tensor, weight: Tensor, labels: Tensor, k: int) -> Tensor:
 
 
 def composed_loss(x: Tensor, weight: Tensor, labels: Tensor, k: int) -> Tensor:
-    return F.cross_entropy(reference.subspace_logits(x, weight, k, SCALE), labels)
+    z = (F.normalize(x, dim=-1) @ weight.T).unflatten(-1, (-1, k))
+    return F.cross_entropy(SCALE * torch.linalg.vector_norm(z, dim=-1), labels)
 
 
 def vector_rival(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:

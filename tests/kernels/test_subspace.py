@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from grassland.kernels import dispatch
+from grassland.kernels.products import multiplies_halves
 from grassland.kernels.subspace import (
     MODES,
     grassmann_step,
@@ -358,3 +359,16 @@ def test_bfloat16_over_several_chunks(monkeypatch):
     exact = torch.autograd.grad(subspace_cross_entropy(a, w, labels, 1, scale=4.0, backend="cpp"), (a, w))
     for mine, truth in zip(found, exact, strict=True):
         assert (mine.float() - truth).norm() < 2e-2 * truth.norm()
+
+
+@needs_extension
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)])
+def test_a_gradient_is_kept_as_its_weight_where_products_are_bfloat16(dtypes):
+    x, weight = torch.randn(5, 8).to(dtypes[0]), torch.randn(12, 8).to(dtypes[1])
+    arguments = (x, weight, torch.zeros(5, dtype=torch.int64), 2, 1.0, 0.0, -100, [True, True], "cpp")
+    half = multiplies_halves() and dtypes[0] == torch.bfloat16
+    expected = [torch.float32, torch.bfloat16 if half else torch.float32]
+    assert [t.dtype for t in op.subspace_cross_entropy(*arguments)[1:]] == expected
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in arguments]
+        assert [t.dtype for t in op.subspace_cross_entropy(*fake)[1:]] == expected
