@@ -112,8 +112,8 @@ def subspace_cross_entropy(
     mask: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss, and its gradients by x and weight, empty (0,) where `mask` says that they are not needed. They are
-    float32 or wider, but for the weight's where C++ multiplies it in bfloat16."""
+    """The summed loss, and its gradients by x and weight, (0,) where `mask` says that they are not needed: float32
+    or wider, but for the weight's where C++ multiplies in bfloat16."""
     backend = dispatch.pick(CROSS_ENTROPY, weight, backend)
     check_labels(target, weight.shape[0] // k, ignore_index)
     if backend != "cpp":
