@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .modes import evaluating
 from .sampling import Sampling
 
 if TYPE_CHECKING:
@@ -59,9 +60,7 @@ def stream(
     generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
     """Yield one token a row (B,) a step and append it to the window; stops when every row has produced `eos_id`."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         done = torch.zeros_like(window.ends, dtype=torch.bool)
         state, used = None, 0
         for _ in range(steps):
@@ -80,9 +79,6 @@ def stream(
             yield token
             if eos_id is not None and bool(done.all()):
                 return
-    finally:
-        for module in training:
-            module.training = True
 
 
 def checked_lengths(prompt: Tensor, prompt_lengths: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from ..archs.modes import evaluating
 from ..kernels.losses import IGNORE
 from . import parallel
 from .data.image_batches import ImageBatch
@@ -18,13 +19,11 @@ def evaluate_classifier(
     model: nn.Module, batches: Iterable[ImageBatch], to_images: ToImages, device: torch.device
 ) -> dict[str, float]:
     """`Tally` of a model on batches, in evaluation mode for the time of the call."""
-    training = model.training
-    model.eval()
     tally, skipped = Tally(device), 0
-    for batch in batches:
-        skipped += batch.skipped
-        tally.add(model(to_images(batch.images)), batch.targets.to(device))
-    model.train(training)
+    with evaluating(model):
+        for batch in batches:
+            skipped += batch.skipped
+            tally.add(model(to_images(batch.images)), batch.targets.to(device))
     skipped = sum(parallel.gather(skipped))
     return {**tally.metrics(), **({"skipped": skipped} if skipped else {})}
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ..archs.modes import evaluating
 from . import parallel
 from .data import Split, evaluation_batches
 
@@ -20,13 +21,11 @@ def negative_log_likelihood(
     in its block. Evaluation mode for the time of the call. With several processes each takes its rows of every batch,
     and all get the sum.
     """
-    training = model.training
-    model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     mine = parallel.rows(batch_size)
-    for inputs, targets in evaluation_batches(tokens.tokens, seq_len, batch_size):
-        total += model(inputs[mine].to(device), labels=targets[mine].to(device), reduction="sum").double()
-    model.train(training)
+    with evaluating(model):
+        for inputs, targets in evaluation_batches(tokens.tokens, seq_len, batch_size):
+            total += model(inputs[mine].to(device), labels=targets[mine].to(device), reduction="sum").double()
     return float(parallel.total(total)), len(tokens.tokens) - 1
 
 

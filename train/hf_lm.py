@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..archs.generate import Window, checked_lengths, stream
 from ..archs.lm import check_range
+from ..archs.modes import evaluating
 from ..archs.sampling import Sampling
 from ..kernels.losses import IGNORE
 
@@ -130,15 +131,19 @@ class HuggingFaceLM(nn.Module):
         PyTorch's `scaled_dot_product_attention` counts all keys.
         """
         ids = torch.zeros(1, seq_len, dtype=torch.int64, device=next(self.parameters()).device)
-        mode, experts = self.training, self.model.get_experts_implementation()
+        experts = self.model.get_experts_implementation()
         # Torch's counter does not see the grouped product of experts; "eager" calls them one by one.
         self.model.set_experts_implementation("eager")
         try:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter, AttentionFlops() as attention:
-                self.eval()(ids)
+            with (
+                torch.no_grad(),
+                evaluating(self),
+                FlopCounterMode(display=False) as counter,
+                AttentionFlops() as attention,
+            ):
+                self(ids)
         finally:
             self.model.set_experts_implementation(experts)
-            self.train(mode)
         forward = (counter.get_total_flops() + attention.flops) / seq_len
         return 3 * forward if training else forward
 

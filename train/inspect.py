@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..archs import atomic_write
+from ..archs.modes import evaluating
 from .text_model import load_text_model
 
 PICTURE, NUMBERS = "inspect.png", "inspect.json"
@@ -92,12 +93,10 @@ def measure(model: nn.Module, tokens: Tensor) -> list[Layer]:
 
     residuals = [residual for block in blocks for residual in (block.mixer, block.ffn)]
     hooks = [residual.register_forward_pre_hook(look) for residual in residuals]
-    training = model.training
-    model.eval()
     try:
-        model(tokens)
+        with evaluating(model):
+            model(tokens)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     return layers

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..archs import CheckpointError, create_model, load_model, read_config, save_model
 from ..archs.io import CONFIG_FILE, FORMAT, VERSION, WEIGHTS_FILE, check_tensors, read_tensors, write_checkpoint
+from ..archs.modes import evaluating
 from ..archs.registry import unknown
 from .hf_lm import HuggingFaceLM, TextModelSpec
 
@@ -120,14 +121,11 @@ def _try_out(model: HuggingFaceLM, length: int) -> None:
     one = torch.arange(length)[None] % spec.vocab_size
     other = one.clone()
     other[:, -1] = (one[:, -1] + 1) % spec.vocab_size
-    mode = model.training
     try:
-        with torch.no_grad():
-            logits, changed = (model.eval()(ids) for ids in (one, other))
+        with torch.no_grad(), evaluating(model):
+            logits, changed = (model(ids) for ids in (one, other))
     except Exception as error:  # whatever an architecture raises for sizes that do not fit
         raise ValueError(f"{name}: {error}") from error
-    finally:
-        model.train(mode)
     if logits.shape != (1, length, spec.vocab_size):
         raise ValueError(f"{name} gives {tuple(logits.shape)}, not logits {(1, length, spec.vocab_size)}")
     if not torch.allclose(logits[:, :-1], changed[:, :-1], rtol=0, atol=1e-5 * float(logits.abs().max())):

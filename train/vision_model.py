@@ -19,6 +19,7 @@ from ..archs import (
     save_model,
 )
 from ..archs.io import CONFIG_FILE, FORMAT, VERSION, WEIGHTS_FILE, check_tensors, read_tensors, write_checkpoint
+from ..archs.modes import evaluating
 from ..archs.registry import unknown
 
 TIMM = "timm/"
@@ -140,14 +141,11 @@ def _put_head(model: Any, spec: ImageModelSpec) -> Any:
 def _try_out(model: Any, spec: ImageModelSpec) -> None:
     """One black image through the model: whether it takes this size shows before anything is written."""
     size = (1, 3, spec.img_size, spec.img_size)
-    training = model.training
     try:
-        with torch.no_grad():
-            logits = model.eval()(torch.zeros(size))
+        with torch.no_grad(), evaluating(model):
+            logits = model(torch.zeros(size))
     except Exception as error:
         raise ValueError(f"model {spec.name} does not take images of {size[2]}×{size[3]}: {error}") from error
-    finally:
-        model.train(training)
     if logits.shape != (1, spec.num_classes):
         raise ValueError(f"model {spec.name} gives {tuple(logits.shape)}, not logits (1, {spec.num_classes})")
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..modes import evaluating
+
 
 @torch.no_grad()
 def probe(model: nn.Module, example: Any) -> Any:
@@ -13,17 +15,11 @@ def probe(model: nn.Module, example: Any) -> Any:
 
     example: a tensor, a tuple of arguments, or a mapping of keywords.
     """
-    modes = {module: module.training for module in model.modules()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices):
-            model.eval()
-            if isinstance(example, Mapping):
-                return model(**example)
-            return model(*example) if isinstance(example, tuple) else model(example)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with torch.random.fork_rng(devices), evaluating(model):
+        if isinstance(example, Mapping):
+            return model(**example)
+        return model(*example) if isinstance(example, tuple) else model(example)
 
 
 def difference(before: Any, after: Any, name: str = "output") -> str | None:

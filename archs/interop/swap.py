@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..sharing import Reference
+from ..sharing import Reference, references
 from .probe import difference, probe
 
 Factory = Callable[..., nn.Module]
@@ -206,16 +206,9 @@ def _build(model: nn.Module, sites: list[Site], old: nn.Module, factory: Factory
     return Replacement(sites, old, new, [name for name in _public(old) if getattr(new, name, None) is None])
 
 
-def _references(model: nn.Module) -> Iterator[tuple[str, Reference]]:
-    for name, module in model.named_modules():
-        for leaf, value in vars(module).items():
-            if isinstance(value, Reference):
-                yield f"{name}.{leaf}".removeprefix("."), value
-
-
 def _followers(model: nn.Module, old: nn.Module, new: nn.Module) -> Iterator[Site]:
     """What uses the old module without owning it, and can use the new one: a head is tied to what has a weight."""
-    for name, reference in _references(model):
+    for name, reference in references(model):
         reads = reference.reads
         if reference.module is old and (reads is None or isinstance(getattr(new, reads, None), Tensor)):
             yield Site(reference, "module", [name])
@@ -224,7 +217,7 @@ def _followers(model: nn.Module, old: nn.Module, new: nn.Module) -> Iterator[Sit
 def _outside(model: nn.Module) -> dict[Reference, str]:
     """References to modules that are not in the model, and their names."""
     inside = set(model.modules())
-    return {reference: name for name, reference in _references(model) if reference.module not in inside}
+    return {reference: name for name, reference in references(model) if reference.module not in inside}
 
 
 def _call(factory: Factory, old: nn.Module, name: str, model: nn.Module) -> Any:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from grassland.archs import create_model
+from grassland.archs.modes import evaluating
 from grassland.train.data import Split, evaluation_batches
 from grassland.train.evaluate import evaluate_text, negative_log_likelihood, text_metrics
 from grassland.train.log import read_metrics
@@ -90,3 +91,13 @@ def test_a_run_validates_on_some_batches_and_tests_on_all(config, tmp_path):
     assert "word_perplexity" in events["test"] and "word_perplexity" not in kept
     with pytest.raises(ValueError, match="valid_batches must be positive, got 0"):
         replace(config, valid_batches=0)
+
+
+def test_frozen_modules_stay_in_evaluation_mode():
+    """Whatever happens inside: a layer that a user has frozen does not begin to drop out."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout()))
+    model[1].eval()
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise ZeroDivisionError
+    assert [module.training for module in model.modules()] == [True, True, False, False, False]

@@ -249,9 +249,8 @@ def test_a_step_that_is_not_finite_is_skipped_without_a_trace(variant, tmp_path,
 
 def _flat(state):
     found = {}
-    for part in state.get("optimizers", [state]):
-        for index, entry in part["state"].items():
-            found |= {f"{index}.{name}": value for name, value in entry.items() if isinstance(value, torch.Tensor)}
+    for index, entry in state["state"].items():
+        found |= {f"{index}.{name}": value for name, value in entry.items() if isinstance(value, torch.Tensor)}
     return found
 
 

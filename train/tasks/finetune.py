@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...archs import CheckpointError, load_model, save_model
 from ...archs.encoder import Encoder
+from ...archs.modes import evaluating
 from ...archs.registry import unknown
 from ...kernels.losses import IGNORE
 from .. import parallel
@@ -117,14 +118,12 @@ class TextClassification(Task):
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         classifier: Any = model
-        training = model.training
-        model.eval()
         confusion = Confusion(len(self.data.classes), self.device)
         mine = parallel.rows(self.config.batch_size)
-        for all_rows in self.judged(evaluation_rows(self.rows[split], self.config.batch_size), split):
-            batch = TextBatch(*(self.to_device(part[mine]) for part in all_rows))
-            confusion.add(classifier.classify(batch.ids, mask=batch.mask, token_types=batch.types), batch.classes)
-        model.train(training)
+        with evaluating(model):
+            for all_rows in self.judged(evaluation_rows(self.rows[split], self.config.batch_size), split):
+                batch = TextBatch(*(self.to_device(part[mine]) for part in all_rows))
+                confusion.add(classifier.classify(batch.ids, mask=batch.mask, token_types=batch.types), batch.classes)
         return confusion.metrics()
 
     def save(self, folder: Path, config: RunConfig) -> None:

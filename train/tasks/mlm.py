@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...archs import create_model, model_config
+from ...archs.modes import evaluating
 from ...archs.registry import unknown
 from ...kernels.losses import IGNORE
 from ..config import LMConfig
@@ -102,16 +103,14 @@ class MaskedLanguageModeling(LanguageModeling):
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         encoder: Any = model
-        training = model.training
-        model.eval()
         words, order = Hits(self.device), Hits(self.device)
         size = self.config.batch_size
-        for batch in map(self._moved, self.judged(self.texts[split].evaluation(size, rows(size)), split)):
-            told, exchanged = encoder.predict(batch.ids, **_inputs(batch))
-            words.add(told, batch.labels)
-            if batch.order is not None:
-                order.add(exchanged, batch.order)
-        model.train(training)
+        with evaluating(model):
+            for batch in map(self._moved, self.judged(self.texts[split].evaluation(size, rows(size)), split)):
+                told, exchanged = encoder.predict(batch.ids, **_inputs(batch))
+                words.add(told, batch.labels)
+                if batch.order is not None:
+                    order.add(exchanged, batch.order)
         loss, accuracy = words.means()
         found = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}
         return {**found, **({"order_accuracy": order.means()[1]} if self.config.sentence_order else {})}

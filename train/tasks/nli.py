@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...archs import read_config
+from ...archs.modes import evaluating
 from ..classify import Tally
 from ..config import RunConfig
 from ..data import BlockOrder, load_tokenizer, save_tokenizer
@@ -59,10 +60,8 @@ class NaturalLanguageInference(Task):
     def flops_per_unit(self) -> float:
         ids = torch.zeros(1, self.config.max_len, dtype=torch.int64, device=self.device)
         mask = torch.ones_like(ids, dtype=torch.bool)
-        training = self.model.training
-        with flop_counter() as counter, torch.no_grad():
-            self.model.eval()(ids, mask)
-        self.model.train(training)
+        with evaluating(self.model), flop_counter() as counter, torch.no_grad():
+            self.model(ids, mask)
         total = counter.get_total_flops()
         fixed = counter.get_flop_counts().get("NLIModel.encoder", {}) if self.model.frozen else {}
         return 3.0 * total - 2.0 * sum(fixed.values())
@@ -80,16 +79,15 @@ class NaturalLanguageInference(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        training, tally, part = model.training, Tally(self.device), self.splits[split]
-        model.eval()
+        tally, part = Tally(self.device), self.splits[split]
         size = self.config.batch_size
-        for start in self.judged(range(0, len(part), size), split):
-            rows = np.arange(start, start + size)
-            # Row −1 does not count: all processes have rows in every batch.
-            rows[rows >= len(part)] = -1
-            ids, mask, labels = map(self.to_device, part.batch(rows[own_rows(size)]))
-            tally.add(model(ids, mask), labels)
-        model.train(training)
+        with evaluating(model):
+            for start in self.judged(range(0, len(part), size), split):
+                rows = np.arange(start, start + size)
+                # Row −1 does not count: all processes have rows in every batch.
+                rows[rows >= len(part)] = -1
+                ids, mask, labels = map(self.to_device, part.batch(rows[own_rows(size)]))
+                tally.add(model(ids, mask), labels)
         found = tally.metrics()
         return {"loss": found["loss"], "error": found["error"], "accuracy": found["top1"], "ece": found["ece"]}
 

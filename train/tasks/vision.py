@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...archs.heads import grassmann_heads
+from ...archs.modes import evaluating
 from ..classify import evaluate_classifier
 from ..config import RunConfig, VisionConfig
 from ..data.image_batches import EvalBatches, ImageBatch, TrainBatches, load_batches
@@ -56,10 +57,8 @@ class ImageClassification(Task):
         if own is not None:
             return float(own(training=True))
         image = torch.zeros(1, 3, self.config.img_size, self.config.img_size, device=self.device)
-        training = self.model.training
-        with flop_counter() as counter, torch.no_grad():
-            self.model.eval()(self._images(image))
-        self.model.train(training)
+        with evaluating(self.model), flop_counter() as counter, torch.no_grad():
+            self.model(self._images(image))
         # The counter does not see into grassland's own operators.
         heads = sum(head.flops_per_token() for head in grassmann_heads(self.model))
         return 3.0 * (counter.get_total_flops() + heads)
