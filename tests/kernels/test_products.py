@@ -31,7 +31,13 @@ CASES = {
         Case("one-chunk", lambda: plucker.make(3, 100, 17, 129), {"offsets": [3]}),
     ],
     "gated_blend": [Case("rows", lambda: plucker.blend((300,), 129))],
-    "moe_ffn": [Case("rows", lambda: moe.make(300, 70, 97, 2))],
+    "moe_ffn": [
+        Case("rows", lambda: moe.make(300, 70, 97, 2)),
+        # More columns than a vector has lanes, with every pass there is.
+        Case("dropout", lambda: moe.make(40, 37, 53, 3, seed=5), {"dropout": 0.3}),
+        Case("gelu-out", lambda: moe.make(40, 37, 53, 3), {"gelu_out": True}),
+        Case("gelu-out-dropout", lambda: moe.make(40, 37, 53, 3, seed=5), {"gelu_out": True, "dropout": 0.3}),
+    ],
 }
 EVERY = [pytest.param(name, case, id=f"{name}-{case.id}") for name, cases in CASES.items() for case in cases]
 
