@@ -152,10 +152,16 @@ Tensor turned(const Tensor& x) {
   return out;
 }
 
+// to = left^T right, all bfloat16
+void halves_product(const Tensor& to, const Tensor& left, const Tensor& right) {
+  skinny_bf16_outer_fits(left, right) ? skinny_bf16_outer(to, left, right, false) : mm(to, flipped(left), right);
+}
+
 }  // namespace
 
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias) {
   if (skinny_fits(x, w)) return skinny(x, w, bias);
+  if (skinny_bf16_fits(x, w)) return skinny_bf16(x, w, bias);
   if (use_onednn(x.scalar_type(), x.size(0) * w.numel())) return onednn(x, w, bias);
   const Tensor out = empty(x, {x.size(0), w.size(0)}, x.scalar_type());
   if (bias == nullptr)
@@ -195,12 +201,14 @@ void OuterSum::fold() {
 void OuterSum::add(const Tensor& left, const Tensor& right) {
   const bool dense = !total_ || total_->stride(0) == h_;
   if (left.numel() == 0 || right.numel() == 0) return;
-  if (dense && left.size(0) <= kSkinny && m_ * h_ >= kLarge) {
+  if (total_ && skinny_bf16_outer_fits(left, right)) {
+    skinny_bf16_outer(*total_, left, right, held_);
+  } else if (dense && left.size(0) <= kSkinny && m_ * h_ >= kLarge) {
     skinny_outer(total(left), left, right, held_);
   } else if (is_half(left)) {
     if (halves_.size() == 2) fold();
     halves_.push_back(empty(left, {m_, h_}, ScalarType::BFloat16));
-    mm(halves_.back(), flipped(left), right);
+    halves_product(halves_.back(), left, right);
     if (total_) fold();
     return;
   } else if (use_onednn(ScalarType::Float, left.size(0) * m_ * h_)) {
@@ -246,7 +254,7 @@ void outer_product(const Tensor& total, const Tensor& left, const Tensor& right,
   } else if (add) {
     addmm(total, flipped(left), right, 1.0);
   } else {
-    mm(total, flipped(left), right);
+    halves_product(total, left, right);
   }
 }
 

@@ -66,6 +66,15 @@ Tensor skinny(const Tensor& x, const Tensor& w, const Tensor* bias);
 // float32 w (m, h) = or += g^T x for contiguous w, g (n, m) and x (n, h), float32 or bfloat16.
 void skinny_outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add);
 
+// The same in bfloat16, for x whose length is even, where the processor multiplies pairs of bfloat16 in vectors but not in
+// tiles. Libraries take 10 us to prepare a product, and more the more terms a weight has.
+bool skinny_bf16_fits(const Tensor& x, const Tensor& w);
+Tensor skinny_bf16(const Tensor& x, const Tensor& w, const Tensor* bias);
+
+// w (m, h) = g^T x, of bfloat16 or float32, rows of w may lie apart; or += if w is float32.
+bool skinny_bf16_outer_fits(const Tensor& g, const Tensor& x);
+void skinny_bf16_outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add);
+
 // Asks for large pages before a fresh tensor is written: a fault for each 4 KiB of a gradient of the experts' size takes
 // longer than writing it.
 inline void use_large_pages(const Tensor& x) {

@@ -219,15 +219,23 @@ def test_weights_changed_in_place():
     assert torch.equal(stack(x, w), stack(x, w, each=copies))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_are_summed_in_float32(dtype):
-    x, w = inputs(dtype), weights(dtype)
+@pytest.mark.parametrize(
+    "dtype, backend, dim, inner",
+    [
+        (torch.bfloat16, "eager", 6, 10),
+        (torch.float16, "eager", 6, 10),
+        # Large enough for the product of few rows that adds to the sum itself.
+        pytest.param(torch.bfloat16, "cpp", 150, 202, marks=needs_extension),
+    ],
+)
+def test_half_precision_weights_are_summed_in_float32(dtype, backend, dim, inner):
+    x, w = inputs(dtype, dim), weights(dtype, dim=dim, inner=inner)
     exact_x, exact = x.detach().double(), {n: t.detach().double().requires_grad_() for n, t in w.items()}
     loss = sum(call(exact_x * k, exact).sum() for k in range(1, 40))
     wanted = torch.autograd.grad(loss, exact["w_down"])[0]
     errors = []
     for each in (dict, copies):
-        loss = sum(call(x * k, each(w), backend="eager").sum() for k in range(1, 40))
+        loss = sum(call(x * k, each(w), backend=backend).sum() for k in range(1, 40))
         found = torch.autograd.grad(loss, w["w_down"])[0]
         assert found.dtype == dtype
         errors.append((found.double() - wanted).norm() / wanted.norm())

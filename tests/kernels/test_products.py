@@ -33,6 +33,10 @@ CASES = {
     "gated_blend": [Case("rows", lambda: plucker.blend((300,), 129))],
     "moe_ffn": [
         Case("rows", lambda: moe.make(300, 70, 97, 2)),
+        # Few rows and a weight of many blocks, each with an edge, of which a product of pairs of bfloat16 is made.
+        Case("few-rows", lambda: moe.make(61, 150, 586, 3)),
+        Case("one-row", lambda: moe.make(2, 290, 130, 4, top_k=1)),
+        Case("few-rows-odd", lambda: moe.make(45, 151, 331, 2)),
         # More columns than a vector has lanes, with every pass there is.
         Case("dropout", lambda: moe.make(40, 37, 53, 3, seed=5), {"dropout": 0.3}),
         Case("gelu-out", lambda: moe.make(40, 37, 53, 3), {"gelu_out": True}),
