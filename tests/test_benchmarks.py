@@ -15,7 +15,7 @@ import torch
 
 from grassland.kernels import bench, bench_setup, bench_timing, dispatch
 from grassland.kernels.bench_report import regressions
-from grassland.kernels.rival import Rival, Setting, Unavailable, with_gradients
+from grassland.kernels.rival import Disagreement, Rival, Setting, Unavailable, with_gradients
 
 ROOT = Path(__file__).parents[1]
 TINY = Setting("tiny", {"batch": 1, "length": 24, "dim": 64, "rank": 8, "offsets": [1, 2]})
@@ -64,6 +64,20 @@ def test_rivals_that_disagree_are_not_timed(tiny, monkeypatch):
     monkeypatch.setattr(module, "BENCHMARK", replace(tiny, rivals=[*tiny.rivals, Rival("wrong", wrong)]))
     with pytest.raises(SystemExit, match=r"wrong and grassland differ by 1\.0e\+00: nothing was timed"):
         bench.main(["plucker", "--repeats", "1"])
+
+
+def test_a_gradient_that_is_not_a_number_is_a_disagreement():
+    one, odd = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    for found in ((odd, one, one), (one, odd, one), (one, one, odd)):
+        steps = {"ours": {"check": lambda: (one, one, one)}, "other": {"check": lambda found=found: found}}
+        for foreign in (False, True):
+            rivals = [SimpleNamespace(name="ours", foreign=False), SimpleNamespace(name="other", foreign=foreign)]
+            benchmark = SimpleNamespace(name="b", ours="ours", rivals=rivals, tolerance={torch.float32: 1e-4})
+            if foreign:
+                assert bench_setup.agreement(benchmark, steps, torch.float32) == {"other": "differs from ours by nan"}
+                continue
+            with pytest.raises(Disagreement, match="other and ours differ by nan"):
+                bench_setup.agreement(benchmark, steps, torch.float32)
 
 
 def test_chosen_rivals(tiny):
