@@ -37,7 +37,8 @@ def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace)
     wrong = agreement(benchmark, steps, dtype)
     reasons |= wrong
     steps = {name: modes for name, modes in steps.items() if name not in wrong}
-    common = {"bench": benchmark.name, "setting": setting.id, **setting.values, "dtype": options.dtype}
+    common = {"bench": benchmark.name, "setting": setting.id, **setting.values}
+    common |= {"dtype": options.dtype, "device": device.type}
     records = [{**common, "rival": name, "error": reason} for name, reason in reasons.items()]
     for mode in [mode for mode in steps[benchmark.ours] if mode not in ("check", "truth")]:
         chosen = {name: modes[mode] for name, modes in steps.items() if mode in modes}
@@ -202,14 +203,15 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if failed:
         raise SystemExit("\n".join(failed))
     if options.baseline:
-        compare(records, baseline)
+        compare(records, baseline, {benchmark.ours for benchmark in benchmarks})
     return records
 
 
-def compare(records: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> None:
-    """SystemExit with 1 if there are regressions, each on a line."""
+def compare(records: list[dict[str, Any]], baseline: list[dict[str, Any]], ours: set[str]) -> None:
+    """SystemExit with 1 if there are regressions, each on a line, after what has not been compared."""
+    print("".join(f"{line}\n" for line in bench_report.uncompared(records, baseline, ours)), end="")
     try:
-        lines = bench_report.regressions(records, baseline)
+        lines = bench_report.regressions(records, baseline, ours)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     print("\n".join(lines) or "no regression against the baseline")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from grassland.kernels import bench, bench_setup, bench_timing, dispatch
-from grassland.kernels.bench_report import regressions
+from grassland.kernels.bench_report import regressions, uncompared
 from grassland.kernels.rival import Disagreement, Rival, Setting, Unavailable, with_gradients
 
 ROOT = Path(__file__).parents[1]
@@ -162,14 +162,35 @@ def timed(rival, ratio, setting="s"):
 
 def test_a_shrunken_lead_is_a_regression():
     before = [timed("ours", 1.0), timed("slow", 4.0), timed("fast", 0.5), timed("gone", 2.0), {"error": "x"}]
-    assert regressions([timed("ours", 1.0), timed("slow", 3.6), timed("fast", 0.5), timed("new", 0.1)], before) == []
-    lines = regressions([timed("ours", 1.0), timed("slow", 3.4), timed("fast", 0.4)], before)
+    now = [timed("ours", 1.0), timed("slow", 3.6), timed("fast", 0.5), timed("new", 0.1)]
+    assert regressions(now, before, {"ours"}) == []
+    lines = regressions([timed("ours", 1.0), timed("slow", 3.4), timed("fast", 0.4)], before, {"ours"})
     assert lines == [
-        "regression: b | s | float32 | forward | slow: time / ours 4.000 -> 3.400, 1.18x slower",
-        "regression: b | s | float32 | forward | fast: time / ours 0.500 -> 0.400, 1.25x slower",
+        "regression: cpu | b | s | float32 | forward | slow: time / ours 4.000 -> 3.400, 1.18x slower",
+        "regression: cpu | b | s | float32 | forward | fast: time / ours 0.500 -> 0.400, 1.25x slower",
     ]
-    with pytest.raises(ValueError, match="no setting, mode and rival in common"):
-        regressions([timed("ours", 1.0, "other")], before)
+
+
+def test_a_baseline_that_tells_nothing_is_refused():
+    """Of another setting, of another device, or of ours alone: its ratio is 1 in every run."""
+    now = [timed("ours", 1.0), timed("slow", 4.0)]
+    on_gpu = [r | {"graph": True} for r in now]
+    for before in ([timed("slow", 4.0, "other")], now[:1], on_gpu, [r | {"device": "cuda"} for r in now]):
+        with pytest.raises(ValueError, match="no device, setting, mode and rival in common"):
+            regressions(now, before, {"ours"})
+
+
+def test_what_a_comparison_says_nothing_of_is_told():
+    before = [timed("ours", 1.0), timed("slow", 4.0), timed("gone", 2.0), timed("slow", 3.0, "other")]
+    now = [timed("ours", 1.0), timed("slow", 4.0), timed("new", 2.0)]
+    assert uncompared(now, before, {"ours"}) == [
+        "not in this run: cpu | b | s | float32 | forward | gone",
+        "not in the baseline: cpu | b | s | float32 | forward | new",
+        "not in this run: cpu | b | other | float32",
+    ]
+    here, there = ([r | {"cpu": cpu, "threads": 2, "gpus": []} for r in now] for cpu in ("A", "B"))
+    assert uncompared(here, there, {"ours"}) == ["another machine: the baseline is of B, 2, [], this run of A, 2, []"]
+    assert uncompared(here, here, {"ours"}) == []
 
 
 @pytest.mark.parametrize(("factor", "code"), [(1e-3, None), (1e3, 1)])
@@ -184,7 +205,7 @@ def test_baseline_decides_the_exit_code(tiny, tmp_path, capsys, factor, code):
         return
     with pytest.raises(SystemExit) as stop:
         bench.main(["plucker", "--repeats", "1", "--baseline", str(path)])
-    assert stop.value.code == code and "regression: plucker | tiny" in capsys.readouterr().out
+    assert stop.value.code == code and "regression: cpu | plucker | tiny" in capsys.readouterr().out
 
 
 def test_an_unreadable_baseline_names_itself(tiny, tmp_path):
