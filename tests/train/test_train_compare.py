@@ -486,6 +486,17 @@ def test_statistics_are_those_of_scipy():
     assert holm([0.01, None, 0.04, 0.03, 0.9]) == pytest.approx([0.04, None, 0.09, 0.09, 0.9])
 
 
+def test_equal_differences_are_equal_whatever_their_rounding():
+    """Accuracies are fractions of the images, and equal gaps of them differ in the last bit: p was 3e-28."""
+    arm, base = ({seed: 100 * (right + seed) / 360 for seed in (0, 1, 3)} for right in (300, 301))
+    gaps = [arm[seed] - base[seed] for seed in arm]
+    assert len(set(gaps)) > 1
+    found = paired(arm, base)
+    assert found.mean == pytest.approx(-100 / 360) and (found.interval, found.p, found.seeds) == (None, None, 3)
+    one_more = paired(arm, base | {3: base[3] + 100 / 360})
+    assert one_more.p == pytest.approx(0.0572, abs=1e-4)
+
+
 @pytest.mark.parametrize("odd", [math.inf, math.nan])
 def test_a_metric_that_is_not_finite_has_no_deviation_and_no_test(odd):
     middle, deviation = spread([1.0, odd, 2.0])
