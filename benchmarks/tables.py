@@ -292,7 +292,7 @@ def compare_summary(preset):
         heads, *cells = [[row[place] for place in kept] for row in rows]
         chosen = [record for record in done(records) if record["chosen"]]
         seeds = len({record["seed"] for record in chosen})
-        size = f"{chosen[0]['steps']} steps, {seeds} seed{'' if seeds == 1 else 's'}"
+        size = f"{report.distinct(chosen, 'steps')} steps, {seeds} seed{'' if seeds == 1 else 's'}"
         # When and of which code is in the full table.
         origin = re.sub(r"(, [\d-]+, commit [\w+]+)+\.$", ".", report.footnote(chosen))
         parts.append(f"**{records[0]['title']}**, {size}\n\n{report.markdown(heads, cells)}\n\n{origin}")

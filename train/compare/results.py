@@ -79,6 +79,7 @@ def outcome(folder: Path, task: str) -> Record:
         "tested_on": start.get("tested_on", "test"),
         "parameters": start["parameters"],
         "dtype": config["dtype"],
+        "resumed": [_origin({**start, **e}) for e in events if e["event"] == "resume"],
         **_origin(start),
     }
 
