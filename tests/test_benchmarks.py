@@ -332,6 +332,23 @@ def test_every_hyper_connection_rival_is_checked(dtype):
     assert bench_setup.agreement(benchmark, steps, getattr(torch, dtype)) == {}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_mixture_of_experts_rival_is_checked(dtype):
+    """Those that drop pairs beyond the capacity, too: against the same in float64."""
+    if dispatch.extension_error():
+        pytest.skip(dispatch.extension_error())
+    module = importlib.import_module("grassland.kernels.moe.rivals")
+    values = {"tokens": 40, "experts": 16, "calls": 1, "dim": 32, "inner": 64, "top_k": 2}
+    chosen = module.choice(*module.inputs(values, getattr(torch, dtype), torch.device("cpu"))[:2], 2)[1]
+    assert chosen.flatten().bincount().max() > module.expert_capacity(40, 16, 2, 1.2)  # else nothing is dropped
+    rivals = [r for r in module.BENCHMARK.rivals if "compile" not in r.name]
+    benchmark, cpu = replace(module.BENCHMARK, rivals=rivals), torch.device("cpu")
+    steps, _ = bench_setup.build(benchmark, Setting("tiny", values), getattr(torch, dtype), cpu)
+    assert {name for name, modes in steps.items() if "check" not in modes} == {"dense FFN, equal FLOPs"}
+    assert {name for name, modes in steps.items() if "truth" in modes} == {"padded baddbmm", "one-hot einsum"}
+    assert bench_setup.agreement(benchmark, steps, getattr(torch, dtype)) == {}
+
+
 def test_training_step_begins_as_the_plain_network():
     module = importlib.import_module("grassland.kernels.kronecker.rivals")
     setting = Setting("tiny", {"kind": "model", "batch": 1, "length": 8, "depth": 6, "dim": 384})
