@@ -342,6 +342,16 @@ def without_rivals():
     return [name for name, rivals in found.items() if rivals and all(r.startswith("grassland") for r in rivals)]
 
 
+def lacking(plan, records):
+    """A comparison's name if it has not been run, with the arms and learning rates that a narrower one has left out."""
+    if not records:
+        return plan.name
+    arms, tried = report.by(records, "arm"), {r["lr"] for r in done(records)}
+    rest = [arm for arm in plan.arms if not report.is_complete(arms.get(arm, ()))]
+    rest += [f"lr {lr:g}" for lr in plan.lrs if lr not in tried]
+    return f"{plan.name} ({', '.join(rest)})" if rest else ""
+
+
 def missing():
     """What the project set out to measure and has not, found by looking for its files."""
     wanted = {
@@ -356,11 +366,11 @@ def missing():
         if absent:
             lines.append(f"- {what}{'' if len(absent) == len(files) else ': ' + ', '.join(absent)}")
     for name in FULL:
-        wanted_parts = [plan.name for plan in PRESETS[name]()]
-        absent = [part for part in wanted_parts if part not in comparisons(name)]
+        plans, found = PRESETS[name](), comparisons(name)
+        absent = [text for plan in plans if (text := lacking(plan, found.get(plan.name, ())))]
         if absent:
-            parts = "" if len(absent) == len(wanted_parts) else ": " + ", ".join(absent)
-            lines.append(f"- comparison `{name}` in full{parts}")
+            whole = absent == [plan.name for plan in plans]
+            lines.append(f"- comparison `{name}` in full{'' if whole else ': ' + ', '.join(absent)}")
     if alone := without_rivals():
         lines.insert(0, f"- rivals of the kernels on a GPU: {', '.join(alone)}")
     text = "Not run, or run and not kept here:\n\n" + "\n".join(lines) if lines else "Everything has been run."

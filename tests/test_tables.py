@@ -56,14 +56,25 @@ def test_comparisons_in_short_and_in_full(tables, tmp_path):
 def test_what_is_missing_is_found_by_its_files(tables, tmp_path):
     assert "comparison `imagenet-r50d` in full" in tables.missing() and "none has been at hand" in tables.missing()
     assert "`smoke`" not in tables.missing() and "`wikitext2-cpu`" not in tables.missing()
-    for preset, name in (("heads", "heads"), ("wikitext2-paper", "wikitext2-6l")):
+    for preset in ("heads", "wikitext2-paper"):
+        plan = tables.PRESETS[preset]()[0]
+        runs = [(arm, lr) for arm in plan.arms for lr in plan.lrs if preset == "heads" or lr == plan.lrs[0]]
+        records = [finished(arm, 0, 10.0) | {"comparison": plan.name, "lr": lr} for arm, lr in runs]
         (tmp_path / "compare" / preset).mkdir(parents=True)
-        record = finished("base", 0, 10.0) | {"comparison": name}
-        (tmp_path / "compare" / preset / "report.jsonl").write_text(json.dumps(record) + "\n")
+        (tmp_path / "compare" / preset / "report.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     lend(tmp_path, "moe-cuda-float32").write_text("")
-    assert "- comparison `wikitext2-paper` in full: wikitext2-12l\n" in tables.missing()
+    lacking = "wikitext2-6l (lr 0.0003, lr 0.001), wikitext2-12l"
+    assert f"- comparison `wikitext2-paper` in full: {lacking}\n" in tables.missing()
     assert "comparison `heads` in full" not in tables.missing() and "none has been at hand" not in tables.missing()
     assert "moe-cuda-bfloat16" in tables.missing() and "moe-cuda-float32" not in tables.missing()
+
+
+def test_an_arm_without_a_seed_of_its_own_is_missing(tables):
+    plan = tables.PRESETS["heads"]()[0]
+    records = [finished(arm, 0, 10.0) | {"lr": lr} for arm in list(plan.arms)[1:] for lr in plan.lrs]
+    assert tables.lacking(plan, records) == "heads (softmax)" and tables.lacking(plan, []) == "heads"
+    assert tables.lacking(plan, [*records, finished("softmax", 0, 1.0) | {"status": "failed"}]) == "heads (softmax)"
+    assert tables.lacking(plan, [*records, finished("softmax", 0, 1.0)]) == ""
 
 
 def test_what_a_gpu_was_seen_to_do(tables, tmp_path):
