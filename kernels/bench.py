@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import importlib
 import json
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from . import bench_report, dispatch
 from .bench_setup import agreement, build
 from .bench_timing import by_kernel, host_seconds, interleaved, peak_bytes, peaks, recorded, saved_bytes
 from .machine import about
-from .rival import Benchmark, Disagreement, Setting, Step
+from .rival import Benchmark, Disagreement, Setting, Step, Unavailable
 
 # Parameters of glibc's mallopt.
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
@@ -37,6 +38,8 @@ def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace)
     wrong = agreement(benchmark, steps, dtype)
     reasons |= wrong
     steps = {name: modes for name, modes in steps.items() if name not in wrong}
+    if benchmark.ours not in steps:
+        raise Unavailable(f"{benchmark.name}: {benchmark.ours}: {reasons[benchmark.ours]}")
     common = {"bench": benchmark.name, "setting": setting.id, **setting.values}
     common |= {"dtype": options.dtype, "device": device.type}
     records = [{**common, "rival": name, "error": reason} for name, reason in reasons.items()]
@@ -158,7 +161,7 @@ def run(
         try:
             records += [{**record, **facts} for record in measure(benchmark, setting, options)]
             print(f"{benchmark.name}, {setting.id}: done", file=sys.stderr)
-        except Disagreement as error:
+        except (Disagreement, Unavailable, dispatch.BackendError) as error:
             failed.append(f"error: {setting.id}: {error}: nothing was timed")
         if options.out and records:  # what comes later may fail, or never end
             write(records, benchmark, options)
@@ -181,6 +184,8 @@ def write(records: Sequence[dict[str, Any]], benchmark: Benchmark, options: argp
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parse(arguments)
+    if os.environ.get(dispatch.ENVIRONMENT):
+        raise SystemExit(f"error: unset ${dispatch.ENVIRONMENT}: what is timed as ours would be that backend")
     torch.set_num_threads(options.threads)
     if not options.default_malloc:
         keep_freed_memory()

@@ -80,6 +80,26 @@ def test_a_gradient_that_is_not_a_number_is_a_disagreement():
                 bench_setup.agreement(benchmark, steps, torch.float32)
 
 
+@pytest.mark.parametrize("op", dispatch.PACKAGES)
+def test_what_is_ours_is_never_a_fallback(op, monkeypatch):
+    """Where the compiled kernels are missing or not asked for, nothing is timed under their name."""
+    module = importlib.import_module(f"grassland.kernels.{op}.rivals")
+    first = module.BENCHMARK.settings[0]
+    small = {"tokens": 24, "batch": 2, "length": 24, "classes": 3, "k": 2, "n": 8, "dim": 16, "rank": 4, "vocab": 30}
+    values = {name: small.get(name, value) for name, value in first.values.items()}
+    ours = [rival for rival in module.BENCHMARK.rivals if rival.name == module.BENCHMARK.ours]
+    tiny = replace(module.BENCHMARK, settings=[replace(first, values=values)], rivals=ours)
+    monkeypatch.setattr(module, "BENCHMARK", tiny)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    with monkeypatch.context() as patched:
+        patched.setattr(dispatch, "extension_error", lambda: "it is not built")
+        with pytest.raises(SystemExit, match="backend 'cpp' is not available: it is not built: nothing was timed"):
+            bench.main([op, "--device", "cpu", "--repeats", "1"])
+    monkeypatch.setenv("GRASSLAND_BACKEND", "eager")
+    with pytest.raises(SystemExit, match=r"unset \$GRASSLAND_BACKEND"):
+        bench.main([op, "--device", "cpu", "--repeats", "1"])
+
+
 def test_chosen_rivals(tiny):
     records = bench.main(["plucker", "--repeats", "1", "--rival", "literal eager"])
     assert {r["rival"] for r in records} == {"grassland", "literal eager"}

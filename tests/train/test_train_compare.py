@@ -227,13 +227,13 @@ def test_a_table_names_every_code_precision_and_length_that_it_is_of(plan, tmp_p
     store_run(plan, tmp_path, "b", 0.01, 0, 2.0, versions={"torch": "3"}, commit="e")
     folder = tmp_path / "a" / "lr0.01-seed0"
     first, *rest = (folder / "metrics.jsonl").read_text().splitlines()
-    machine = {"cpu": "EPYC", "cpu_capability": "AVX512", "threads": 1, "gpus": []}
+    machine = {"cpu": "EPYC", "cpu_capability": "AVX512", "threads": 1, "gpus": [], "backend": "eager"}
     later = {"event": "resume", "step": 4, "commit": "f", "date": "later", "machine": machine}
     lines = [first, json.dumps(later | {"versions": {"torch": "4"}}), *rest]
     (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     records = Runner(plan, tmp_path, None).records()
-    said = "Data: text.txt. Xeon (AVX2), 2 threads; EPYC (AVX512), 1 thread, float32, bf16, torch 2, 4, 3, "
-    assert footnote(records) == f"{said}d, commit c, d, commit e, later, commit f."
+    said = "Xeon (AVX2), 2 threads; EPYC (AVX512), 1 thread, backend eager, float32, bf16, torch 2, 4, 3"
+    assert footnote(records) == f"Data: text.txt. {said}, d, commit c, d, commit e, later, commit f."
     records[1]["steps"] = 24
     assert "12, 24 steps, seeds 0; one learning rate." in section(records)
 
@@ -586,6 +586,9 @@ def test_the_machine_is_named_by_the_device_in_use(device, gpu):
     assert hardware(machine) == name
     about = {"data": "d", "dtype": "float32", "torch": "2", "date": "d", "commit": "c"}
     assert footnote([machine | about]).startswith(f"Data: d. {name}, float32")
+    assert hardware(machine | {"backend": None, "extension": True}) == name
+    assert hardware(machine | {"backend": "eager", "extension": True}) == f"{name}, backend eager"
+    assert hardware(machine | {"extension": False}) == f"{name}, without the extension"
 
 
 def test_a_comparison_is_of_one_task(config):
