@@ -46,7 +46,7 @@ def machine() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "driver": driver(),
         "cuda": torch.version.cuda,
-        "backend": os.environ.get(dispatch.ENVIRONMENT) or None,
+        "requested_backend": os.environ.get(dispatch.ENVIRONMENT) or None,
         "extension": dispatch.extension_error() is None,
     }
 

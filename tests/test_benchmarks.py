@@ -369,6 +369,32 @@ def test_every_mixture_of_experts_rival_is_checked(dtype):
     assert bench_setup.agreement(benchmark, steps, getattr(torch, dtype)) == {}
 
 
+def test_compilers_are_given_whole_graphs():
+    """A break, as at a bincount, is a form that nobody would compile."""
+    dynamo = importlib.import_module("torch._dynamo")
+    kronecker, plucker, subspace, cross_entropy, moe = (
+        importlib.import_module(f"grassland.kernels.{op}.rivals")
+        for op in ("kronecker", "plucker", "subspace", "cross_entropy", "moe")
+    )
+    cpu, kind = torch.device("cpu"), torch.bfloat16
+    streams = {"tokens": 24, "streams": 4, "dim": 40}
+    sizes = {"tokens": 8, "experts": 4, "dim": 16, "inner": 24, "top_k": 2}
+    mixer = plucker.mixer(plucker.eager.plucker_mix, plucker.eager_blend, TINY.values)
+    head = subspace.head_inputs({"classes": 10, "k": 2, "n": 16, "batch": 8}, kind, cpu)
+    # Which dtypes of the grouped product itself can be traced is a matter of torch's version.
+    experts = moe.grouped_layer(sizes, lambda a, b, offs: a @ b[0] * offs[-1])
+    for function, arguments in (
+        (kronecker.sublayer(kronecker.kromhc_matrix), kronecker.inputs(streams, kind, cpu, 4)),
+        (kronecker.sublayer(kronecker.mhc_matrix), kronecker.inputs(streams, kind, cpu, 16)),
+        (mixer, plucker.inputs(TINY.values, kind, cpu)),
+        (subspace.composed_loss, (*head, 2)),
+        (cross_entropy.whole, cross_entropy.inputs({"tokens": 8, "vocab": 50, "dim": 16}, kind, cpu)),
+        (experts, moe.inputs(sizes, kind, cpu)),
+    ):
+        dynamo.reset()
+        assert dynamo.explain(function)(*arguments).graph_break_count == 0
+
+
 def test_training_step_begins_as_the_plain_network():
     module = importlib.import_module("grassland.kernels.kronecker.rivals")
     setting = Setting("tiny", {"kind": "model", "batch": 1, "length": 8, "depth": 6, "dim": 384})

@@ -38,7 +38,7 @@ def hardware(record: Mapping[str, Any]) -> str:
     """What a record was measured on: the machine's GPUs, or its processor and the threads in use; and without which
     kernels."""
     # Older records say neither, and had all.
-    backend = f", backend {record['backend']}" if record.get("backend") else ""
+    backend = f", backend {record['requested_backend']}" if record.get("requested_backend") else ""
     without = backend + ("" if record.get("extension", True) else ", without the extension")
     if on_gpu(record):
         return ", ".join(record["gpus"]) + without

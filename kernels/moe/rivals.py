@@ -160,7 +160,8 @@ def grouped_layer(v: Values, product: Callable[..., Tensor] = F.grouped_mm) -> L
     def layer(x: Tensor, router: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         gates, experts = choice(x, router, v["top_k"])
         flat, order = experts.flatten().sort(stable=True)
-        ends = torch.bincount(flat, minlength=v["experts"]).cumsum(0).to(torch.int32)
+        # Not of bincount, at which torch.compile breaks its graph.
+        ends = torch.searchsorted(flat, torch.arange(v["experts"], device=x.device), right=True, out_int32=True)
         h = gelu(product(x[order // v["top_k"]], w1.mT, offs=ends) + b1[flat])
         rows = (product(h, w2.mT, offs=ends) + b2[flat]) * gates.flatten()[order, None]
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device))

@@ -227,7 +227,7 @@ def test_a_table_names_every_code_precision_and_length_that_it_is_of(plan, tmp_p
     store_run(plan, tmp_path, "b", 0.01, 0, 2.0, versions={"torch": "3"}, commit="e")
     folder = tmp_path / "a" / "lr0.01-seed0"
     first, *rest = (folder / "metrics.jsonl").read_text().splitlines()
-    machine = {"cpu": "EPYC", "cpu_capability": "AVX512", "threads": 1, "gpus": [], "backend": "eager"}
+    machine = {"cpu": "EPYC", "cpu_capability": "AVX512", "threads": 1, "gpus": [], "requested_backend": "eager"}
     later = {"event": "resume", "step": 4, "commit": "f", "date": "later", "machine": machine}
     lines = [first, json.dumps(later | {"versions": {"torch": "4"}}), *rest]
     (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
@@ -586,8 +586,8 @@ def test_the_machine_is_named_by_the_device_in_use(device, gpu):
     assert hardware(machine) == name
     about = {"data": "d", "dtype": "float32", "torch": "2", "date": "d", "commit": "c"}
     assert footnote([machine | about]).startswith(f"Data: d. {name}, float32")
-    assert hardware(machine | {"backend": None, "extension": True}) == name
-    assert hardware(machine | {"backend": "eager", "extension": True}) == f"{name}, backend eager"
+    assert hardware(machine | {"requested_backend": None, "extension": True}) == name
+    assert hardware(machine | {"requested_backend": "eager", "extension": True}) == f"{name}, backend eager"
     assert hardware(machine | {"extension": False}) == f"{name}, without the extension"
 
 

@@ -133,7 +133,7 @@ def mark(records: Iterable[Record], chosen: Mapping[str, Selection]) -> None:
 def _origin(start: Record) -> Record:
     """When, with which code and on which machine a run was made."""
     # Older runs do not say which kernels they had.
-    keys = ("cpu", "cpu_capability", "threads", "gpus", "backend", "extension")
+    keys = ("cpu", "cpu_capability", "threads", "gpus", "requested_backend", "extension")
     machine = {key: start["machine"][key] for key in keys if key in start["machine"]}
     about = {"commit": start["commit"], "date": start["date"], "torch": start["versions"]["torch"]}
     return {**about, "device": start["config"]["device"], **machine}
