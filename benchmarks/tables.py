@@ -73,11 +73,23 @@ def headline_table():
         timed = [r for records in machines for r in records if (r["setting"], r.get("mode")) == (setting, mode)]
         if not timed:
             continue
-        closest = min((r for r in timed if r["rival"] in same), key=lambda r: r["ratio"])["rival"]
-        ours, near, known = (of_rival(machines, rival, setting, mode) for rival in ("grassland", closest, other))
-        lines.append(f"| {name}, {setting} | {ours} | {closest}: {near} | {other}: {known} |")
+        near = closest(machines, same, setting, mode)
+        ours, known = (of_rival(machines, rival, setting, mode) for rival in ("grassland", other))
+        lines.append(f"| {name}, {setting} | {ours} | {near} | {other}: {known} |")
     origin = "; ".join(map(hardware, folders.values()))
     return "\n".join([*lines, "", f"Times of rivals over grassland's, float32. {origin}."])
+
+
+def closest(machines, rivals, setting, mode):
+    """The fastest of some rivals on each machine, named once if it is the same one on all."""
+    found = []
+    for records in machines:
+        timed = [r for r in records if (r["setting"], r.get("mode")) == (setting, mode) and r["rival"] in rivals]
+        found.append(min(timed, key=lambda r: r["ratio"]) if timed else None)
+    names = {r["rival"] for r in found if r}
+    if len(names) == 1:
+        return f"{names.pop()}: {joined([r and figure_of(r) for r in found])}"
+    return joined([r and f"{r['rival']}: {figure_of(r)}" for r in found])
 
 
 def of_rival(machines, rival, setting, mode):
@@ -102,7 +114,12 @@ def cell(records, setting, mode):
         return ""
     if "error" in found:
         return f"not run: {found['error']}"
-    return f"{figure(found['ms'])} ms" if found["rival"] == "grassland" else f"{found['ratio']:.2f}"
+    return figure_of(found)
+
+
+def figure_of(record):
+    """Our time, or that of a rival over it."""
+    return f"{figure(record['ms'])} ms" if record["rival"] == "grassland" else f"{record['ratio']:.2f}"
 
 
 def figure(number):
@@ -196,7 +213,7 @@ def device_table():
             f"| {r['bench']} | {r['setting']} | {r['mode']} | {which} | {figure(r['ms'])} | {rates} | "
             f"{figure(r['host_ms'])} |"
         )
-    return "\n".join([*lines, "", footnote(ours)])
+    return "\n".join([*lines, "", " ".join(dict.fromkeys(footnote([r]) for r in ours))])
 
 
 def training_table():
@@ -292,18 +309,19 @@ def compare_summary(preset):
         heads, *cells = [[row[place] for place in kept] for row in rows]
         chosen = [record for record in done(records) if record["chosen"]]
         seeds = len({record["seed"] for record in chosen})
-        size = f"{chosen[0]['steps']} steps, {seeds} seed{'' if seeds == 1 else 's'}"
+        size = f"{report.distinct(chosen, 'steps')} steps, {seeds} seed{'' if seeds == 1 else 's'}"
         # When and of which code is in the full table.
         origin = re.sub(r"(, [\d-]+, commit [\w+]+)+\.$", ".", report.footnote(chosen))
         parts.append(f"**{records[0]['title']}**, {size}\n\n{report.markdown(heads, cells)}\n\n{origin}")
     return "\n\n".join(parts) or NONE
 
 
-def profile_table():
-    """Milliseconds of a training step by part, forward + backward."""
-    records = [r for path in sorted(RESULTS.glob("profile-*.jsonl")) for r in read(path.name)]
-    if not records:
-        return NONE
+def profile_tables():
+    """Milliseconds of a training step by part, forward + backward, a table a machine."""
+    return "\n\n".join(profile_table(read(path.name)) for path in sorted(RESULTS.glob("profile-*.jsonl"))) or NONE
+
+
+def profile_table(records):
     heads = ("data", "embedding", "mixer", "residual", "ffn", "head", "optimiser")
     lines = [f"| ms | {' | '.join(heads)} | step |", "|---|" + "---|" * (len(heads) + 1)]
     for r in records:
@@ -324,6 +342,16 @@ def without_rivals():
     return [name for name, rivals in found.items() if rivals and all(r.startswith("grassland") for r in rivals)]
 
 
+def lacking(plan, records):
+    """A comparison's name if it has not been run, with the arms and learning rates that a narrower one has left out."""
+    if not records:
+        return plan.name
+    arms, tried = report.by(records, "arm"), {r["lr"] for r in done(records)}
+    rest = [arm for arm in plan.arms if not report.is_complete(arms.get(arm, ()))]
+    rest += [f"lr {lr:g}" for lr in plan.lrs if lr not in tried]
+    return f"{plan.name} ({', '.join(rest)})" if rest else ""
+
+
 def missing():
     """What the project set out to measure and has not, found by looking for its files."""
     wanted = {
@@ -338,11 +366,11 @@ def missing():
         if absent:
             lines.append(f"- {what}{'' if len(absent) == len(files) else ': ' + ', '.join(absent)}")
     for name in FULL:
-        wanted_parts = [plan.name for plan in PRESETS[name]()]
-        absent = [part for part in wanted_parts if part not in comparisons(name)]
+        plans, found = PRESETS[name](), comparisons(name)
+        absent = [text for plan in plans if (text := lacking(plan, found.get(plan.name, ())))]
         if absent:
-            parts = "" if len(absent) == len(wanted_parts) else ": " + ", ".join(absent)
-            lines.append(f"- comparison `{name}` in full{parts}")
+            whole = absent == [plan.name for plan in plans]
+            lines.append(f"- comparison `{name}` in full{'' if whole else ': ' + ', '.join(absent)}")
     if alone := without_rivals():
         lines.insert(0, f"- rivals of the kernels on a GPU: {', '.join(alone)}")
     text = "Not run, or run and not kept here:\n\n" + "\n".join(lines) if lines else "Everything has been run."
@@ -421,7 +449,7 @@ TABLES |= {
     "training": training_table,
     "host": host_tables,
     "scaling": scaling_tables,
-    "profile": profile_table,
+    "profile": profile_tables,
     "compare_full": functools.partial(compare_tables, *FULL),
     **{f"compare_{name.replace('-', '_')}": functools.partial(compare_tables, name) for name in SMALL},
     "missing": missing,
@@ -429,15 +457,24 @@ TABLES |= {
 PAGES = ("README.md", "benchmarks/README.md")
 
 
+PLACE = re.compile(r"<!-- table:(\w+) -->\n.*?<!-- end -->", flags=re.DOTALL)
+
+
 def render(text):
     def fill(match):
         return f"<!-- table:{match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
 
-    return re.sub(r"<!-- table:(\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+    return PLACE.sub(fill, text)
+
+
+def unplaced(texts):
+    """The tables that have lost their place on the pages, where nobody would write or compare them."""
+    placed = {match[1] for text in texts for match in PLACE.finditer(text)}
+    return [name for name in TABLES if name not in placed]
 
 
 if __name__ == "__main__":
-    stale = []
+    stale = [f"table {name} is on no page" for name in unplaced((ROOT / name).read_text() for name in PAGES)]
     for page in (ROOT / name for name in PAGES):
         before = page.read_text()
         fresh = render(before)

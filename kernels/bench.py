@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import importlib
 import json
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from . import bench_report, dispatch
 from .bench_setup import agreement, build
 from .bench_timing import by_kernel, host_seconds, interleaved, peak_bytes, peaks, recorded, saved_bytes
 from .machine import about
-from .rival import Benchmark, Disagreement, Setting, Step
+from .rival import Benchmark, Disagreement, Setting, Step, Unavailable
 
 # Parameters of glibc's mallopt.
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
@@ -37,7 +38,10 @@ def measure(benchmark: Benchmark, setting: Setting, options: argparse.Namespace)
     wrong = agreement(benchmark, steps, dtype)
     reasons |= wrong
     steps = {name: modes for name, modes in steps.items() if name not in wrong}
-    common = {"bench": benchmark.name, "setting": setting.id, **setting.values, "dtype": options.dtype}
+    if benchmark.ours not in steps:
+        raise Unavailable(f"{benchmark.name}: {benchmark.ours}: {reasons[benchmark.ours]}")
+    common = {"bench": benchmark.name, "setting": setting.id, **setting.values}
+    common |= {"dtype": options.dtype, "device": device.type}
     records = [{**common, "rival": name, "error": reason} for name, reason in reasons.items()]
     for mode in [mode for mode in steps[benchmark.ours] if mode not in ("check", "truth")]:
         chosen = {name: modes[mode] for name, modes in steps.items() if mode in modes}
@@ -157,7 +161,7 @@ def run(
         try:
             records += [{**record, **facts} for record in measure(benchmark, setting, options)]
             print(f"{benchmark.name}, {setting.id}: done", file=sys.stderr)
-        except Disagreement as error:
+        except (Disagreement, Unavailable, dispatch.BackendError) as error:
             failed.append(f"error: {setting.id}: {error}: nothing was timed")
         if options.out and records:  # what comes later may fail, or never end
             write(records, benchmark, options)
@@ -180,6 +184,8 @@ def write(records: Sequence[dict[str, Any]], benchmark: Benchmark, options: argp
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parse(arguments)
+    if os.environ.get(dispatch.ENVIRONMENT):
+        raise SystemExit(f"error: unset ${dispatch.ENVIRONMENT}: what is timed as ours would be that backend")
     torch.set_num_threads(options.threads)
     if not options.default_malloc:
         keep_freed_memory()
@@ -202,14 +208,15 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if failed:
         raise SystemExit("\n".join(failed))
     if options.baseline:
-        compare(records, baseline)
+        compare(records, baseline, {benchmark.ours for benchmark in benchmarks})
     return records
 
 
-def compare(records: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> None:
-    """SystemExit with 1 if there are regressions, each on a line."""
+def compare(records: list[dict[str, Any]], baseline: list[dict[str, Any]], ours: set[str]) -> None:
+    """SystemExit with 1 if there are regressions, each on a line, after what has not been compared."""
+    print("".join(f"{line}\n" for line in bench_report.uncompared(records, baseline, ours)), end="")
     try:
-        lines = bench_report.regressions(records, baseline)
+        lines = bench_report.regressions(records, baseline, ours)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     print("\n".join(lines) or "no regression against the baseline")

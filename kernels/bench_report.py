@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +92,18 @@ def read_baseline(path: Path) -> list[Record]:
         raise ValueError(f"{path}: not a benchmark's JSONL ({error})") from error
 
 
-def regressions(records: Iterable[Record], baseline: Iterable[Record], tolerance: float = TOLERANCE) -> list[str]:
+def regressions(
+    records: Iterable[Record], baseline: Iterable[Record], ours: Collection[str], tolerance: float = TOLERANCE
+) -> list[str]:
     """A line for each rival over which our lead, its time over ours, has shrunk by more than `tolerance`.
 
-    Both times of a ratio come from one run, so a slower machine alone is no regression. ValueError if the two have
-    nothing in common.
+    Both times of a ratio come from one run, so a slower machine alone is no regression. ValueError if the two have no
+    rival in common: ours, whose ratio is always 1, tells nothing.
     """
-    before = {identity(r): r["ratio"] for r in baseline if "ratio" in r}
-    pairs = [(identity(r), r["ratio"]) for r in records if "ratio" in r and identity(r) in before]
+    before = leads(baseline, ours)
+    pairs = [(key, now) for key, now in leads(records, ours).items() if key in before]
     if not pairs:
-        raise ValueError("the baseline has no setting, mode and rival in common with this run")
+        raise ValueError("the baseline has no device, setting, mode and rival in common with this run")
     return [
         f"regression: {' | '.join(key)}: time / ours {before[key]:.3f} -> {now:.3f}, {before[key] / now:.2f}x slower"
         for key, now in pairs
@@ -109,8 +111,36 @@ def regressions(records: Iterable[Record], baseline: Iterable[Record], tolerance
     ]
 
 
-def identity(record: Record) -> tuple[str, ...]:
-    return tuple(str(record[key]) for key in ("bench", "setting", "dtype", "mode", "rival"))
+def uncompared(records: Sequence[Record], baseline: Sequence[Record], ours: Collection[str]) -> list[str]:
+    """What a comparison says nothing of, a line each: rivals of a measured setting that one of the two did not time,
+    settings that were not measured, another machine."""
+    now, before = leads(records, ours), leads(baseline, ours)
+    measured = {setting_of(r) for r in records}
+    lines = [f"not in this run: {' | '.join(key)}" for key in before if key not in now and key[:4] in measured]
+    lines += [f"not in the baseline: {' | '.join(key)}" for key in now if key not in before]
+    left_out = dict.fromkeys(key[:4] for key in before if key[:4] not in measured)
+    lines += [f"not in this run: {' | '.join(key)}" for key in left_out]
+    here, there = (dict.fromkeys(place(r) for r in found if "ratio" in r) for found in (records, baseline))
+    if here.keys() != there.keys():
+        lines.append(f"another machine: the baseline is of {'; '.join(there)}, this run of {'; '.join(here)}")
+    return lines
+
+
+def leads(records: Iterable[Record], ours: Collection[str]) -> dict[tuple[str, ...], float]:
+    """Every rival's time over ours, by device, setting, mode and rival."""
+    return {
+        (*setting_of(r), r["mode"], r["rival"]): r["ratio"] for r in records if "ratio" in r and r["rival"] not in ours
+    }
+
+
+def setting_of(record: Record) -> tuple[str, ...]:
+    # Older records do not name the device.
+    device = record.get("device", "cuda" if "graph" in record else "cpu")
+    return (device, *(str(record[key]) for key in ("bench", "setting", "dtype")))
+
+
+def place(record: Record) -> str:
+    return ", ".join(str(record.get(key)) for key in ("cpu", "threads", "gpus"))
 
 
 def last_modes(records: Sequence[Record]) -> list[Record]:

@@ -80,9 +80,11 @@ def tried(rival: Rival, values: dict[str, Any], dtype: torch.dtype, device: torc
 
 
 def disagreement(found: Any, expected: Any) -> float:
-    """Largest relative difference, in the Euclidean norm, of corresponding tensors."""
+    """Largest relative difference, in the Euclidean norm, of corresponding tensors; NaN if one of them has a NaN."""
     pairs = zip(tensors(found), tensors(expected), strict=True)
-    return max(((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item() for a, b in pairs)
+    differences = [(a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30) for a, b in pairs]
+    # Not Python's max, which forgets a NaN that does not come first.
+    return torch.stack(differences).max().item()
 
 
 def agreement(benchmark: Benchmark, steps: dict[str, dict[str, Step]], dtype: torch.dtype) -> dict[str, str]:

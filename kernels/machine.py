@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from . import dispatch
+
 PACKAGES = ("grassland", "torch", "triton", "numpy", "safetensors", "einops")
 
 
@@ -34,7 +36,7 @@ def about() -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads and GPUs."""
+    """Processor, threads and GPUs, and with which kernels they are used."""
     return {
         "platform": platform.platform(),
         "cpu": cpu_name(),
@@ -44,6 +46,8 @@ def machine() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "driver": driver(),
         "cuda": torch.version.cuda,
+        "requested_backend": os.environ.get(dispatch.ENVIRONMENT) or None,
+        "extension": dispatch.extension_error() is None,
     }
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from grassland.kernels import bench, bench_setup, bench_timing, dispatch
-from grassland.kernels.bench_report import regressions
-from grassland.kernels.rival import Rival, Setting, Unavailable, with_gradients
+from grassland.kernels.bench_report import regressions, uncompared
+from grassland.kernels.rival import Disagreement, Rival, Setting, Unavailable, with_gradients
 
 ROOT = Path(__file__).parents[1]
 TINY = Setting("tiny", {"batch": 1, "length": 24, "dim": 64, "rank": 8, "offsets": [1, 2]})
@@ -64,6 +64,40 @@ def test_rivals_that_disagree_are_not_timed(tiny, monkeypatch):
     monkeypatch.setattr(module, "BENCHMARK", replace(tiny, rivals=[*tiny.rivals, Rival("wrong", wrong)]))
     with pytest.raises(SystemExit, match=r"wrong and grassland differ by 1\.0e\+00: nothing was timed"):
         bench.main(["plucker", "--repeats", "1"])
+
+
+def test_a_gradient_that_is_not_a_number_is_a_disagreement():
+    one, odd = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    for found in ((odd, one, one), (one, odd, one), (one, one, odd)):
+        steps = {"ours": {"check": lambda: (one, one, one)}, "other": {"check": lambda found=found: found}}
+        for foreign in (False, True):
+            rivals = [SimpleNamespace(name="ours", foreign=False), SimpleNamespace(name="other", foreign=foreign)]
+            benchmark = SimpleNamespace(name="b", ours="ours", rivals=rivals, tolerance={torch.float32: 1e-4})
+            if foreign:
+                assert bench_setup.agreement(benchmark, steps, torch.float32) == {"other": "differs from ours by nan"}
+                continue
+            with pytest.raises(Disagreement, match="other and ours differ by nan"):
+                bench_setup.agreement(benchmark, steps, torch.float32)
+
+
+@pytest.mark.parametrize("op", dispatch.PACKAGES)
+def test_what_is_ours_is_never_a_fallback(op, monkeypatch):
+    """Where the compiled kernels are missing or not asked for, nothing is timed under their name."""
+    module = importlib.import_module(f"grassland.kernels.{op}.rivals")
+    first = module.BENCHMARK.settings[0]
+    small = {"tokens": 24, "batch": 2, "length": 24, "classes": 3, "k": 2, "n": 8, "dim": 16, "rank": 4, "vocab": 30}
+    values = {name: small.get(name, value) for name, value in first.values.items()}
+    ours = [rival for rival in module.BENCHMARK.rivals if rival.name == module.BENCHMARK.ours]
+    tiny = replace(module.BENCHMARK, settings=[replace(first, values=values)], rivals=ours)
+    monkeypatch.setattr(module, "BENCHMARK", tiny)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    with monkeypatch.context() as patched:
+        patched.setattr(dispatch, "extension_error", lambda: "it is not built")
+        with pytest.raises(SystemExit, match="backend 'cpp' is not available: it is not built: nothing was timed"):
+            bench.main([op, "--device", "cpu", "--repeats", "1"])
+    monkeypatch.setenv("GRASSLAND_BACKEND", "eager")
+    with pytest.raises(SystemExit, match=r"unset \$GRASSLAND_BACKEND"):
+        bench.main([op, "--device", "cpu", "--repeats", "1"])
 
 
 def test_chosen_rivals(tiny):
@@ -148,14 +182,35 @@ def timed(rival, ratio, setting="s"):
 
 def test_a_shrunken_lead_is_a_regression():
     before = [timed("ours", 1.0), timed("slow", 4.0), timed("fast", 0.5), timed("gone", 2.0), {"error": "x"}]
-    assert regressions([timed("ours", 1.0), timed("slow", 3.6), timed("fast", 0.5), timed("new", 0.1)], before) == []
-    lines = regressions([timed("ours", 1.0), timed("slow", 3.4), timed("fast", 0.4)], before)
+    now = [timed("ours", 1.0), timed("slow", 3.6), timed("fast", 0.5), timed("new", 0.1)]
+    assert regressions(now, before, {"ours"}) == []
+    lines = regressions([timed("ours", 1.0), timed("slow", 3.4), timed("fast", 0.4)], before, {"ours"})
     assert lines == [
-        "regression: b | s | float32 | forward | slow: time / ours 4.000 -> 3.400, 1.18x slower",
-        "regression: b | s | float32 | forward | fast: time / ours 0.500 -> 0.400, 1.25x slower",
+        "regression: cpu | b | s | float32 | forward | slow: time / ours 4.000 -> 3.400, 1.18x slower",
+        "regression: cpu | b | s | float32 | forward | fast: time / ours 0.500 -> 0.400, 1.25x slower",
     ]
-    with pytest.raises(ValueError, match="no setting, mode and rival in common"):
-        regressions([timed("ours", 1.0, "other")], before)
+
+
+def test_a_baseline_that_tells_nothing_is_refused():
+    """Of another setting, of another device, or of ours alone: its ratio is 1 in every run."""
+    now = [timed("ours", 1.0), timed("slow", 4.0)]
+    on_gpu = [r | {"graph": True} for r in now]
+    for before in ([timed("slow", 4.0, "other")], now[:1], on_gpu, [r | {"device": "cuda"} for r in now]):
+        with pytest.raises(ValueError, match="no device, setting, mode and rival in common"):
+            regressions(now, before, {"ours"})
+
+
+def test_what_a_comparison_says_nothing_of_is_told():
+    before = [timed("ours", 1.0), timed("slow", 4.0), timed("gone", 2.0), timed("slow", 3.0, "other")]
+    now = [timed("ours", 1.0), timed("slow", 4.0), timed("new", 2.0)]
+    assert uncompared(now, before, {"ours"}) == [
+        "not in this run: cpu | b | s | float32 | forward | gone",
+        "not in the baseline: cpu | b | s | float32 | forward | new",
+        "not in this run: cpu | b | other | float32",
+    ]
+    here, there = ([r | {"cpu": cpu, "threads": 2, "gpus": []} for r in now] for cpu in ("A", "B"))
+    assert uncompared(here, there, {"ours"}) == ["another machine: the baseline is of B, 2, [], this run of A, 2, []"]
+    assert uncompared(here, here, {"ours"}) == []
 
 
 @pytest.mark.parametrize(("factor", "code"), [(1e-3, None), (1e3, 1)])
@@ -170,7 +225,7 @@ def test_baseline_decides_the_exit_code(tiny, tmp_path, capsys, factor, code):
         return
     with pytest.raises(SystemExit) as stop:
         bench.main(["plucker", "--repeats", "1", "--baseline", str(path)])
-    assert stop.value.code == code and "regression: plucker | tiny" in capsys.readouterr().out
+    assert stop.value.code == code and "regression: cpu | plucker | tiny" in capsys.readouterr().out
 
 
 def test_an_unreadable_baseline_names_itself(tiny, tmp_path):
@@ -295,6 +350,49 @@ def test_every_hyper_connection_rival_is_checked(dtype):
     assert unchecked == {"copy of the same bytes"} and set(absent) <= {r.name for r in rivals if r.foreign}
     assert {name for name, modes in steps.items() if "truth" in modes} >= {"grassland, boundary-fused", "mHC, eager"}
     assert bench_setup.agreement(benchmark, steps, getattr(torch, dtype)) == {}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_mixture_of_experts_rival_is_checked(dtype):
+    """Those that drop pairs beyond the capacity, too: against the same in float64."""
+    if dispatch.extension_error():
+        pytest.skip(dispatch.extension_error())
+    module = importlib.import_module("grassland.kernels.moe.rivals")
+    values = {"tokens": 40, "experts": 16, "calls": 1, "dim": 32, "inner": 64, "top_k": 2}
+    chosen = module.choice(*module.inputs(values, getattr(torch, dtype), torch.device("cpu"))[:2], 2)[1]
+    assert chosen.flatten().bincount().max() > module.expert_capacity(40, 16, 2, 1.2)  # else nothing is dropped
+    rivals = [r for r in module.BENCHMARK.rivals if "compile" not in r.name]
+    benchmark, cpu = replace(module.BENCHMARK, rivals=rivals), torch.device("cpu")
+    steps, _ = bench_setup.build(benchmark, Setting("tiny", values), getattr(torch, dtype), cpu)
+    assert {name for name, modes in steps.items() if "check" not in modes} == {"dense FFN, equal FLOPs"}
+    assert {name for name, modes in steps.items() if "truth" in modes} == {"padded baddbmm", "one-hot einsum"}
+    assert bench_setup.agreement(benchmark, steps, getattr(torch, dtype)) == {}
+
+
+def test_compilers_are_given_whole_graphs():
+    """A break, as at a bincount, is a form that nobody would compile."""
+    dynamo = importlib.import_module("torch._dynamo")
+    kronecker, plucker, subspace, cross_entropy, moe = (
+        importlib.import_module(f"grassland.kernels.{op}.rivals")
+        for op in ("kronecker", "plucker", "subspace", "cross_entropy", "moe")
+    )
+    cpu, kind = torch.device("cpu"), torch.bfloat16
+    streams = {"tokens": 24, "streams": 4, "dim": 40}
+    sizes = {"tokens": 8, "experts": 4, "dim": 16, "inner": 24, "top_k": 2}
+    mixer = plucker.mixer(plucker.eager.plucker_mix, plucker.eager_blend, TINY.values)
+    head = subspace.head_inputs({"classes": 10, "k": 2, "n": 16, "batch": 8}, kind, cpu)
+    # Which dtypes of the grouped product itself can be traced is a matter of torch's version.
+    experts = moe.grouped_layer(sizes, lambda a, b, offs: a @ b[0] * offs[-1])
+    for function, arguments in (
+        (kronecker.sublayer(kronecker.kromhc_matrix), kronecker.inputs(streams, kind, cpu, 4)),
+        (kronecker.sublayer(kronecker.mhc_matrix), kronecker.inputs(streams, kind, cpu, 16)),
+        (mixer, plucker.inputs(TINY.values, kind, cpu)),
+        (subspace.composed_loss, (*head, 2)),
+        (cross_entropy.whole, cross_entropy.inputs({"tokens": 8, "vocab": 50, "dim": 16}, kind, cpu)),
+        (experts, moe.inputs(sizes, kind, cpu)),
+    ):
+        dynamo.reset()
+        assert dynamo.explain(function)(*arguments).graph_break_count == 0
 
 
 def test_training_step_begins_as_the_plain_network():

@@ -56,14 +56,25 @@ def test_comparisons_in_short_and_in_full(tables, tmp_path):
 def test_what_is_missing_is_found_by_its_files(tables, tmp_path):
     assert "comparison `imagenet-r50d` in full" in tables.missing() and "none has been at hand" in tables.missing()
     assert "`smoke`" not in tables.missing() and "`wikitext2-cpu`" not in tables.missing()
-    for preset, name in (("heads", "heads"), ("wikitext2-paper", "wikitext2-6l")):
+    for preset in ("heads", "wikitext2-paper"):
+        plan = tables.PRESETS[preset]()[0]
+        runs = [(arm, lr) for arm in plan.arms for lr in plan.lrs if preset == "heads" or lr == plan.lrs[0]]
+        records = [finished(arm, 0, 10.0) | {"comparison": plan.name, "lr": lr} for arm, lr in runs]
         (tmp_path / "compare" / preset).mkdir(parents=True)
-        record = finished("base", 0, 10.0) | {"comparison": name}
-        (tmp_path / "compare" / preset / "report.jsonl").write_text(json.dumps(record) + "\n")
+        (tmp_path / "compare" / preset / "report.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     lend(tmp_path, "moe-cuda-float32").write_text("")
-    assert "- comparison `wikitext2-paper` in full: wikitext2-12l\n" in tables.missing()
+    lacking = "wikitext2-6l (lr 0.0003, lr 0.001), wikitext2-12l"
+    assert f"- comparison `wikitext2-paper` in full: {lacking}\n" in tables.missing()
     assert "comparison `heads` in full" not in tables.missing() and "none has been at hand" not in tables.missing()
     assert "moe-cuda-bfloat16" in tables.missing() and "moe-cuda-float32" not in tables.missing()
+
+
+def test_an_arm_without_a_seed_of_its_own_is_missing(tables):
+    plan = tables.PRESETS["heads"]()[0]
+    records = [finished(arm, 0, 10.0) | {"lr": lr} for arm in list(plan.arms)[1:] for lr in plan.lrs]
+    assert tables.lacking(plan, records) == "heads (softmax)" and tables.lacking(plan, []) == "heads"
+    assert tables.lacking(plan, [*records, finished("softmax", 0, 1.0) | {"status": "failed"}]) == "heads (softmax)"
+    assert tables.lacking(plan, [*records, finished("softmax", 0, 1.0)]) == ""
 
 
 def test_what_a_gpu_was_seen_to_do(tables, tmp_path):
@@ -122,7 +133,8 @@ def test_headline_names_the_closest_of_those_that_compute_the_same(tables, tmp_p
         lend(tmp_path, "moe-cpu-float32", cpu).write_text(text)
     title, _, row, _, note = tables.TABLES["headline"]().splitlines()
     assert "| grassland on one · two |" in title
-    assert row.endswith(f"| 2 ms · 2 ms | {same[1]}: 4.00 · 1.25 | {other}: – · 0.50 |")
+    # Not the same one on both machines: the closest of one alone would flatter us on the other.
+    assert row.endswith(f"| 2 ms · 2 ms | {same[0]}: 3.00 · {same[1]}: 1.25 | {other}: – · 0.50 |")
     assert note.endswith("float32. one (v), 2 threads; two (v), 2 threads.")
 
 
@@ -133,6 +145,38 @@ def test_headline_finds_its_settings_and_rivals(monkeypatch):
         benchmark = importlib.import_module(f"grassland.kernels.{op}.rivals").BENCHMARK
         assert setting in {s.id for s in benchmark.settings}, mode
         assert {*same, other} <= {rival.name for rival in benchmark.rivals}
+
+
+def test_headline_names_a_rival_once_that_is_the_closest_everywhere(tables):
+    def machine(*ratios):
+        common = {"setting": "s", "mode": "m"}
+        return [common | {"rival": name, "ratio": ratio} for name, ratio in zip("ab", ratios, strict=True)]
+
+    assert tables.closest([machine(1.5, 2.0), [], machine(1.25, 1.5)], "ab", "s", "m") == "a: 1.50 · – · 1.25"
+    assert tables.closest([machine(1.5, 2.0), [], machine(2.0, 1.5)], "ab", "s", "m") == "a: 1.50 · – · b: 1.50"
+
+
+def test_a_table_that_lost_its_place_is_told(tables):
+    pages = [(ROOT / name).read_text() for name in tables.PAGES]
+    assert tables.unplaced(pages) == []
+    assert tables.unplaced([page.replace("<!-- table:host -->", "<!-- table: host -->") for page in pages]) == ["host"]
+
+
+def test_profiles_and_calls_are_each_of_their_own_machine(tables, tmp_path):
+    assert tables.TABLES["profile"]() == tables.NONE
+    where = {"cpu": "c", "cpu_capability": "v", "threads": 1, "gpus": ["g"], "torch": "2"}
+    step = where | {"model": "m", "seconds": {"data": 0.5}, "batch_size": 2, "dtype": "float32"}
+    (tmp_path / "profile-cpu.jsonl").write_text(json.dumps(step | {"device": "cpu"}) + "\n")
+    (tmp_path / "profile-cuda.jsonl").write_text(json.dumps(step | {"device": "cuda", "batch_size": 32}) + "\n")
+    first, second = tables.TABLES["profile"]().split("\n\n| ms |")
+    assert first.endswith("Batches of 2. c (v), 1 thread, float32, torch 2.")
+    assert second.endswith("Batches of 32. g, float32, torch 2.")
+    call = {"rival": "grassland", "mode": "forward", "ms": 0.25, "gflops": 1.0, "gbytes": 1.0, "host_ms": 1.0}
+    for op, dtype, commit in (("plucker", "bfloat16", "abc"), ("subspace", "float32", "def")):
+        record = where | call | {"bench": op, "setting": "s", "dtype": dtype, "commit": commit}
+        lend(tmp_path, f"{op}-cuda-{dtype}").write_text(json.dumps(record) + "\n")
+    note = tables.TABLES["device"]().splitlines()[-1]
+    assert note == "g, bfloat16, torch 2, commit abc. g, float32, torch 2, commit def."
 
 
 def test_times_of_the_host_are_a_table_a_machine(tables, tmp_path):

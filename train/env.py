@@ -35,11 +35,15 @@ def on_gpu(record: Mapping[str, Any]) -> bool:
 
 
 def hardware(record: Mapping[str, Any]) -> str:
-    """What a record was measured on: the machine's GPUs, or its processor and the threads in use."""
+    """What a record was measured on: the machine's GPUs, or its processor and the threads in use; and without which
+    kernels."""
+    # Older records say neither, and had all.
+    backend = f", backend {record['requested_backend']}" if record.get("requested_backend") else ""
+    without = backend + ("" if record.get("extension", True) else ", without the extension")
     if on_gpu(record):
-        return ", ".join(record["gpus"])
+        return ", ".join(record["gpus"]) + without
     plural = "" if record["threads"] == 1 else "s"
-    return f"{record['cpu']} ({record['cpu_capability']}), {record['threads']} thread{plural}"
+    return f"{record['cpu']} ({record['cpu_capability']}), {record['threads']} thread{plural}{without}"
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:

@@ -244,8 +244,7 @@ class Trainer:
     def _start(self) -> MetricsLog:
         log = self._open_log(0)
         facts = {"task": self.task.name, "steps": self.steps, **self.task.describe()}
-        facts |= {"versions": versions(), "machine": machine(), "commit": commit(), "date": date.today().isoformat()}
-        log.write("start", 0, **facts, config=self.config.to_dict())
+        log.write("start", 0, **facts, **_origin(), config=self.config.to_dict())
         self.log = log
         # From here on there is always a model to load and a state to resume, and a full disk shows at once.
         self._save_model()
@@ -283,7 +282,7 @@ class Trainer:
         # Older states do not say.
         self.meter.total, self.peak = state.get("meter", [0, 0.0]), state.get("peak_bytes", 0)
         log = self.log = self._open_log(state["metrics_offset"])
-        log.write("resume", self.step, steps=self.steps, versions=versions(), machine=machine())
+        log.write("resume", self.step, steps=self.steps, **_origin())
         self._check_model()
         self._set_rng(state["rng"])  # last: building a model draws numbers
         return log
@@ -395,6 +394,11 @@ class Trainer:
 
     def _remaining(self, rate: float) -> float:
         return (self.steps - self.step) * self.config.grad_accum * self.task.units_per_batch / rate
+
+
+def _origin() -> dict[str, Any]:
+    """With which code, where and when a process trains."""
+    return {"versions": versions(), "machine": machine(), "commit": commit(), "date": date.today().isoformat()}
 
 
 def _format(metrics: dict[str, float]) -> str:

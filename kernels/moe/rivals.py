@@ -160,7 +160,8 @@ def grouped_layer(v: Values, product: Callable[..., Tensor] = F.grouped_mm) -> L
     def layer(x: Tensor, router: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         gates, experts = choice(x, router, v["top_k"])
         flat, order = experts.flatten().sort(stable=True)
-        ends = torch.bincount(flat, minlength=v["experts"]).cumsum(0).to(torch.int32)
+        # Not of bincount, at which torch.compile breaks its graph.
+        ends = torch.searchsorted(flat, torch.arange(v["experts"], device=x.device), right=True, out_int32=True)
         h = gelu(product(x[order // v["top_k"]], w1.mT, offs=ends) + b1[flat])
         rows = (product(h, w2.mT, offs=ends) + b2[flat]) * gates.flatten()[order, None]
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device))
@@ -199,6 +200,15 @@ def places(experts: Tensor, count: int, capacity: int) -> tuple[Tensor, Tensor]:
     return rank, rank < capacity
 
 
+def within(capacity: int, count: int) -> Experts:
+    """What the padded and the one-hot form compute: pairs beyond an expert's capacity count for nothing."""
+
+    def run(x: Tensor, gates: Tensor, experts: Tensor, *weights: Tensor) -> Tensor:
+        return sliced(gelu)(x, gates * places(experts, count, capacity)[1], experts, *weights)
+
+    return run
+
+
 def build_padded(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
     """Rows padded to the capacity, so that two `baddbmm` serve all experts."""
     count, capacity = v["experts"], expert_capacity(v["tokens"], v["experts"], v["top_k"], 1.2)
@@ -214,7 +224,8 @@ def build_padded(v: Values, dtype: torch.dtype, device: torch.device) -> dict[st
         out = torch.baddbmm(b2[:, None], h, w2.mT).flatten(0, 1)
         return (F.pad(out, (0, 0, 0, 1))[at] * (gates * fits)[..., None]).sum(1)
 
-    return without_check(steps(layer, v, inputs(v, dtype, device)))
+    arguments = inputs(v, dtype, device)
+    return held_to(within(capacity, count), steps(layer, v, arguments), v, arguments, "check")
 
 
 def build_one_hot(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
@@ -231,7 +242,8 @@ def build_one_hot(v: Values, dtype: torch.dtype, device: torch.device) -> dict[s
         out = torch.einsum("eci,ehi->ech", h, w2) + b2[:, None]
         return torch.einsum("tec,ech->th", (pairs * gates[..., None, None]).sum(1), out)
 
-    return without_check(steps(layer, v, inputs(v, dtype, device)))
+    arguments = inputs(v, dtype, device)
+    return held_to(within(capacity, count), steps(layer, v, arguments), v, arguments, "check")
 
 
 def swiglu(x: Tensor) -> Tensor:

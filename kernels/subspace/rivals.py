@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import dispatch
 from ..rival import Benchmark, Rival, Setting, Step, package
 from ..testing import normal
 from . import grassmann_step_, reference, subspace_cross_entropy
 from .cases import SCALE, orthonormal
+from .op import CROSS_ENTROPY, STEP
 
 Values = dict[str, Any]
 LR, MOMENTUM = 0.1, 0.9
@@ -64,7 +66,8 @@ def step_rival(step: Callable[[Tensor, Tensor, Tensor, int], None], comparable: 
 
 
 def our_step(weight: Tensor, buffer: Tensor, grad: Tensor, k: int) -> None:
-    grassmann_step_(weight, buffer, grad, k, LR, MOMENTUM)
+    backend = dispatch.fastest(STEP, weight.device.type, weight.dtype)
+    grassmann_step_(weight, buffer, grad, k, LR, MOMENTUM, backend=backend)
 
 
 def eager_step(weight: Tensor, buffer: Tensor, grad: Tensor, k: int) -> None:
@@ -158,7 +161,8 @@ def head_rival(loss: Callable[[Tensor, Tensor, Tensor, int], Tensor], comparable
 
 
 def our_loss(x: Tensor, weight: Tensor, labels: Tensor, k: int) -> Tensor:
-    return subspace_cross_entropy(x, weight, labels, k, SCALE)
+    backend = dispatch.fastest(CROSS_ENTROPY, weight.device.type, weight.dtype)
+    return subspace_cross_entropy(x, weight, labels, k, SCALE, backend=backend)
 
 
 def composed_loss(x: Tensor, weight: Tensor, labels: Tensor, k: int) -> Tensor:

@@ -197,6 +197,47 @@ def test_a_rate_alone_is_of_the_chosen_learning_rate_and_says_where_it_is_from(p
         Runner(other, tmp_path, None).records()
 
 
+def test_throughput_of_runs_that_shared_the_device_is_never_taken_for_their_own(config, tmp_path, monkeypatch):
+    """The comparison was killed before the arms were timed alone, and goes on with one run at a time, or not at all."""
+    path, out = written(config, tmp_path), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(Runner, "_alone", lambda *_: None)
+        assert run(path, out, "--jobs", "2") == 0
+    assert run(path, out, "--report-only") == 0
+    told = "Throughput of attention, grassmann: of the runs, which shared the device."
+    assert told in (out / "report.md").read_text()
+    assert run(path, out) == 0
+    assert all(r["alone"]["steps"] == 70 for r in read_records(out / "report.jsonl"))
+    report = (out / "report.md").read_text()
+    assert "Throughput: 70 steps of each arm alone" in report and told not in report
+
+
+def test_an_arm_that_lacks_a_seed_says_so(plan, tmp_path):
+    for arm, seeds in (("a", (0, 1, 2)), ("b", (0, 2))):
+        for seed in seeds:
+            store_run(plan, tmp_path, arm, 0.01, seed, 2.0 + seed / 8)
+    report = arm_table(Runner(plan, tmp_path, None).records())
+    assert "| a | 0.01 |" in report and "| b (2 of 3 seeds) | 0.01 |" in report
+
+
+def test_a_table_names_every_code_precision_and_length_that_it_is_of(plan, tmp_path):
+    arms = {"a": plan.arms["a"], "b": replace(plan.arms["b"], dtype="bf16")}
+    plan = Comparison("tiny", "Tiny", arms, (0.01,), (0,))
+    store_run(plan, tmp_path, "a", 0.01, 0, 2.0)
+    store_run(plan, tmp_path, "b", 0.01, 0, 2.0, versions={"torch": "3"}, commit="e")
+    folder = tmp_path / "a" / "lr0.01-seed0"
+    first, *rest = (folder / "metrics.jsonl").read_text().splitlines()
+    machine = {"cpu": "EPYC", "cpu_capability": "AVX512", "threads": 1, "gpus": [], "requested_backend": "eager"}
+    later = {"event": "resume", "step": 4, "commit": "f", "date": "later", "machine": machine}
+    lines = [first, json.dumps(later | {"versions": {"torch": "4"}}), *rest]
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    records = Runner(plan, tmp_path, None).records()
+    said = "Xeon (AVX2), 2 threads; EPYC (AVX512), 1 thread, backend eager, float32, bf16, torch 2, 4, 3"
+    assert footnote(records) == f"Data: text.txt. {said}, d, commit c, d, commit e, later, commit f."
+    records[1]["steps"] = 24
+    assert "12, 24 steps, seeds 0; one learning rate." in section(records)
+
+
 def test_windows_of_a_rate_alone_are_of_one_size(config):
     short = in_short(config, "x")
     assert short.steps % short.log_every == 0 and short.log_every > UNTIMED_STEPS
@@ -220,7 +261,7 @@ def test_without_a_grid_an_arm_needs_no_run_of_the_first_seed(plan, tmp_path):
     assert write_report(records, tmp_path) == 1
     assert [r["chosen"] for r in records if r["arm"] == "a"] == [True] * 3
     report = (tmp_path / "report.md").read_text()
-    assert "| a | 0.01 | 1,000 |" in report and "| b | no run finished |" in report
+    assert "| a (2 of 3 seeds) | 0.01 | 1,000 |" in report and "| b | no run finished |" in report
     assert "seeds 1, 2; one learning rate." in report and "best of the grid" not in report
     assert "![Tiny](tiny.png)" in report and (tmp_path / "tiny.png").exists()
 
@@ -486,6 +527,17 @@ def test_statistics_are_those_of_scipy():
     assert holm([0.01, None, 0.04, 0.03, 0.9]) == pytest.approx([0.04, None, 0.09, 0.09, 0.9])
 
 
+def test_equal_differences_are_equal_whatever_their_rounding():
+    """Accuracies are fractions of the images, and equal gaps of them differ in the last bit: p was 3e-28."""
+    arm, base = ({seed: 100 * (right + seed) / 360 for seed in (0, 1, 3)} for right in (300, 301))
+    gaps = [arm[seed] - base[seed] for seed in arm]
+    assert len(set(gaps)) > 1
+    found = paired(arm, base)
+    assert found.mean == pytest.approx(-100 / 360) and (found.interval, found.p, found.seeds) == (None, None, 3)
+    one_more = paired(arm, base | {3: base[3] + 100 / 360})
+    assert one_more.p == pytest.approx(0.0572, abs=1e-4)
+
+
 @pytest.mark.parametrize("odd", [math.inf, math.nan])
 def test_a_metric_that_is_not_finite_has_no_deviation_and_no_test(odd):
     middle, deviation = spread([1.0, odd, 2.0])
@@ -534,6 +586,9 @@ def test_the_machine_is_named_by_the_device_in_use(device, gpu):
     assert hardware(machine) == name
     about = {"data": "d", "dtype": "float32", "torch": "2", "date": "d", "commit": "c"}
     assert footnote([machine | about]).startswith(f"Data: d. {name}, float32")
+    assert hardware(machine | {"requested_backend": None, "extension": True}) == name
+    assert hardware(machine | {"requested_backend": "eager", "extension": True}) == f"{name}, backend eager"
+    assert hardware(machine | {"extension": False}) == f"{name}, without the extension"
 
 
 def test_a_comparison_is_of_one_task(config):

@@ -127,7 +127,7 @@ class Runner:
         about = {"comparison": plan.name, "title": plan.title, "note": plan.note, "task": plan.task, "arm": run.arm}
         about |= {"lr": run.lr, "seed": run.seed, "differs": plan.differing()[run.arm]}
         if is_done(folder):
-            return {**about, "status": "done", **outcome(folder, plan.task)}
+            return {**about, "status": "done", "shared": _shared(folder).exists(), **outcome(folder, plan.task)}
         if self.context is None:
             reason = "interrupted" if has_state(folder) else "not run"
         else:
@@ -151,14 +151,19 @@ class Runner:
         config, folder = self.plan.config(*run), self._place(run)
         if _is_done_as(folder, config) or self.context is None:
             return None
+        if self.jobs > 1:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _shared(folder).touch()
         return self.context.Process(target=train, args=(replace(config, out=str(folder), resume=AUTO), _log(folder)))
 
     def _alone(self, chosen: Mapping[str, Selection]) -> None:
-        """Give the chosen runs of every arm its rate with nothing beside it, measured if they shared the device."""
+        """Give the chosen runs of every arm its rate with nothing beside it, measured if any of them shared the device,
+        now or in an earlier call."""
+        shared = self.jobs > 1 or any(record["shared"] for record in done(self.finished) if record["chosen"])
         for arm, selection in chosen.items():
             folder, name = self._place_alone(arm, selection.lr), f"{self.plan.name}/{arm} alone"
             config = self._config_alone(arm, selection.lr)
-            if not _is_done_as(folder, config) and self.context is not None and self.jobs > 1:
+            if not _is_done_as(folder, config) and self.context is not None and shared:
                 process = self.context.Process(target=train, args=(config, _log(folder), True))
                 with _ended({0: (Run(arm, selection.lr, 0), process)}):
                     process.start()
@@ -175,6 +180,11 @@ class Runner:
 
 def _log(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
+
+
+def _shared(folder: Path) -> Path:
+    """What lies beside the folder of a run that had others beside it, so that its throughput is not its own."""
+    return folder.with_name(f"{folder.name}.shared")
 
 
 def in_short(config: RunConfig, out: str) -> RunConfig:

@@ -75,7 +75,10 @@ def arm_rows(records: Sequence[Record]) -> list[list[str]]:
 
 
 def row(arm: str, records: Sequence[Record], gap: Difference | None, adjusted: float | None) -> list[str]:
-    chosen = [record for record in done(records) if record["chosen"]]
+    runs = [record for record in records if record["chosen"]]
+    chosen = done(runs)
+    if len(chosen) < len(runs):
+        arm += f" ({len(chosen)} of {len(runs)} seeds)"
     if not chosen:
         return [arm, "no run finished", *[""] * 9]
     first = chosen[0]
@@ -142,8 +145,12 @@ def explanation(finished: Sequence[Record]) -> str:
     seeds, first = sorted({record["seed"] for record in chosen}), finished[0]
     memory = "allocated on the GPU" if on_gpu(first) else "resident, all of the process"
     single = len(seeds) == 1
-    tests = "One seed: no deviation and no test." if single else "± is the standard deviation over seeds."
-    paired_text = "" if single else " p: paired t-test over seeds, then adjusted for the number of arms by Holm."
+    tests = "One seed: no deviation and no test." if single else "± is the sample standard deviation over seeds."
+    paired_text = (
+        ""
+        if single
+        else " Interval and p: two-sided t-test, paired over seeds; p (Holm) is adjusted for the number of arms."
+    )
     several = len({record["lr"] for record in finished}) > 1
     rate = (
         "the learning rate is the best of the grid in validation with the first seed"
@@ -152,36 +159,42 @@ def explanation(finished: Sequence[Record]) -> str:
     )
     edge = " * at the end of the grid." if any(record["edge"] for record in chosen) else ""
     return (
-        f"{first['steps']} steps, seeds {', '.join(map(str, seeds))}; {rate}.{edge} {tests}{paired_text} FLOPs are "
-        f"counted from the modules, norms and activations left out, training as three forward passes."
+        f"{distinct(chosen, 'steps')} steps, seeds {', '.join(map(str, seeds))}; {rate}.{edge} {tests}{paired_text} "
+        f"FLOPs are counted from the modules, norms and activations left out, training as three forward passes."
         f"{speed_text(chosen)} Memory: {memory}."
     )
 
 
 def speed_text(chosen: Sequence[Record]) -> str:
-    """How throughput was measured, where it was apart from the runs; a failed measurement leaves the run's own."""
+    """How throughput was measured, where it was apart from the runs or they disturbed each other."""
     apart = [record["alone"] for record in chosen if "alone" in record]
+    # Older records do not say whether their run shared the device; they did where others were timed apart.
+    rest = [r["arm"] for r in chosen if "alone" not in r and r.get("shared", bool(apart))]
+    names = ", ".join(dict.fromkeys(rest))
     if not apart:
-        return ""
+        return f" Throughput of {names}: of the runs, which shared the device." if rest else ""
     where = "" if on_gpu(chosen[0]) else f" with {apart[0]['threads']} threads"
-    rest = [record["arm"] for record in chosen if "alone" not in record]
-    but = f" ({', '.join(dict.fromkeys(rest))}: of the runs, which shared the device)" if rest else ""
+    but = f" ({names}: of the runs, which shared the device)" if rest else ""
     return f" Throughput: {apart[0]['steps']} steps of each arm alone{where}{but}."
 
 
 def footnote(finished: Sequence[Record]) -> str:
-    """Data, machine, versions."""
-    first = finished[0]
+    """Data, machine, versions. A table may be of runs of different machines, code and precision."""
+    trained = [part for record in finished for part in (record, *record.get("resumed", ()))]
     # An older throughput of an arm alone has no date.
-    parts = [part for record in finished for part in (record, record.get("alone", {})) if "date" in part]
+    parts = [part for part in (*trained, *(record.get("alone", {}) for record in finished)) if "date" in part]
     when = ", ".join(sorted({f"{part['date']}, commit {part['commit']}" for part in parts}))
     # Older records do not say.
     leak = any(record.get("tested_on", "test") != "test" for record in finished)
     tested = "; it has no test split, test is the validation split, which picked checkpoints and learning rates"
-    data = f"{first['data']}{tested if leak else ''}"
-    # A table may be of comparisons that were run on different machines.
-    machines = "; ".join(dict.fromkeys(hardware(record) for record in finished))
-    return f"Data: {data}. {machines}, {first['dtype']}, torch {first['torch']}, {when}."
+    data = f"{distinct(finished, 'data')}{tested if leak else ''}"
+    machines = "; ".join(dict.fromkeys(map(hardware, trained)))
+    return f"Data: {data}. {machines}, {distinct(finished, 'dtype')}, torch {distinct(parts, 'torch')}, {when}."
+
+
+def distinct(records: Sequence[Record], key: str) -> str:
+    """The values of an entry, each once."""
+    return ", ".join(dict.fromkeys(str(record[key]) for record in records))
 
 
 def by(records: Sequence[Record], key: str) -> dict[Any, list[Record]]:

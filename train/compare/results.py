@@ -79,6 +79,7 @@ def outcome(folder: Path, task: str) -> Record:
         "tested_on": start.get("tested_on", "test"),
         "parameters": start["parameters"],
         "dtype": config["dtype"],
+        "resumed": [_origin({**start, **e}) for e in events if e["event"] == "resume"],
         **_origin(start),
     }
 
@@ -131,7 +132,9 @@ def mark(records: Iterable[Record], chosen: Mapping[str, Selection]) -> None:
 
 def _origin(start: Record) -> Record:
     """When, with which code and on which machine a run was made."""
-    machine = {key: start["machine"][key] for key in ("cpu", "cpu_capability", "threads", "gpus")}
+    # Older runs do not say which kernels they had.
+    keys = ("cpu", "cpu_capability", "threads", "gpus", "requested_backend", "extension")
+    machine = {key: start["machine"][key] for key in keys if key in start["machine"]}
     about = {"commit": start["commit"], "date": start["date"], "torch": start["versions"]["torch"]}
     return {**about, "device": start["config"]["device"], **machine}
 

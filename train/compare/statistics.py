@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
+# Differences that are further apart only by less than this, relative to the metrics, are equal but for rounding.
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class Difference:
     """Mean difference of an arm to the baseline over their common seeds, its 95 % interval, and the p-value of the
-    paired two-sided t-test; the last two are None for fewer than two seeds, if all differences are equal, or if one is
-    not finite."""
+    paired two-sided t-test; the last two are None for fewer than two seeds, if all differences are equal but for
+    rounding, or if one is not finite."""
 
     mean: float
     interval: tuple[float, float] | None
@@ -39,7 +41,8 @@ def paired(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Differenc
     if not common:
         return None
     gaps = [arm[seed] - baseline[seed] for seed in common]
-    if len(set(gaps)) == 1 or not all(map(math.isfinite, gaps)):
+    largest = max(abs(values[seed]) for values in (arm, baseline) for seed in common)
+    if not all(map(math.isfinite, gaps)) or max(gaps) - min(gaps) <= ROUNDING * largest:
         return Difference(mean(gaps), None, None, len(gaps))
     try:
         student = importlib.import_module("scipy.stats").t(len(gaps) - 1)
