@@ -168,6 +168,19 @@ def test_a_layer_is_its_equation(kind):
     torch.testing.assert_close(layer(x), expected, atol=1e-12, rtol=0)
 
 
+def test_hc_is_the_papers_matrices():
+    """arXiv 2409.19606: h0 = A_m^T H and H' = A_r^T H + B y with A = [A_m | A_r]."""
+    layer = randomised(HyperConnection(None, 6, **FLOAT64))
+    x, y = normal(2, 4, 6), normal(2, 6, seed=1)
+    normed = layer.norm(x)
+    a = layer.static_alpha + layer.dynamic_alpha_scale * torch.tanh(normed @ layer.dynamic_alpha_fn)
+    b = layer.static_beta + layer.dynamic_beta_scale * torch.tanh(normed @ layer.dynamic_beta_fn)
+    u, join = layer(x)
+    torch.testing.assert_close(u, torch.einsum("bi,bic->bc", a[..., 0], x), atol=1e-12, rtol=0)
+    expected = torch.einsum("bij,bic->bjc", a[..., 1:], x) + b[..., None] * y[:, None]
+    torch.testing.assert_close(join(y), expected, atol=1e-12, rtol=0)
+
+
 def test_general_factors_and_their_transpose():
     x = normal(2, 12, 5)
     for factors in ((2, 3, 2), (4, 3), (3, 4), None):
@@ -445,6 +458,11 @@ def test_branches_that_return_tuples_and_take_arguments(kind):
     streams, total, word = layer(x, 3.0)
     alone = CLASSES[kind](lambda u: 3 * u, 6, **FLOAT64)
     assert torch.equal(streams, alone(x)) and word == "aux" and total.dim() == 0
+    dropping = [CLASSES[kind](b, 6, dropout=0.5, **FLOAT64) for b in (branch, alone.branch)]
+    torch.manual_seed(0)
+    streams = dropping[0](x, 3.0)[0]
+    torch.manual_seed(0)
+    assert torch.equal(streams, dropping[1](x)) and not torch.equal(streams, alone(x))
 
 
 @pytest.mark.parametrize("kind", CLASSES)
