@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from .registry import SLOTS, slot_class, slot_options, unknown
+from .registry import SLOTS, slot_class, slot_options, unknown, unknown_option
 
 SHAREABLE = ("mixer", "ffn")
 NORMS = ("post", "pre")
@@ -67,8 +67,7 @@ class ModelConfig:
         known = slot_options(slots)
         for name in self.options:
             if name not in known:
-                chosen = ", ".join(f"{slot}={choice!r}" for slot, choice in slots)
-                raise unknown(f"option of {chosen}:", name, known)
+                raise unknown_option(name, known)
         grouped = {name for slot, choice in slots for name in _group_options(slot, choice)}
         for name, value in self.options.items():
             if name in grouped & self._tuples() and len(value) != self.share_groups:
@@ -100,7 +99,7 @@ class ModelConfig:
         changed = {name: value for name, value in given.items() if name in names}
         known = slot_options(self._slots(changed))
         for name in sorted(given.keys() - names - known):
-            raise unknown("option", name, names | known)
+            raise unknown_option(name, names | known)
         kept = {name: value for name, value in self.options.items() if name in known}
         options = {**kept, **{name: value for name, value in given.items() if name not in names}}
         return replace(self, **changed, options=options)

@@ -122,7 +122,7 @@ class Encoder(nn.Module):
         only places that the head looks at; logits are then (B, P, V) and labels (B, P). classes (B,) int64, −100 not
         counting: the loss is the classifier's cross entropy, or the sum of both with labels. In training the ffns'
         auxiliary losses are added to the loss. ValueError for wrong shapes, too many tokens, ids outside the
-        vocabulary, or classes without a classifier.
+        vocabulary, or classes without a classifier; TypeError for wrong dtypes.
         """
         x, auxiliary = self.features(input_ids, mask=mask, token_types=token_types)
         losses = []

@@ -92,7 +92,8 @@ class LanguageModel(nn.Module):
         not count. The logits are then never materialised. reduction: "mean" over the labels that count, or "sum". In
         training the ffns' auxiliary losses are added.
 
-        Raises ValueError for more than `max_len` tokens, a wrong shape, or (on the CPU) ids outside the vocabulary.
+        Raises ValueError for more than `max_len` tokens, a wrong shape, or (on the CPU) ids outside the vocabulary, and
+        TypeError for a wrong dtype.
         """
         x, auxiliary = self._features(input_ids)
         if labels is None:
@@ -251,6 +252,9 @@ def _keywords(config: ModelConfig, dd: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_range(name: str, ids: Tensor, vocab_size: int, ignore: int | None = None) -> None:
+    """TypeError unless ids are integers; on the CPU, ValueError unless they are in [0, vocab_size) or `ignore`."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64, got {ids.dtype}")
     # Looking at values on a GPU would wait for it, and under torch.compile would break the graph.
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return

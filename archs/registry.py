@@ -40,12 +40,24 @@ def unknown(what: str, name: object, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {what} {name!r}; {hint}")
 
 
+def unknown_option(name: str, known: Iterable[str]) -> ValueError:
+    """`unknown` for an option, but of one that only other choices have, what these are."""
+    owners = [
+        f"{slot}={choice!r}" for slot in SLOTS for choice in _CHOICES[slot] if name in slot_options([(slot, choice)])
+    ]
+    if owners:
+        return ValueError(f"option {name!r} belongs to {' or '.join(owners)}, which is not chosen")
+    return unknown("option", name, known)
+
+
 def register_slot(slot: str, name: str) -> Callable[[C], C]:
     """Class decorator: makes the class the choice `name` of `slot` ("mixer", "residual", "ffn" or "head").
 
     The constructor's keyword-only parameters, apart from `device`, `dtype`, `norm`, `dropout` and `num_layers`, become
     options of every model that chooses it. Positional parameters are given by the assembly:
     mixer `(dim)`, residual `(branch, dim, layer_index)`, ffn `(dim, hidden_dim)`, head `(dim, num_classes, embedding)`.
+
+    Raises ValueError for an unknown slot and for a name that is taken.
     """
     if slot not in _CHOICES:
         raise unknown("slot", slot, SLOTS)
@@ -68,7 +80,10 @@ def register_assembly(kind: str) -> Callable[[C], C]:
 
 
 def register_model(name: str) -> Callable[[F], F]:
-    """Decorator: `name` becomes a preset; the function takes nothing and returns a `ModelConfig`."""
+    """Decorator: `name` becomes a preset; the function takes nothing and returns a `ModelConfig`.
+
+    Raises ValueError for a name that is taken.
+    """
 
     def add(preset: F) -> F:
         if name in _ASSEMBLIES:

@@ -115,7 +115,8 @@ class VisionModel(nn.Module):
 
         labels: (B,) int64, −100 ignored, or probabilities (B, num_classes). criterion: another loss of the logits, in
         at least float32, and the labels; reduction and label_smoothing are not for it. In training the ffns' auxiliary
-        losses are added. ValueError for images that the patches don't divide, and for other wrong shapes.
+        losses are added. ValueError for images that the patches don't divide, and for other wrong shapes; TypeError for
+        images of integers.
         """
         x, auxiliary = self.features(images)
         if labels is None:
@@ -149,6 +150,8 @@ class VisionModel(nn.Module):
         if images.shape[1:] != (config.channels, config.image_size, config.image_size):
             wanted = f"(B, {config.channels}, {config.image_size}, {config.image_size})"
             raise ValueError(f"images must be {wanted}, got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating-point, got {images.dtype}")
         patches = self.patches(images).flatten(2).transpose(1, 2)
         x = torch.cat([patches.new_zeros(len(images), 1, config.dim), patches], dim=1)
         return self.dropout(x + first_rows(self.positions, self.num_tokens, x.device))

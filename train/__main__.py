@@ -198,6 +198,9 @@ def profile(arguments: list[str]) -> int:
 
 def env(arguments: list[str]) -> int:
     """versions, devices, what was built, and the backend that each op takes"""
+    if arguments in (["-h"], ["--help"]):
+        print(f"usage: python -m grassland.train env\n\n{env.__doc__}")
+        return 0
     if arguments:
         raise ValueError(f"env takes no arguments, got {' '.join(arguments)}")
     from .env import report

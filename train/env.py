@@ -11,7 +11,7 @@ import torch
 from ..kernels.machine import machine, version, versions
 
 EXTRAS = {
-    "train": ("datasets", "tokenizers", "tyro", "tqdm", "matplotlib", "tensorboard"),
+    "train": ("datasets", "tokenizers", "tyro", "tqdm", "matplotlib", "scipy", "tensorboard"),
     "vision": ("timm", "torchvision", "scikit-learn"),
     "hf": ("transformers",),
     "eval": ("lm-eval",),

@@ -81,7 +81,7 @@ class Trainer:
         self.experts = ExpertLoad(task.model)
         self.meter, self.line = Meter(), ProgressLine(silent=not parallel.is_main())
         self.watch, self.agreement = Watch(config.on_nan), parallel.Agreement()
-        self.step = self.position = self.saved_step = self.validated_step = 0
+        self.step = self.position = self.saved_step = 0
         self.best, self.best_step, self.elapsed, self.peak = math.inf, 0, 0.0, 0
         self.started = time.perf_counter()
         self.log = self._resume() if config.resume else self._start()
@@ -192,7 +192,6 @@ class Trainer:
         if better:
             self.best, self.best_step = metrics[self.task.metric], self.step
             self._save_model()
-        self.validated_step = self.step
         self.log.write("valid", self.step, **metrics, best=better, elapsed_s=self._elapsed())
         self.line.say(f"step {self.step}/{self.steps}  valid: {_format(metrics)}{'  (best)' if better else ''}")
         self.meter.go_on()

@@ -15,9 +15,11 @@ Event = dict[str, Any]
 def plot_runs(folders: Sequence[Path], out: Path) -> None:
     """Write a PNG with the loss, the validation metric and the throughput of each run against its steps.
 
-    Raises FileNotFoundError for a folder without metrics.jsonl, ValueError if matplotlib is not installed or `out` is
-    no name of a picture.
+    Raises FileNotFoundError for a folder without metrics.jsonl, ValueError if there is no folder, matplotlib is not
+    installed or `out` is no name of a picture.
     """
+    if not folders:
+        raise ValueError("folders must be one or more runs, got none")
     if not out.suffix:  # matplotlib would write another file
         raise ValueError(f"out must name a picture, such as {out / CURVES_FILE}, got {out}")
     runs = {folder.name: read_metrics(folder) for folder in folders}

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from ..archs import CheckpointError, create_model, load_model, read_config, save_model
+from ..archs import CheckpointError, create_model, load_model, model_config, read_config, save_model
 from ..archs.io import CONFIG_FILE, FORMAT, VERSION, WEIGHTS_FILE, check_tensors, read_tensors, write_checkpoint
 from ..archs.modes import evaluating
 from ..archs.registry import unknown
@@ -33,6 +33,8 @@ def build_text_model(name: str, vocab_size: int, max_len: int, overrides: Mappin
     take, for a model that is not causal, and if transformers is not installed.
     """
     if not name.startswith(HF):
+        if (kind := model_config(name).kind) != "lm":
+            raise ValueError(f"model {name!r} is of kind {kind!r}, not a causal language model")
         return create_model(name, **{"vocab_size": vocab_size, "max_len": max_len, **overrides})
     spec = TextModelSpec(name.removeprefix(HF), vocab_size, max_len, {key: _lists(v) for key, v in overrides.items()})
     model = _assemble(spec)

@@ -29,6 +29,7 @@ class MLP(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) → (…, dim). ValueError for another width, TypeError for another dtype than the weights'."""
         check_input(x, self.dim, self.up)
         return self.down(F.gelu(self.up(x)))
 

@@ -22,7 +22,7 @@ class SharedMoE(nn.Module):
     """Top-k mixture of experts: (…, dim) → (y (…, dim), balance loss), for one block or for all of them.
 
     Each expert is Linear(dim, hidden_dim) → GELU(tanh) → Dropout → Linear(hidden_dim, dim) → Dropout. In training the
-    router's logits get N(0, 1/E) noise (standard deviation 1/E), and an expert takes its first
+    router's logits get normal noise of standard deviation 1/E, and an expert takes its first
     int(T · capacity_factor · top_k // E) tokens, T being all tokens of the call; a pair that finds no place adds
     nothing. Source: arXiv 2107.11817.
 

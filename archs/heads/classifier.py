@@ -45,6 +45,10 @@ class ClassifierHead(nn.Module):
         self.proj = nn.Linear(dim, num_classes, device=device, dtype=dtype)
         self.apply(init_weights)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """As `logits`."""
+        return self.logits(x)
+
     def logits(self, x: Tensor) -> Tensor:
         """(…, dim) → (…, num_classes)."""
         check_input(x, self.dim, self.proj)

@@ -39,6 +39,10 @@ class LinearHead(nn.Module):
     def weight(self) -> Tensor:
         return self.proj.weight
 
+    def forward(self, x: Tensor) -> Tensor:
+        """As `logits`."""
+        return self.logits(x)
+
     def logits(self, x: Tensor) -> Tensor:
         """(…, dim) → (…, num_classes)."""
         check_input(x, self.dim, self.proj)

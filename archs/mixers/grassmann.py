@@ -52,8 +52,8 @@ class CausalGrassmannMixer(nn.Module):
         α_t   = σ(W_gate [x_t; g_t] + b_gate)
         out_t = α_t ⊙ x_t + (1 − α_t) ⊙ g_t
 
-    The paper's formula pairs t with t + Δ, which shows position t its own target; this layer pairs t with t − Δ.
-    The paper's text has no W_out, but its parameter counts do.
+    Source: arXiv 2512.19428, section 3.2. Its formula pairs t with t + Δ, which shows position t its own target; this
+    layer pairs t with t − Δ. The paper's text has no W_out, but its parameter counts do.
 
     rank: r ≥ 2; K = r(r−1)/2 coordinates, the columns of `plucker.weight` (dim, K) in the order (0,1), (0,2), ….
     offsets: the Δs, positive integers. A model also takes one entry a layer, `((1,), (2,), (4,))`, of which layer i

@@ -109,7 +109,7 @@ class Hyper(nn.Module):
         self.dim, self.num_streams, self.layer_index = dim, num_streams, layer_index
         self.init, self.dynamic, self.transposed = init, dynamic, transposed
         self.disabled = disable or num_streams == 1
-        self.expand_kind, self.reduce_kind = expand, reduce
+        self.reduce_kind = reduce
         self.branch_norm = nn.LayerNorm(dim, eps=norm_eps, **dd) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         if self.disabled:

@@ -19,7 +19,9 @@ from .streams import StreamState
 
 @register_slot("residual", "kromhc")
 class KromHC(Manifold):
-    """H_res = U^1 (x) … (x) U^K with U^k = sum_m softmax(alpha_res x' W^k + b^k)_m P_m, doubly stochastic exactly.
+    """KromHC, arXiv 2601.21579: H_res = U^1 (x) … (x) U^K, doubly stochastic exactly.
+
+    U^k = sum_m softmax(alpha_res x' W^k + b^k)_m P_m over the permutations P_m of factor k's size.
 
     The streams run through `grassland.kernels.kronecker`. `expand` gives a `StreamState`, and a sublayer that is given
     one leaves its addition to the next sublayer, so that one kernel does both. Given a tensor, it returns a tensor.

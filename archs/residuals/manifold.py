@@ -51,8 +51,12 @@ class Manifold(Hyper):
     def alpha_shape(self) -> tuple[int, ...]:
         return (self.num_streams + self.mixing_logits(),)
 
+    def first_alpha(self) -> Tensor:
+        """The static logits of h_pre and H_res at the start."""
+        return torch.cat([self.first_pre(), self.first_mixing()])
+
     def reset_coefficients(self) -> None:
-        self.static_alpha.copy_(torch.cat([self.first_pre(), self.first_mixing()]))
+        self.static_alpha.copy_(self.first_alpha())
         self.static_beta.copy_(self.first_post())
         if self.dynamic:
             self.dynamic_alpha_fn.zero_()
@@ -102,15 +106,8 @@ class MHC(Manifold):
     def first_mixing(self) -> Tensor:
         return CLOSED * (1 - torch.eye(self.num_streams, dtype=torch.float64))
 
-    def reset_coefficients(self) -> None:
-        start = torch.cat([self.first_pre()[:, None], self.first_mixing()], 1)
-        self.static_alpha.copy_(start)
-        self.static_beta.copy_(self.first_post())
-        if self.dynamic:
-            self.dynamic_alpha_fn.zero_()
-            self.dynamic_beta_fn.zero_()
-            for scale in (self.pre_branch_scale, self.residual_scale, self.h_post_scale):
-                scale.fill_(SCALE)
+    def first_alpha(self) -> Tensor:
+        return torch.cat([self.first_pre()[:, None], self.first_mixing()], 1)
 
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n = self.num_streams

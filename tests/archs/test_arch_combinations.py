@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from grassland.archs import create_model
+from grassland.archs import CosineHead, create_model
 from grassland.archs.registry import slot_choices
 
 CAUSAL = [name for name in slot_choices("mixer") if name != "bidirectional"]
@@ -89,6 +89,16 @@ def test_every_head_has_the_cross_entropy_of_its_logits(head):
     x, soft = torch.randn(2, 3, 16, dtype=torch.float64), torch.rand(2, 3, 31, dtype=torch.float64).softmax(-1)
     expected = F.cross_entropy(model.head.logits(x).flatten(0, 1), soft.flatten(0, 1), label_smoothing=0.1)
     torch.testing.assert_close(model.head.loss(x, soft, label_smoothing=0.1), expected)
+    hard = labels[:, :3]
+    expected = F.cross_entropy(model.head.logits(x).flatten(0, 1), hard.flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(model.head.loss(x, hard, label_smoothing=0.1), expected)
+
+
+def test_the_cosine_head_is_scaled_cosines():
+    head = CosineHead(6, 4, scale=7.0, dtype=torch.float64)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    expected = 7 * F.cosine_similarity(x[:, None], head.weight, dim=-1)
+    torch.testing.assert_close(head(x), expected, atol=1e-13, rtol=0)
 
 
 @pytest.mark.parametrize("head", slot_choices("head"))

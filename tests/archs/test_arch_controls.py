@@ -112,7 +112,7 @@ def test_bad_options_name_themselves(cls, options, message):
 
 
 def test_options_of_other_mixers_are_refused_by_name():
-    with pytest.raises(ValueError, match="unknown option 'eps'"):
+    with pytest.raises(ValueError, match="option 'eps' belongs to mixer='grassmann', which is not chosen"):
         create_model("lm", mixer="hadamard", eps=1e-3)
 
 

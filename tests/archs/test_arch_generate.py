@@ -41,6 +41,19 @@ def test_greedy_equals_full_passes_within_and_past_the_window(model):
     assert torch.equal(found, greedy_by_full_passes(model.eval(), ids, 40))
 
 
+def test_a_full_window_goes_on_from_its_newest_half(model, monkeypatch):
+    encoded, decode = [], model.decode
+
+    def recording(ids, state, lengths=None):
+        encoded.append(ids)
+        return decode(ids, state, lengths)
+
+    monkeypatch.setattr(model, "decode", recording)
+    found = model.generate(prompt(1, 15), 12)
+    assert [ids.shape[1] for ids in encoded] == [15, 1, 8, *[1] * 8, 8]
+    assert torch.equal(encoded[2], found[:, 9:17]) and torch.equal(encoded[-1], found[:, 18:26])
+
+
 def test_a_prompt_longer_than_the_window_continues_from_its_end(model):
     ids = prompt(1, 30)
     found = model.generate(ids, 3, temperature=0)
@@ -150,3 +163,8 @@ def test_draws_follow_the_distribution():
     draws = Sampling(top_k=2)(LOGITS[:1].expand(4000, -1), generator)
     assert set(draws.tolist()) == {0, 1}
     assert (draws == 0).float().mean().item() == pytest.approx(2 / 3, abs=0.03)
+
+
+def test_top_p_takes_no_token_more_once_the_mass_is_reached():
+    found = Sampling(top_p=0.5).probabilities(torch.tensor([[2.0, 2.0, 2.0, 2.0]]))
+    assert found.tolist() == [[0.5, 0.5, 0, 0]]

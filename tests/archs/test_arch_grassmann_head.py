@@ -42,6 +42,9 @@ def test_loss_is_the_cross_entropy_of_the_logits(head):
     soft = torch.rand(2, 4, 5).softmax(-1)
     expected = F.cross_entropy(logits.flatten(0, 1), soft.flatten(0, 1), label_smoothing=0.2)
     torch.testing.assert_close(head.loss(x, soft, label_smoothing=0.2), expected)
+    classes = torch.randint(logits.shape[-1], logits.shape[:-1]).flatten()
+    expected = F.cross_entropy(logits.flatten(0, 1), classes, ignore_index=1)
+    torch.testing.assert_close(head.loss(x, classes.view(logits.shape[:-1]), ignore_index=1), expected)
 
 
 def remade(head, how):

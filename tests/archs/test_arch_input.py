@@ -18,6 +18,7 @@ from grassland.archs import (
     LocalAttention,
     SharedMoE,
     TiedHead,
+    create_model,
     swap,
 )
 from grassland.archs.mixers.window import WindowGrassmannMixer
@@ -34,7 +35,7 @@ def layer(cls):
         return cls(16)
     if cls in FFNS:
         return cls(16, 8).eval()
-    return cls(16, 5, nn.Embedding(5, 16)).logits
+    return cls(16, 5, nn.Embedding(5, 16))
 
 
 @pytest.mark.parametrize("cls", [*MIXERS, *FFNS, *HEADS])
@@ -97,3 +98,22 @@ def test_a_state_of_another_batch_is_refused(cls):
     with pytest.raises(ValueError, match="x must have the 3 rows of the state, got 1"):
         mixer(torch.randn(1, 2, 16), state)
     assert state.fresh
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_a_head_is_called_for_its_logits(cls):
+    head, x = layer(cls), torch.randn(2, 7, 16)
+    assert head(x).shape == (2, 7, 5) and torch.equal(head(x), head.logits(x))
+
+
+def test_a_wrong_dtype_of_a_models_input_is_named():
+    sizes = {"dim": 8, "depth": 1, "ffn_dim": 8}
+    ids, images = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 3, 8, 8)
+    for model in (create_model("lm", vocab_size=5, **sizes), create_model("mlm", vocab_size=5, **sizes)):
+        with pytest.raises(TypeError, match=r"input_ids must be int64, got torch\.float32"):
+            model(ids.float())
+        with pytest.raises(TypeError, match=r"labels must be int64, got torch\.float32"):
+            model(ids, labels=ids.float())
+    vision = create_model("vision", image_size=8, patch_size=4, num_classes=3, **sizes)
+    with pytest.raises(TypeError, match=r"images must be floating-point, got torch\.uint8"):
+        vision(images.byte())

@@ -65,6 +65,14 @@ def test_decoding_equals_the_full_pass(mixer, norm, dtype):
         torch.testing.assert_close(logits, full[:, start - 1], atol=tolerance * full.abs().max().item(), rtol=0)
 
 
+def test_decoding_divides_by_the_smallest_norm_asked_for():
+    mixer = CausalGrassmannMixer(8, rank=4, offsets=(1, 3), eps=0.5, dtype=torch.float64)
+    x = 0.1 * torch.randn(2, 6, 8, dtype=torch.float64)
+    state = mixer.init_state(2, max_len=6)
+    steps = torch.cat([mixer(x[:, t : t + 1], state) for t in range(6)], 1)
+    torch.testing.assert_close(steps, mixer(x), atol=1e-13, rtol=0)
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_ragged_chunks_decode_as_each_row_alone(mixer):
     model, ids = tiny(mixer), tokens(3, 20)

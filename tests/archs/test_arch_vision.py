@@ -223,3 +223,21 @@ def test_widenet_encoder_trains_with_padding():
     missing = [name for name, p in model.named_parameters() if p.grad is None]
     assert missing == ["pooler.weight", "pooler.bias"]
     assert model.blocks[0].ffn.branch.load()["share"].sum().item() == pytest.approx(1)
+
+
+def test_cls_pooling_reads_the_class_token():
+    model, normed = build("vision", pooling="cls", pre_logits=False, **TINY).eval(), []
+    model.norm.register_forward_hook(lambda module, args, out: normed.append(out))
+    found, _ = model.features(images())
+    assert torch.equal(found, normed[0][:, 0])
+
+
+def test_a_text_encoder_embeds_tokens_positions_and_types():
+    model = build("mlm", **TEXT).eval()
+    ids, types = tokens(2, 7), torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0, 0]])
+    x = model.embed.weight[ids] + model.positions.weight[:7] + model.types.weight[types]
+    x = model.proj(model.embed_norm(x))
+    for block in model.blocks:
+        x, _ = block(x)
+    torch.testing.assert_close(model.features(ids, token_types=types)[0], model.norm(x), atol=1e-12, rtol=0)
+    assert torch.equal(model(ids), model(ids, token_types=torch.zeros_like(types)))

@@ -66,6 +66,8 @@ def test_lm_trains_and_sample_and_plot_use_the_folder_alone(lm, text_file, tmp_p
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     assert main(["plot", str(folder), "--out", str(tmp_path / "both")]) == 2
     assert "out must name a picture, such as " in capsys.readouterr().err and not list(tmp_path.glob("both/*"))
+    assert main(["plot", "--out", str(tmp_path / "none.png")]) == 2
+    assert "folders must be" in capsys.readouterr().err and not (tmp_path / "none.png").exists()
 
 
 def test_subnormal_numbers_are_zero_in_training_and_only_there(lm, tmp_path, monkeypatch):
@@ -100,6 +102,8 @@ def test_env_reports_versions_and_backends(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     assert "torch" in out and "plucker_mix" in out and "cpu:" in out
+    assert main(["env", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: python -m grassland.train env")
 
 
 def test_settings_come_from_the_command_line():
@@ -140,6 +144,8 @@ def test_a_model_that_is_named_is_the_preset_and_not_the_small_default(fail, mon
         (["--tokenizer", "/nowhere/vocab.txt"], "/nowhere/vocab.txt: no such file"),
         (["--tokenizer", "bpe:12"], "bpe:12"),
         (["--model", "grassman_lm_6l"], "'grassman_lm_6l'; did you mean 'grassmann_lm_6l'"),
+        (["--model", "vit_b16"], "model 'vit_b16' is of kind 'vision', not a causal language model"),
+        (["--model", "mlm"], "model 'mlm' is of kind 'mlm', not a causal language model"),
         (["--model", "zzz"], "unknown model 'zzz'; 22 are known, such as "),
         (["--set", "mixer=atention"], "'atention'"),
         (["--set", "dimm=8"], "'dimm'"),

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from grassland.archs import TransformerNLIHead, create_model
-from grassland.train.optim import build_optimizer, parameter_groups
+from grassland.archs import GrassmannHead, TransformerNLIHead, create_model
+from grassland.train.optim import OPTIMIZERS, build_optimizer, parameter_groups
 
 SIZES = {"vocab_size": 40, "dim": 16, "depth": 2, "ffn_dim": 32, "max_len": 8, "rank": 4, "offsets": (1, 2)}
 
@@ -28,6 +28,25 @@ def step(model, optimizer, seed):
     model(ids, labels=ids).backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_settings_reach_the_optimisers(name):
+    pytest.importorskip("timm")
+    net = nn.Sequential(nn.Linear(4, 4), GrassmannHead(4, 2, 2))
+    given = {"lr": 0.25, "betas": (0.7, 0.8), "eps": 1e-5, "weight_decay": 0.125}
+    optimizer = build_optimizer(net, name, **given, head_lr=0.5, head_momentum=0.6, momentum_mode="project")
+    *euclidean, head = optimizer.param_groups
+    assert (head["lr"], head["momentum"], head["momentum_mode"]) == (0.5, 0.6, "project")
+    assert sorted(group["weight_decay"] for group in euclidean) == [0, 0.125]
+    assert all(group["lr"] == 0.25 for group in euclidean)
+    assert all(group["betas"] == (0.7, 0.8) for group in euclidean if "betas" in group)
+    if name == "sgd":
+        assert all(group["momentum"] == 0.7 for group in euclidean)
+    if name == "lamb":  # the loop clips the gradient
+        assert all(group["max_grad_norm"] is None for group in euclidean)
+    if name == "adamw":
+        assert all(group["eps"] == 1e-5 for group in euclidean)
 
 
 def test_groups_hold_every_parameter_once_and_decay_matrices_only(model):

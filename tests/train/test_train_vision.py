@@ -107,15 +107,15 @@ def test_a_run_on_digits_learns_and_its_features_transfer(vision, tmp_path, caps
 def test_accuracies_and_calibration_error_by_hand():
     tally = Tally()
     p = torch.tensor(
-        [[0.70, 0.06, 0.06, 0.06, 0.06, 0.06], [0.05, 0.55, 0.1, 0.1, 0.1, 0.1], [0.04, 0.19, 0.56, 0.07, 0.07, 0.07]]
+        [[0.70, 0.06, 0.06, 0.06, 0.06, 0.06], [0.05, 0.55, 0.1, 0.1, 0.1, 0.1], [0.04, 0.06, 0.56, 0.19, 0.08, 0.07]]
     )
     tally.add(p.log(), torch.tensor([0, 0, 1]))
     tally.add(p.log(), torch.tensor([-100, 1, -100]))
     metrics = tally.metrics()
-    # Images: right at .70; wrong at .55, the target the sixth of six; wrong at .56, the target second; right at .55.
+    # Images: right at .70; wrong at .55, the target the sixth of six; wrong at .56, the target the fifth; right at .55.
     assert metrics["top1"] == pytest.approx(2 / 4) and metrics["top5"] == pytest.approx(3 / 4)
     assert metrics["loss"] == pytest.approx(
-        -(math.log(0.7) + math.log(0.05) + math.log(0.19) + math.log(0.55)) / 4, rel=1e-5
+        -(math.log(0.7) + math.log(0.05) + math.log(0.06) + math.log(0.55)) / 4, rel=1e-5
     )
     # Bins of width 1/15: .55 and .56 lie in (8/15, 9/15], .70 in (10/15, 11/15].
     expected = 1 / 4 * abs(1 - 0.70) + 3 / 4 * abs(1 / 3 - (0.55 + 0.55 + 0.56) / 3)
