@@ -234,6 +234,20 @@ def test_the_encoder_is_taken_over_and_the_classifier_is_fresh(encoder):
         classifier_from(encoder, 2, {"dim": 32})
 
 
+@pytest.mark.parametrize("head", ["linear", "grassmann"])
+def test_what_has_no_part_in_classifying_is_not_trained(config, mlm, tmp_path, head):
+    folder = tmp_path / head
+    options = ("subspace_dim=2",) if head == "grassmann" else ()
+    sizes = (*mlm().set, f"head={head}", *options)
+    run(MaskedLanguageModeling, mlm(out=str(folder), set=sizes, steps=1, eval_every=0, save_every=0, samples=0))
+    task = TextClassification(replace(config, model=str(folder)), torch.device("cpu"))
+    task.loss(task.model.train(), next(task.batches(0))).backward()
+    # DDP waits for the gradients of all that is trained.
+    trained = {name: parameter.grad for name, parameter in task.model.named_parameters() if parameter.requires_grad}
+    assert [name for name, grad in trained.items() if grad is None] == []
+    assert trained.keys() == {name for name, _ in task.model.named_parameters() if not name.startswith("head.")}
+
+
 def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(config, encoder, tmp_path, monkeypatch):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert run(TextClassification, replace(config, out=str(straight))) == 0

@@ -82,6 +82,8 @@ class TextClassification(Task):
         source = Path(config.resume or config.model)
         self.data = load_labelled(config.data, config.text_column, config.pair_column, config.label_column)
         model = classifier_from(source, len(self.data.classes), config.overrides())
+        # It learns nothing here, and must not look to DDP as if it did.
+        model.head.requires_grad_(False)
         check_length(config.seq_len, model)
         self.tokenizer = load_tokenizer(str(source))
         self.rows = {
