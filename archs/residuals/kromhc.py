@@ -96,6 +96,11 @@ class KromHC(Manifold):
         _, h = kronecker_pre(torch.clone(x), weight, bias, factors=self.factors)
         return h[..., :n], h[..., n : 2 * n], kronecker_matrix(h, n, factors=self.factors)
 
+    def check(self, x: Any) -> None:
+        super().check(x)
+        if isinstance(x, StreamState):
+            x.check_graph()
+
     def open(self, x: Any) -> Opened:
         if self.disabled:
             return super().open(x)
