@@ -99,6 +99,42 @@ def test_splits_columns_and_names_of_classes(tmp_path):
     assert single.splits["train"].texts[1] == ("h 1",) and single.key != found.key
 
 
+NAMES = {
+    ".tsv": ("train.tsv", "dev_matched.tsv", "dev_mismatched.tsv"),
+    ".parquet": ("train-0.parquet", "validation_matched-0.parquet", "validation_mismatched-0.parquet"),
+}
+
+
+@pytest.mark.parametrize("names", [*NAMES.values(), None], ids=[*NAMES, "hub"])
+def test_the_second_validation_split_of_mnli_is_one_of_its_own(config, rows, tmp_path, monkeypatch, names):
+    parts = rows[:60], rows[60:70], rows[70:74]
+    if names is None:
+        splits = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
+        secret = [{**row, "label": -1} for row in rows[:3]]
+        table = pytest.importorskip("datasets").Dataset.from_list
+        published = {name: table(part) for name, part in zip(splits, (*parts, secret, secret), strict=True)}
+        monkeypatch.setattr(labelled, "load_hub", lambda source: published)
+        data = "someone/glue:mnli"
+    else:
+        data = str(tmp_path / "mnli")
+        for name, part in zip(names, parts, strict=True):
+            write(tmp_path / "mnli" / name, part)
+    found = load_labelled(data)
+    wanted = dict(zip(("train", "valid", "mismatched"), parts, strict=True))
+    assert found.tested_on == "valid" and found.splits["test"] is found.splits["valid"]
+    assert {name: [text for (text,) in found.splits[name].texts] for name in wanted} == {
+        name: [row["text"] for row in part] for name, part in wanted.items()
+    }
+    assert run(TextClassification, replace(config, data=data, steps=2, eval_every=2)) == 0
+    events = {event["event"]: event for event in read_metrics(tmp_path / "run")}
+    assert events["start"]["splits"] == {"train": 60, "valid": 10, "test": 10, "mismatched": 4}
+    assert events["test"]["accuracy"] == events["valid"]["accuracy"] and "mismatched_accuracy" not in events["valid"]
+    model, task = load_model(tmp_path / "run"), TextClassification(replace(config, data=data), torch.device("cpu"))
+    batch = task.rows["mismatched"]
+    right = model.classify(batch.ids, mask=batch.mask, token_types=batch.types).argmax(-1) == batch.classes
+    assert events["test"]["mismatched_accuracy"] == pytest.approx(right.double().mean().item())
+
+
 LINES = ['"an open quotation mark\t1', "null\t0", "None\t1", 'a "word" in it\t0', '"\t1', "an end\t0"]
 
 

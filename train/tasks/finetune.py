@@ -17,7 +17,7 @@ from ...kernels.losses import IGNORE
 from .. import parallel
 from ..config import RunConfig
 from ..data import BlockOrder, load_tokenizer, save_tokenizer
-from ..data.labelled import TextBatch, encode_labelled, evaluation_rows, load_labelled
+from ..data.labelled import FURTHER, TextBatch, encode_labelled, evaluation_rows, load_labelled
 from ..data.tokenizer import FILE as TOKENIZER_FILE
 from ..text_model import load_text_model
 from .base import Task
@@ -117,8 +117,14 @@ class TextClassification(Task):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         return model(batch.ids, classes=batch.classes, mask=batch.mask, token_types=batch.types)
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        found = self._metrics(model, split)
+        if split != "test" or FURTHER not in self.rows:
+            return found
+        return {**found, **{f"{FURTHER}_{name}": value for name, value in self._metrics(model, FURTHER).items()}}
+
+    @torch.no_grad()
+    def _metrics(self, model: nn.Module, split: str) -> dict[str, float]:
         classifier: Any = model
         confusion = Confusion(len(self.data.classes), self.device)
         mine = parallel.rows(self.config.batch_size)
