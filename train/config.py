@@ -3,9 +3,11 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from typing_extensions import Self
+
+from ..archs.hints import described, fits
 
 # What a resumed run may change without changing the numbers of the steps already made.
 RESUMABLE = frozenset(
@@ -93,8 +95,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
-            if not _fits(getattr(self, name), hint):
-                raise ValueError(f"{name} must be {_described(hint)}, got {getattr(self, name)!r}")
+            if not fits(getattr(self, name), hint):
+                raise ValueError(f"{name} must be {described(hint)}, got {getattr(self, name)!r}")
         if self.steps is None and self.epochs is None:
             raise ValueError("give steps or epochs")
         for name in ("steps", "epochs", "batch_size", "grad_accum", "log_every", "valid_batches"):
@@ -294,35 +296,6 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not equals or not name:
         raise ValueError(f"--set takes NAME=VALUE, got {text!r}")
     return name, _value(value)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a setting's type; an integer is a number, too, but a bool is none."""
-    parts = get_args(hint)
-    if get_origin(hint) is Literal:
-        return value in parts
-    if get_origin(hint) is tuple:
-        if not isinstance(value, tuple | list):
-            return False
-        kinds = parts[:1] * len(value) if parts[-1] is ... else parts
-        return len(value) == len(kinds) and all(map(_fits, value, kinds))
-    if parts:
-        return any(_fits(value, part) for part in parts)
-    if hint in (int, float):
-        return isinstance(value, int | hint) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _described(hint: Any) -> str:
-    """A setting's type in words."""
-    parts = get_args(hint)
-    if get_origin(hint) is Literal:
-        return f"one of {parts}"
-    if get_origin(hint) is tuple:
-        return f"{'several' if parts[-1] is ... else len(parts)} values, each {_described(parts[0])}"
-    if parts:
-        return " or ".join(map(_described, parts))
-    return {int: "an integer", float: "a number", str: "text", bool: "True or False"}.get(hint, "None")
 
 
 def _value(text: str) -> Any:

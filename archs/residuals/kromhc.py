@@ -55,6 +55,8 @@ class KromHC(Manifold):
     ) -> None:
         if isinstance(keep_streams, bool) or not isinstance(keep_streams, int) or keep_streams < 1:
             raise ValueError(f"keep_streams must be a positive integer, got {keep_streams!r}")
+        if factors is not None and not isinstance(factors, Sequence):
+            raise ValueError(f"factors must be a sequence of 2, 3 or 4, or None, got {factors!r}")
         self.factors = kronecker_factors(num_streams, factors)
         self.keep_streams = keep_streams
         super().__init__(
