@@ -114,14 +114,16 @@ class ModelConfig:
         Options of this config that no slot of the result has (because the slot's choice changed) are dropped.
         """
         names = {f.name for f in fields(self)} - {"kind", "options"}
-        given = {**overrides.pop("options", {}), **overrides}
+        if not isinstance(options := overrides.pop("options", {}), Mapping):
+            raise ValueError(f"options must be a mapping of option names to values, got {options!r}")
+        given = {**options, **overrides}
         changed = {name: value for name, value in given.items() if name in names}
         known = slot_options(self._slots(changed))
         for name in sorted(given.keys() - names - known):
             raise unknown("option", name, names | known)
         kept = {name: value for name, value in self.options.items() if name in known}
-        options = {**kept, **{name: value for name, value in given.items() if name not in names}}
-        return replace(self, **changed, options=options)
+        chosen = {**kept, **{name: value for name, value in given.items() if name not in names}}
+        return replace(self, **changed, options=chosen)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict that `json.dumps` takes; tuples become lists."""

@@ -19,9 +19,8 @@ from ..config import RunConfig
 from ..data import BlockOrder, load_tokenizer, save_tokenizer
 from ..data.labelled import FURTHER, TextBatch, encode_labelled, evaluation_rows, load_labelled
 from ..data.tokenizer import FILE as TOKENIZER_FILE
-from ..text_model import load_text_model
+from ..text_model import check_sizes, load_text_model
 from .base import Task
-from .mlm import check_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +83,8 @@ class TextClassification(Task):
         model = classifier_from(source, len(self.data.classes), config.overrides())
         # It learns nothing here, and must not look to DDP as if it did.
         model.head.requires_grad_(False)
-        check_length(config.seq_len, model)
         self.tokenizer = load_tokenizer(str(source))
+        check_sizes(model, self.tokenizer.get_vocab_size(), config.seq_len)
         self.rows = {
             name: encode_labelled(part, self.tokenizer, config.seq_len) for name, part in self.data.splits.items()
         }
