@@ -1,5 +1,6 @@
 """What a layer asks of its input and of its inner modules before it hands them to a kernel."""
 
+import math
 from typing import Any
 
 import torch
@@ -21,6 +22,12 @@ def check_input(x: Tensor, dim: int, layer: nn.Module | None = None, *, sequence
         return
     if autocast_dtype(x.device.type) is None:
         raise TypeError(f"x must have the dtype of the layer's weights, {weight.dtype}, got {x.dtype}")
+
+
+def check_eps(norm_eps: float) -> None:
+    """ValueError unless a LayerNorm can add it to a variance."""
+    if not 0 <= norm_eps < math.inf:
+        raise ValueError(f"norm_eps must be at least 0 and finite, got {norm_eps!r}")
 
 
 def is_plain(layer: nn.Module) -> bool:

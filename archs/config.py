@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from .registry import SLOTS, slot_class, slot_options, unknown, unknown_option
+from ..kernels import dispatch
+from .hints import described, fits, plain_hint
+from .registry import SLOTS, slot_class, slot_hints, slot_options, unknown, unknown_option
 
 SHAREABLE = ("mixer", "ffn")
 NORMS = ("post", "pre")
@@ -41,13 +43,17 @@ class ModelConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, hint in ((f.name, plain_hint(f.type)) for f in fields(self)):
+            # Numbers are checked where their range is.
+            if hint in (bool, str) and not fits(getattr(self, name), hint):
+                raise ValueError(f"{name} must be {described(hint)}, got {getattr(self, name)!r}")
         for name in ("vocab_size", "max_len", "dim", "depth", "ffn_dim", "share_groups"):
             self._check_size(name)
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {NORMS}, got {self.norm!r}")
-        if isinstance(self.share, str) or not set(self.share) <= set(SHAREABLE):
+        if not isinstance(self.share, tuple | list) or not all(name in SHAREABLE for name in self.share):
             raise ValueError(f"share must be a tuple of names from {SHAREABLE}, got {self.share!r}")
         if not isinstance(self.options, Mapping):
             raise ValueError(f"options must be a mapping of option names to values, got {self.options!r}")
@@ -68,6 +74,10 @@ class ModelConfig:
         for name in self.options:
             if name not in known:
                 raise unknown_option(name, known)
+        for slot, choice in slots:
+            self._check_types(slot_class(slot, choice))
+        if (backend := self.options.get("backend")) is not None:
+            dispatch.requested(backend)
         grouped = {name for slot, choice in slots for name in _group_options(slot, choice)}
         for name, value in self.options.items():
             if name in grouped & self._tuples() and len(value) != self.share_groups:
@@ -76,6 +86,14 @@ class ModelConfig:
                 )
         if self.share_groups > 1 and not self.share and not grouped & self._tuples():
             raise ValueError(f"share_groups={self.share_groups} needs something that the blocks share, got share=()")
+
+    def _check_types(self, cls: type) -> None:
+        several, hints = getattr(cls, "group_options", ()), slot_hints(cls)
+        for name in hints.keys() & self.options.keys():
+            value, hint = self.options[name], hints[name]
+            values = value if name in several and isinstance(value, tuple) else (value,)
+            if not all(fits(entry, hint) for entry in values):
+                raise ValueError(f"{name} must be {described(hint)}, got {value!r}")
 
     def _tuples(self) -> set[str]:
         return {name for name, value in self.options.items() if isinstance(value, tuple)}
@@ -95,14 +113,16 @@ class ModelConfig:
         Options of this config that no slot of the result has (because the slot's choice changed) are dropped.
         """
         names = {f.name for f in fields(self)} - {"kind", "options"}
-        given = {**overrides.pop("options", {}), **overrides}
+        if not isinstance(options := overrides.pop("options", {}), Mapping):
+            raise ValueError(f"options must be a mapping of option names to values, got {options!r}")
+        given = {**options, **overrides}
         changed = {name: value for name, value in given.items() if name in names}
         known = slot_options(self._slots(changed))
         for name in sorted(given.keys() - names - known):
             raise unknown_option(name, names | known)
         kept = {name: value for name, value in self.options.items() if name in known}
-        options = {**kept, **{name: value for name, value in given.items() if name not in names}}
-        return replace(self, **changed, options=options)
+        chosen = {**kept, **{name: value for name, value in given.items() if name not in names}}
+        return replace(self, **changed, options=chosen)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict that `json.dumps` takes; tuples become lists."""

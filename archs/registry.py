@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from .hints import plain_hint
+
 if TYPE_CHECKING:
     from .config import ModelConfig
 
@@ -107,7 +109,7 @@ def slot_choices(slot: str) -> list[str]:
 
 def slot_class(slot: str, name: str) -> type:
     """The class registered as `name` in `slot`; ValueError with the nearest names if there is none."""
-    if name not in _CHOICES[slot]:
+    if not isinstance(name, str) or name not in _CHOICES[slot]:
         raise unknown(slot, name, _CHOICES[slot])
     return _CHOICES[slot][name]
 
@@ -116,6 +118,13 @@ def slot_keywords(cls: type) -> set[str]:
     """Every keyword-only parameter of a slot's constructor, options and context alike."""
     parameters = inspect.signature(cls).parameters.values()
     return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def slot_hints(cls: type) -> dict[str, Any]:
+    """The types of the keyword-only parameters of a slot's constructor that have a plain one."""
+    parameters = inspect.signature(cls).parameters
+    hints = {name: plain_hint(parameters[name].annotation) for name in slot_keywords(cls)}
+    return {name: hint for name, hint in hints.items() if hint is not None}
 
 
 def slot_options(choices: Iterable[tuple[str, str]]) -> set[str]:

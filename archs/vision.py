@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its choices)
 from .checks import first_rows
 from .config import ModelConfig
+from .hints import fits
 from .init import init_weights
 from .lm import Block, build_blocks, build_branches, is_causal
 from .registry import build_slot, model_config, register_assembly
@@ -56,7 +57,7 @@ class VisionConfig(ModelConfig):
         if self.pooling == "cls" and is_causal(self):
             reason = "the class token comes first and would see no image"
             raise ValueError(f"pooling must be 'mean' with the causal mixer {self.mixer!r}, got 'cls': {reason}")
-        if not isinstance(self.moe_blocks, int) or not 0 <= self.moe_blocks < self.depth:
+        if not fits(self.moe_blocks, int) or not 0 <= self.moe_blocks < self.depth:
             raise ValueError(f"moe_blocks must be an integer in [0, depth={self.depth}), got {self.moe_blocks!r}")
         if self.moe_blocks and (self.share or self.share_groups > 1):
             sharing = f"share={self.share!r}, share_groups={self.share_groups}"

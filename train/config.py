@@ -1,11 +1,14 @@
 """What it takes to run a training: frozen dataclasses that the command line reads and a checkpoint keeps."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from typing_extensions import Self
+
+from ..archs.hints import described, fits
 
 # What a resumed run may change without changing the numbers of the steps already made.
 RESUMABLE = frozenset(
@@ -93,8 +96,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
-            if not _fits(getattr(self, name), hint):
-                raise ValueError(f"{name} must be {_described(hint)}, got {getattr(self, name)!r}")
+            if not fits(getattr(self, name), hint):
+                raise ValueError(f"{name} must be {described(hint)}, got {getattr(self, name)!r}")
+            if not _is_finite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)!r}")
         if self.steps is None and self.epochs is None:
             raise ValueError("give steps or epochs")
         for name in ("steps", "epochs", "batch_size", "grad_accum", "log_every", "valid_batches"):
@@ -111,6 +116,8 @@ class RunConfig:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if not all(0 <= milestone <= 1 for milestone in self.milestones):
             raise ValueError(f"milestones must lie in [0, 1], got {self.milestones}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict that `json.dumps` takes. What a run was resumed from, and by whom, is no part of what it is."""
@@ -126,8 +133,12 @@ class RunConfig:
         return cls(**settings)
 
     def overrides(self) -> dict[str, Any]:
-        """The parsed `--set` arguments."""
-        return dict(map(parse_setting, self.set))
+        """The parsed `--set` arguments. ValueError for a setting of the run's that is none of the model's."""
+        given = dict(map(parse_setting, self.set))
+        for name in ("device", "dtype"):
+            if name in given:
+                raise ValueError(f"set {name}={given[name]}: it is no option of a model, give --{name}")
+        return given
 
     def changed(self, other: "RunConfig") -> list[str]:
         """The settings, other than those a resumed run may change, in which `other` differs."""
@@ -252,6 +263,14 @@ class VisionConfig(RunConfig):
         for name in ("hflip", "erase", "mix_prob", "switch_prob", "label_smoothing", "crop_pct"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(
+                    f"{name} must be two positive numbers, the smaller one first, got {getattr(self, name)}"
+                )
+        if not all(deviation > 0 for deviation in self.std):
+            raise ValueError(f"std must be positive, got {self.std}")
         if self.bce_threshold is not None and not 0 <= self.bce_threshold < 1:
             raise ValueError(f"bce_threshold must lie in [0, 1), got {self.bce_threshold}")
         if not 0 <= self.ema < 1:
@@ -296,33 +315,10 @@ def parse_setting(text: str) -> tuple[str, Any]:
     return name, _value(value)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a setting's type; an integer is a number, too, but a bool is none."""
-    parts = get_args(hint)
-    if get_origin(hint) is Literal:
-        return value in parts
-    if get_origin(hint) is tuple:
-        if not isinstance(value, tuple | list):
-            return False
-        kinds = parts[:1] * len(value) if parts[-1] is ... else parts
-        return len(value) == len(kinds) and all(map(_fits, value, kinds))
-    if parts:
-        return any(_fits(value, part) for part in parts)
-    if hint in (int, float):
-        return isinstance(value, int | hint) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _described(hint: Any) -> str:
-    """A setting's type in words."""
-    parts = get_args(hint)
-    if get_origin(hint) is Literal:
-        return f"one of {parts}"
-    if get_origin(hint) is tuple:
-        return f"{'several' if parts[-1] is ... else len(parts)} values, each {_described(parts[0])}"
-    if parts:
-        return " or ".join(map(_described, parts))
-    return {int: "an integer", float: "a number", str: "text", bool: "True or False"}.get(hint, "None")
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _value(text: str) -> Any:

@@ -26,6 +26,9 @@ class NLIModel(nn.Module):
         if frozen:
             encoder.requires_grad_(False)
             encoder.eval()
+        elif isinstance(pooler := getattr(encoder, "pooler", None), nn.Module):
+            # The hidden states do not come through it: it learns nothing, and must not look to DDP as if it did.
+            pooler.requires_grad_(False)
 
     def forward(self, ids: Tensor, mask: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits (B, 3) of ids (B, T) int64 and mask (B, T) bool; with labels (B,) their mean cross entropy."""

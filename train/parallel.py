@@ -86,11 +86,23 @@ def barrier() -> None:
 
 
 def one_a_node_first(make: Callable[[], T]) -> T:
-    """What `make` returns; the first process of each machine makes its own first, so that the others find its cache."""
+    """What `make` returns; the first process of each machine makes its own first, so that the others find its cache.
+
+    A ValueError or OSError in one process is raised in all of them.
+    """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    made = make() if first or size() == 1 else None
-    barrier()
-    return made if made is not None else make()
+    made: Any = None
+    for turn in (True, False):
+        problem = None
+        if turn is (first or size() == 1):
+            try:
+                made = make()
+            except (ValueError, OSError) as error:
+                problem = error
+        for found in gather(problem):
+            if found is not None:
+                raise found
+    return made
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

@@ -130,6 +130,10 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch knows more kinds of devices than it is built for
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device
 
 

@@ -35,13 +35,22 @@ def build_text_model(name: str, vocab_size: int, max_len: int, overrides: Mappin
     if not name.startswith(HF):
         if (kind := model_config(name).kind) != "lm":
             raise ValueError(f"model {name!r} is of kind {kind!r}, not a causal language model")
-        return create_model(name, **{"vocab_size": vocab_size, "max_len": max_len, **overrides})
+        made = create_model(name, **{"vocab_size": vocab_size, "max_len": max_len, **overrides})
+        check_sizes(made, vocab_size, max_len)
+        return made
     spec = TextModelSpec(name.removeprefix(HF), vocab_size, max_len, {key: _lists(v) for key, v in overrides.items()})
     model = _assemble(spec)
-    if model.config.vocab_size < vocab_size:
-        raise ValueError(f"vocab_size must be at least the data's {vocab_size}, got {model.config.vocab_size}")
+    check_sizes(model, vocab_size)
     _try_out(model, max_len)
     return model
+
+
+def check_sizes(model: Any, vocab_size: int, length: int = 0) -> None:
+    """ValueError if the model has fewer tokens than the data, or fewer positions than its texts."""
+    if (found := getattr(model.config, "vocab_size", vocab_size)) < vocab_size:
+        raise ValueError(f"vocab_size must be at least the data's {vocab_size}, got {found}")
+    if length > (limit := getattr(model.config, "max_len", length)):
+        raise ValueError(f"seq_len must be at most the model's max_len={limit}, got {length}")
 
 
 def save_text_model(model: nn.Module, folder: Path, extra: Mapping[str, Any]) -> None:

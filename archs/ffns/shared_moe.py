@@ -27,10 +27,10 @@ class SharedMoE(nn.Module):
     nothing. Source: arXiv 2107.11817.
 
     num_experts, top_k: E and the experts a token, 1 ≤ top_k ≤ E. capacity_factor: > 0, None drops nothing.
-    balance_weight: factor of the balance loss E Σ m_e P_e. noise: whether training perturbs the logits. renormalize:
-    gates of a token sum to 1. official_capacity: one place an expert fewer, as in the official program. drop_at_eval:
-    capacity holds in evaluation too, where by default nothing is dropped, so that a token's output does not depend on
-    its batch. out_act: None, or "gelu" on the experts' outputs. dropout: both rates, in [0, 1).
+    balance_weight: factor of the balance loss E Σ m_e P_e, ≥ 0. noise: whether training perturbs the logits.
+    renormalize: gates of a token sum to 1. official_capacity: one place an expert fewer, as in the official program.
+    drop_at_eval: capacity holds in evaluation too, where by default nothing is dropped, so that a token's output does
+    not depend on its batch. out_act: None, or "gelu" on the experts' outputs. dropout: both rates, in [0, 1).
 
     `routing` is that of the last call, and `load()` its statistics; calls under torch.compile leave both as they are.
     `tally` (2, E) int64 counts the assignments and the kept pairs of all calls in training, on the device, compiled
@@ -66,7 +66,7 @@ class SharedMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_options(num_experts, top_k, capacity_factor, out_act, dropout)
+        _check_options(num_experts, top_k, capacity_factor, balance_weight, out_act, dropout)
         dd = {"device": device, "dtype": dtype}
         self.num_experts, self.top_k, self.capacity_factor = num_experts, top_k, capacity_factor
         self.balance_weight, self.noise, self.renormalize = balance_weight, noise, renormalize
@@ -197,7 +197,12 @@ def _flat(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def _check_options(
-    num_experts: int, top_k: int, capacity_factor: float | None, out_act: str | None, dropout: float
+    num_experts: int,
+    top_k: int,
+    capacity_factor: float | None,
+    balance_weight: float,
+    out_act: str | None,
+    dropout: float,
 ) -> None:
     for name, value in (("num_experts", num_experts), ("top_k", top_k)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -206,6 +211,8 @@ def _check_options(
         raise ValueError(f"top_k must be at most num_experts={num_experts}, got {top_k}")
     if capacity_factor is not None and not 0 < capacity_factor < math.inf:
         raise ValueError(f"capacity_factor must be > 0 and finite, or None, got {capacity_factor!r}")
+    if not 0 <= balance_weight < math.inf:
+        raise ValueError(f"balance_weight must be at least 0 and finite, got {balance_weight!r}")
     if out_act not in (None, "gelu"):
         raise ValueError(f"out_act must be None or 'gelu', got {out_act!r}")
     if not 0 <= dropout < 1:

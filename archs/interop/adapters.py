@@ -26,6 +26,8 @@ Branches = Callable[[Any, dict[str, Any]], tuple[Branch, Branch]]
 # What the branches below take in, and attributes of such layers that have no part in what they compute.
 LLAMA_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 LLAMA_NOTES = {"hidden_size", "layer_idx", "config", "attention_type", "gradient_checkpointing"}
+# The layer of transformers that has these parts and norms what comes out of its branches, not what goes in.
+NORMED_AFTER = "ChameleonSwinDecoderLayer"
 VIT_PARTS = {f"{part}{number}" for part in ("norm", "ls", "drop_path") for number in (1, 2)} | {"attn", "mlp"}
 
 
@@ -165,9 +167,12 @@ def hyper_blocks(
 def llama_branches(layer: Any, keywords: dict[str, Any]) -> tuple[Branch, Branch]:
     """Of a `LlamaDecoderLayer` and the many decoder layers of transformers with the same attributes.
 
-    ValueError for a layer with others: Gemma 2's has norms after its branches, Granite's scales them.
+    ValueError for a layer with others (Gemma 2's has norms after its branches, Granite's scales them), and for
+    Chameleon's that has the same and norms after its branches.
     """
     _check_block(layer, LLAMA_PARTS, LLAMA_NOTES)
+    if any(kind.__name__ == NORMED_AFTER for kind in type(layer).__mro__):
+        raise ValueError(f"{NORMED_AFTER} norms what comes out of its branches, and must norm what goes into them")
 
     def attend(u: Tensor) -> Tensor:
         return layer.self_attn(hidden_states=layer.input_layernorm(u), **keywords)[0]

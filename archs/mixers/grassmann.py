@@ -1,5 +1,6 @@
 """Causal Grassmann Plücker mixing (arXiv 2512.19428, §3.2)."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,8 +81,8 @@ class CausalGrassmannMixer(nn.Module):
         super().__init__()
         if not isinstance(rank, int) or rank < 2:
             raise ValueError(f"rank must be an integer of at least 2, got {rank!r}")
-        if not eps > 0:
-            raise ValueError(f"eps must be positive, got {eps!r}")
+        if not 0 < eps < math.inf:
+            raise ValueError(f"eps must be positive and finite, got {eps!r}")
         self.dim, self.rank, self.offsets, self.eps, self.backend = dim, rank, checked_offsets(offsets), eps, backend
         self.reduce = nn.Linear(dim, rank, **dd)
         self.plucker = nn.Linear(rank * (rank - 1) // 2, dim, **dd)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.launch import without_autocast
-from ..checks import check_input
+from ..checks import check_eps, check_input
 from ..registry import register_slot
 
 INITS = ("paper", "identity")
@@ -104,6 +104,7 @@ class Hyper(nn.Module):
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
         if norm not in ("pre", "post", None):
             raise ValueError(f"norm must be 'pre', 'post' or None, got {norm!r}")
+        check_eps(norm_eps)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.branch = branch
         self.dim, self.num_streams, self.layer_index = dim, num_streams, layer_index

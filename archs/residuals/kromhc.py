@@ -57,6 +57,8 @@ class KromHC(Manifold):
     ) -> None:
         if isinstance(keep_streams, bool) or not isinstance(keep_streams, int) or keep_streams < 1:
             raise ValueError(f"keep_streams must be a positive integer, got {keep_streams!r}")
+        if factors is not None and not isinstance(factors, Sequence):
+            raise ValueError(f"factors must be a sequence of 2, 3 or 4, or None, got {factors!r}")
         self.factors = kronecker_factors(num_streams, factors)
         self.keep_streams = keep_streams
         super().__init__(
@@ -97,6 +99,11 @@ class KromHC(Manifold):
         weight, bias = self.projection(wide(x).dtype)
         _, h = kronecker_pre(torch.clone(x), weight, bias, factors=self.factors)
         return h[..., :n], h[..., n : 2 * n], kronecker_matrix(h, n, factors=self.factors)
+
+    def check(self, x: Any) -> None:
+        super().check(x)
+        if isinstance(x, StreamState):
+            x.check_graph()
 
     def open(self, x: Any) -> Opened:
         if self.disabled:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_input
+from ..checks import check_eps, check_input
 from ..registry import register_slot
 
 
@@ -37,6 +37,7 @@ class PlainResidual(nn.Module):
         super().__init__()
         if norm not in ("pre", "post"):
             raise ValueError(f"norm must be 'pre' or 'post', got {norm!r}")
+        check_eps(norm_eps)
         self.dim, self.branch = dim, branch
         self.norm_first = norm == "pre"
         self.norm = nn.LayerNorm(dim, eps=norm_eps, device=device, dtype=dtype)

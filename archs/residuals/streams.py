@@ -129,10 +129,21 @@ class StreamState:
         joined = h[..., n : 2 * n].sum(-1, keepdim=True) * y.to(h.dtype)
         return (self._x.sum(-2, dtype=h.dtype) + joined).to(self._x.dtype)
 
+    def check_graph(self) -> None:
+        """ValueError if the gradient of the streams is lost: in the forward of an autograd.Function, such as
+        checkpointing with use_reentrant=True, which passes on that of tensors alone."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _in_function():
+            return
+        if any(tensor.requires_grad for tensor in (self._x, *(self._pending or ()))):
+            raise ValueError(
+                "x must be a tensor, such as x.tensor(), in checkpointing with use_reentrant=True or another "
+                "autograd.Function, which would lose the gradient of a StreamState; or use use_reentrant=False"
+            )
+
     def _joined(self, x: Tensor) -> StreamState:
         """The state with its addition joined, whose streams are x."""
         recipe = self._recipe
-        if self._keep > 1 and self._pending is not None:
+        if self._keep > 1 and self._pending is not None and not torch.compiler.is_compiling():
             y, h = self._pending
             recipe = Recipe(
                 recipe or Recipe(self._x.detach(), None, self._factors), (y.detach(), h.detach()), self._factors
@@ -146,7 +157,8 @@ class StreamState:
     def _saving(self) -> Any:
         """While an op saves the streams for its backward: their recipe is saved in their place."""
         recipe, x = self._recipe, self._x
-        if recipe is None or not torch.is_grad_enabled():
+        # A compiler knows neither these hooks nor addresses, and decides itself what is stored.
+        if recipe is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return nullcontext()
 
         def pack(saved: Tensor) -> Tensor | Request:
@@ -171,6 +183,12 @@ class StreamState:
 
     def __repr__(self) -> str:
         return f"StreamState({self.tensor()!r})"
+
+
+def _in_function() -> bool:
+    """Whether, with gradients off, that is so for being in the forward of an autograd.Function: these and inference
+    mode alone turn off forward-mode differentiation, too."""
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def _settled(value: Any) -> Any:

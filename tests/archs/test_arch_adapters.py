@@ -211,6 +211,18 @@ def test_the_branches_of_llama_are_not_those_of_layers_with_more(name, more, oth
         run(IDS, use_cache=False)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_branches_of_llama_are_not_those_of_a_layer_that_norms_after_them(compiled):
+    chameleon = pytest.importorskip("transformers.models.chameleon.modeling_chameleon")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    layer = chameleon.ChameleonSwinDecoderLayer(chameleon.ChameleonConfig(**sizes, attn_implementation="eager"), 0)
+    model = nn.ModuleDict({"0": layer})
+    swap(model, {"0": hyper_blocks(llama_branches, 16, 1)})
+    run = torch.compile(model["0"], backend="eager") if compiled else model["0"]
+    with pytest.raises(ValueError, match="ChameleonSwinDecoderLayer norms what comes out of its branches"):
+        run(torch.zeros(1, 4, 16))
+
+
 def test_the_branches_of_a_vit_are_not_those_of_blocks_with_windows():
     sam = pytest.importorskip("timm").models.vision_transformer_sam
     model = nn.ModuleDict({"0": sam.Block(16, 2, window_size=2)})

@@ -104,3 +104,44 @@ def test_config_survives_json(name):
 def test_sharing_survives_json():
     config = model_config("grassmann_lm_6l", share=("ffn",), dropout=0.1)
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "slots"),
+    [
+        # Text from a command line, which would count as true.
+        ("noise", "no", {"ffn": "shared_moe"}),
+        ("renormalize", "off", {"ffn": "shared_moe"}),
+        ("official_capacity", 2, {"ffn": "shared_moe"}),
+        ("capacity_factor", "x", {"ffn": "shared_moe"}),
+        ("capacity_factor", (1.0, "x"), {"ffn": "shared_moe", "share": ("ffn",), "share_groups": 2}),
+        ("balance_weight", "x", {"ffn": "shared_moe"}),
+        ("balance_weight", float("nan"), {"ffn": "shared_moe"}),
+        ("balance_weight", -0.1, {"ffn": "shared_moe"}),
+        ("out_proj", "no", {}),
+        ("eps", "x", {}),
+        ("eps", float("inf"), {}),
+        ("rank", None, {"mixer": "convolution"}),
+        ("num_heads", True, {"mixer": "local_attention"}),
+        ("backend", "fast", {}),
+        ("dynamic", "off", {"residual": "mhc"}),
+        ("factors", 3, {"residual": "kromhc"}),
+        ("norm_eps", "x", {}),
+        ("norm_eps", -1, {}),
+        ("norm_eps", float("nan"), {"residual": "hc"}),
+        ("norm_eps", None, {"residual": "kromhc"}),
+        ("share", 3, {}),
+        ("share", [["ffn"]], {}),
+        ("mixer", ["attention"], {}),
+        ("head", {}, {}),
+    ],
+)
+def test_a_value_of_the_wrong_kind_names_itself_before_anything_is_built(name, value, slots):
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        create_model("lm", **{**TINY, **slots, name: value})
+
+
+@pytest.mark.parametrize(("kind", "name"), [("mlm", "pooler"), ("mlm", "share_norms"), ("vision", "pre_logits")])
+def test_a_switch_is_true_or_false(kind, name):
+    with pytest.raises(ValueError, match=f"{name} must be True or False, got 'no'"):
+        model_config(kind, **{name: "no"})

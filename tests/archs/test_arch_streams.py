@@ -233,6 +233,37 @@ def test_mixed_precision_may_cast_a_state(mesh):
     assert (found - expected).norm() < 0.1 * expected.norm()
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_reentrant_checkpointing_of_streams_is_refused():
+    model, x = Chain(), normal(2, 3, 6).requires_grad_()
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        model(x, lambda layer, streams: checkpoint(layer, streams, use_reentrant=True))
+    # Tensors go in and out of it, streams among them, and without a graph nothing is lost.
+    tensors = lambda layer, s: checkpoint(layer, torch.clone(s), use_reentrant=True)  # noqa: E731
+    runs = [gradients(model, x), gradients(model, x, tensors)]
+    runs.append([checkpoint(model, x, use_reentrant=True).detach()])
+    with torch.no_grad():
+        runs.append([model(x)])
+    with torch.inference_mode():
+        runs.append([model(x)])
+    for found in runs[1:]:
+        for a, b in zip(found, runs[0], strict=False):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("how", ["compile", "export"])
+def test_streams_that_would_be_recomputed_are_traced_to_one_graph(how):
+    torch._dynamo.reset()
+    model, x = Chain(keep_streams=2), normal(2, 3, 6)
+    if how == "compile":
+        expected = gradients(model, x)
+        found = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), x)
+    else:
+        expected, found = [model(x)], [torch.export.export(model, (x,)).module()(x)]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_state_is_a_pytree():
     layer = randomised(chain(depth=1))[0]
     state = layer(layer.expand(normal(2, 3, 6)))

@@ -99,6 +99,42 @@ def test_splits_columns_and_names_of_classes(tmp_path):
     assert single.splits["train"].texts[1] == ("h 1",) and single.key != found.key
 
 
+NAMES = {
+    ".tsv": ("train.tsv", "dev_matched.tsv", "dev_mismatched.tsv"),
+    ".parquet": ("train-0.parquet", "validation_matched-0.parquet", "validation_mismatched-0.parquet"),
+}
+
+
+@pytest.mark.parametrize("names", [*NAMES.values(), None], ids=[*NAMES, "hub"])
+def test_the_second_validation_split_of_mnli_is_one_of_its_own(config, rows, tmp_path, monkeypatch, names):
+    parts = rows[:60], rows[60:70], rows[70:74]
+    if names is None:
+        splits = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
+        secret = [{**row, "label": -1} for row in rows[:3]]
+        table = pytest.importorskip("datasets").Dataset.from_list
+        published = {name: table(part) for name, part in zip(splits, (*parts, secret, secret), strict=True)}
+        monkeypatch.setattr(labelled, "load_hub", lambda source: published)
+        data = "someone/glue:mnli"
+    else:
+        data = str(tmp_path / "mnli")
+        for name, part in zip(names, parts, strict=True):
+            write(tmp_path / "mnli" / name, part)
+    found = load_labelled(data)
+    wanted = dict(zip(("train", "valid", "mismatched"), parts, strict=True))
+    assert found.tested_on == "valid" and found.splits["test"] is found.splits["valid"]
+    assert {name: [text for (text,) in found.splits[name].texts] for name in wanted} == {
+        name: [row["text"] for row in part] for name, part in wanted.items()
+    }
+    assert run(TextClassification, replace(config, data=data, steps=2, eval_every=2)) == 0
+    events = {event["event"]: event for event in read_metrics(tmp_path / "run")}
+    assert events["start"]["splits"] == {"train": 60, "valid": 10, "test": 10, "mismatched": 4}
+    assert events["test"]["accuracy"] == events["valid"]["accuracy"] and "mismatched_accuracy" not in events["valid"]
+    model, task = load_model(tmp_path / "run"), TextClassification(replace(config, data=data), torch.device("cpu"))
+    batch = task.rows["mismatched"]
+    right = model.classify(batch.ids, mask=batch.mask, token_types=batch.types).argmax(-1) == batch.classes
+    assert events["test"]["mismatched_accuracy"] == pytest.approx(right.double().mean().item())
+
+
 LINES = ['"an open quotation mark\t1', "null\t0", "None\t1", 'a "word" in it\t0', '"\t1', "an end\t0"]
 
 
@@ -232,6 +268,20 @@ def test_the_encoder_is_taken_over_and_the_classifier_is_fresh(encoder):
     assert model.config.dropout == 0.3 and classifier_from(encoder, 5, {}).classifier.out_features == 5
     with pytest.raises(ValueError, match=r"dim.*does not fit the weights"):
         classifier_from(encoder, 2, {"dim": 32})
+
+
+@pytest.mark.parametrize("head", ["linear", "grassmann"])
+def test_what_has_no_part_in_classifying_is_not_trained(config, mlm, tmp_path, head):
+    folder = tmp_path / head
+    options = ("subspace_dim=2",) if head == "grassmann" else ()
+    sizes = (*mlm().set, f"head={head}", *options)
+    run(MaskedLanguageModeling, mlm(out=str(folder), set=sizes, steps=1, eval_every=0, save_every=0, samples=0))
+    task = TextClassification(replace(config, model=str(folder)), torch.device("cpu"))
+    task.loss(task.model.train(), next(task.batches(0))).backward()
+    # DDP waits for the gradients of all that is trained.
+    trained = {name: parameter.grad for name, parameter in task.model.named_parameters() if parameter.requires_grad}
+    assert [name for name, grad in trained.items() if grad is None] == []
+    assert trained.keys() == {name for name, _ in task.model.named_parameters() if not name.startswith("head.")}
 
 
 def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(config, encoder, tmp_path, monkeypatch):

@@ -92,6 +92,20 @@ def test_the_hubs_labels_are_told_by_their_names(monkeypatch):
     assert [LABELS[label] for label in found.labels] == names and found.dropped == 1
 
 
+def test_the_pooler_of_a_fine_tuned_encoder_is_not_trained(nli, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    transformers.BertModel(transformers.BertConfig(vocab_size=280, **sizes)).save_pretrained(tmp_path / "bert")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "runs", *ANIMALS]))
+    settings = nli(encoder=str(tmp_path / "bert"), fine_tune=True, tokenizer=str(tmp_path / "vocab.txt"))
+    task = NaturalLanguageInference(settings, torch.device("cpu"))
+    task.loss(task.model.train(), next(task.batches(0))).backward()
+    # DDP waits for the gradients of all that is trained.
+    trained = {name: parameter.grad for name, parameter in task.model.named_parameters() if parameter.requires_grad}
+    assert [name for name, grad in trained.items() if grad is None] == []
+    assert any(name.startswith("encoder.encoder.") for name in trained)
+
+
 def test_tokens_are_marked_cut_and_padded(folder, shared):
     tokenizer = load_tokenizer(str(shared / "data" / "bert-base-uncased"))
     assert marks(tokenizer) == (101, 102, 0)

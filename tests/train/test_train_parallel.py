@@ -232,3 +232,25 @@ def test_a_process_that_has_lost_another_says_so(variant, arguments, start, tmp_
     assert second.exitcode == -signal.SIGKILL and first.exitcode == 2, said.read_text()
     assert "another process of the run is gone" in said.read_text()
     assert "the checkpoint of step 4 is intact: continue with: torchrun" in said.read_text()
+
+
+@pytest.mark.parametrize("wrong", ["data", "mixing"])
+def test_a_mistake_in_the_settings_is_one_line_of_every_process(variant, vision, arguments, start, tmp_path, wrong):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    missing = tmp_path / "missing.txt"
+    settings, message = {
+        "data": (variant(data=str(missing)), f"error: data {missing}: no such file or folder\n"),
+        # Three rows a process cannot be mixed in pairs.
+        "mixing": (
+            vision(batch_size=6),
+            "error: batch_size must be a multiple of twice the 2 processes for mixup and cutmix, got 6\n",
+        ),
+    }[wrong]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = [{**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    for process, said in [start(arguments(settings, out=tmp_path / "run"), rank) for rank in ranks]:
+        process.join(600)
+        assert (process.exitcode, said.read_text()) == (2, message)
+    assert not (tmp_path / "run").exists()

@@ -48,6 +48,10 @@ class TrainBatches(Dataset):
         self.images, self.config = images, config
         self.order = BlockOrder(len(images), config.seed)
         self.rows = _mirrored_rows(config.batch_size)
+        if config.mixes and len(self.rows) % 2:
+            # Those that are mixed with each other must be in one process.
+            wanted = f"a multiple of twice the {size()} processes for mixup and cutmix"
+            raise ValueError(f"batch_size must be {wanted}, got {config.batch_size}")
         self.transform = train_transform(config)
         self.mix = mixing(config, classes) if config.mixes else None
 

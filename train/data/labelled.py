@@ -4,10 +4,11 @@ import csv
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from .tokenizer import special_tokens
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+T = TypeVar("T")
 # Words such as "null" and "None" are words. Quotation marks are text where tabs part the columns, as in GLUE's files.
 CSV: dict[str, Any] = {"keep_default_na": False}
 TSV = {**CSV, "delimiter": "\t", "quoting": csv.QUOTE_NONE}
@@ -43,6 +45,8 @@ TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
     ("text", None),
     ("sentence", None),
 )
+# MNLI's second validation and test split, on genres that are not in train: not part of the first one.
+FURTHER = "mismatched"
 # Every tenth row of a table without splits is held out for validation, and as many for testing.
 HOLDOUT = 10
 
@@ -61,7 +65,10 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class LabelledData:
-    """A data set. key: a hash of its content. classes: their names. tested_on: the split that "test" stands for."""
+    """A data set. key: a hash of its content. classes: their names. tested_on: the split that "test" stands for.
+
+    splits: "train", "valid", "test", and "mismatched" where there is such a one beside the one that "test" stands for.
+    """
 
     name: str
     key: str
@@ -91,7 +98,8 @@ def load_labelled(
 
     A split whose labels are all −1, which is how the hub keeps them secret, or that has none, as GLUE's own files, is
     as good as missing. Of missing ones, validation is held out of train: every tenth row of a fixed permutation; test
-    too if validation was missing, otherwise validation serves as test.
+    too if validation was missing, otherwise validation serves as test. What has "mismatched" in its name, as MNLI's
+    second validation split, is a split of its own, and takes part in no choice.
 
     Raises FileNotFoundError where nothing is found and ValueError for an empty split, a missing column, a text that is
     none, or a label that is out of range; each names its source.
@@ -99,8 +107,11 @@ def load_labelled(
     path = Path(source).expanduser()
     if path.is_dir():
         files = files_below(path, READERS)
-        named = {name: [p for p in files if split_of(p.relative_to(path)) in names] for name, names in ALIASES.items()}
-        tables = {name: _read(found) for name, found in named.items() if found}
+        tables = {}
+        for split, names in ALIASES.items():
+            found = [file for file in files if split_of(file.relative_to(path)) in names]
+            own, further = _apart(found, lambda file: str(file.relative_to(path)))
+            tables |= {name: _read(part) for name, part in ((split, own), (f"{split} {FURTHER}", further)) if part}
         if "train" not in tables:
             raise FileNotFoundError(f"data {source}: no train file (*train*{', *train*'.join(READERS)}) in it")
     elif path.is_file():
@@ -165,13 +176,19 @@ def _hub(source: str) -> dict[str, Any]:
     found = load_hub(source)
     tables = {}
     for split, names in ALIASES.items():
-        # MNLI has validation_matched and validation_mismatched: the first one stands for validation.
-        name = next((name for alias in names for name in found if split_of(Path(name)) == alias), None)
-        if name is not None:
-            tables[split] = found[name]
+        own, further = _apart([name for alias in names for name in found if split_of(Path(name)) == alias], str)
+        # Of several, such as ANLI's rounds, the first one stands for the split.
+        tables |= {name: found[part[0]] for name, part in ((split, own), (f"{split} {FURTHER}", further)) if part}
     if "train" not in tables:
         raise ValueError(f"data {source}: it has no train split, but {', '.join(found)}")
     return tables
+
+
+def _apart(found: list[T], name: Callable[[T], str]) -> tuple[list[T], list[T]]:
+    """What makes up a split, and what is a further split beside it."""
+    further = [one for one in found if FURTHER in re.split(r"[^a-z]+", name(one).lower())]
+    own = [one for one in found if one not in further]
+    return (own, further) if own else (further, [])
 
 
 def _columns(
@@ -204,7 +221,11 @@ def _labelled(tables: dict[str, Any], columns: tuple[tuple[str, ...], str], sour
         rows = list(zip(*(_strings(tables[split], name, where) for name in texts), strict=True))
         splits[split] = LabelledText(rows, _numbers(found, classes, where))
     tested_on = "test" if "test" in splits or "valid" not in splits else "valid"
+    further = splits.get(f"{tested_on} {FURTHER}")
+    splits = {split: part for split, part in splits.items() if split in SPLITS}
     _complete(splits, tested_on, source)
+    if further is not None:
+        splits[FURTHER] = further
     digest = hashlib.sha256(json.dumps([[classes], *([s.texts, s.classes.tolist()] for s in splits.values())]).encode())
     return LabelledData(Path(source).name or source, digest.hexdigest()[:24], classes, splits, tested_on)
 

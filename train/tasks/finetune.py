@@ -17,11 +17,10 @@ from ...kernels.losses import IGNORE
 from .. import parallel
 from ..config import RunConfig
 from ..data import BlockOrder, load_tokenizer, save_tokenizer
-from ..data.labelled import TextBatch, encode_labelled, evaluation_rows, load_labelled
+from ..data.labelled import FURTHER, TextBatch, encode_labelled, evaluation_rows, load_labelled
 from ..data.tokenizer import FILE as TOKENIZER_FILE
-from ..text_model import load_text_model
+from ..text_model import check_sizes, load_text_model
 from .base import Task
-from .mlm import check_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +81,10 @@ class TextClassification(Task):
         source = Path(config.resume or config.model)
         self.data = load_labelled(config.data, config.text_column, config.pair_column, config.label_column)
         model = classifier_from(source, len(self.data.classes), config.overrides())
-        check_length(config.seq_len, model)
+        # It learns nothing here, and must not look to DDP as if it did.
+        model.head.requires_grad_(False)
         self.tokenizer = load_tokenizer(str(source))
+        check_sizes(model, self.tokenizer.get_vocab_size(), config.seq_len)
         self.rows = {
             name: encode_labelled(part, self.tokenizer, config.seq_len) for name, part in self.data.splits.items()
         }
@@ -115,8 +116,14 @@ class TextClassification(Task):
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         return model(batch.ids, classes=batch.classes, mask=batch.mask, token_types=batch.types)
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        found = self._metrics(model, split)
+        if split != "test" or FURTHER not in self.rows:
+            return found
+        return {**found, **{f"{FURTHER}_{name}": value for name, value in self._metrics(model, FURTHER).items()}}
+
+    @torch.no_grad()
+    def _metrics(self, model: nn.Module, split: str) -> dict[str, float]:
         classifier: Any = model
         confusion = Confusion(len(self.data.classes), self.device)
         mine = parallel.rows(self.config.batch_size)

@@ -18,6 +18,7 @@ from ..data import BlockOrder
 from ..data.masked import MaskedBatch, MaskedText
 from ..data.sources import SPLITS
 from ..parallel import rows, total
+from ..text_model import check_sizes
 from .base import Task
 from .lm import LanguageModeling, read_corpus
 
@@ -73,7 +74,7 @@ class MaskedLanguageModeling(LanguageModeling):
         check_encoder(config.model)
         sizes = {"vocab_size": self.corpus.tokenizer.get_vocab_size(), "num_classes": 2 if config.sentence_order else 0}
         model = create_model(config.model, **{**sizes, **overrides})
-        check_length(config.seq_len, model)
+        check_sizes(model, sizes["vocab_size"], config.seq_len)
         if not config.sentence_order and model.pooler is not None:
             # It learns nothing here, and must not look to DDP as if it did.
             model.pooler.requires_grad_(False)
@@ -168,12 +169,6 @@ def check_encoder(name: str) -> None:
     """ValueError if the model of that name is no text encoder."""
     if (kind := model_config(name).kind) != "mlm":
         raise ValueError(f"model {name!r} is of kind {kind!r}, not a text encoder")
-
-
-def check_length(seq_len: int, model: Any) -> None:
-    """ValueError if sequences of so many tokens have more positions than the model."""
-    if seq_len > (limit := model.config.max_len):
-        raise ValueError(f"seq_len must be at most the model's max_len={limit}, got {seq_len}")
 
 
 def default_mlm() -> MLMConfig:
