@@ -141,6 +141,22 @@ def test_a_penalty_on_gradients_is_right_or_refused(spec, backend):
                 gradient()
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=needs_extension)])
+@pytest.mark.parametrize("spec", DIFFERENTIABLE)
+def test_a_vectorised_jacobian_is_the_one_row_by_row(spec, backend):
+    tensors = first(spec).tensors(torch.float32)
+    names = [name for name, t in tensors.items() if t.requires_grad]
+
+    def call(*values):
+        out = spec.call(**(tensors | dict(zip(names, values, strict=True))), **first(spec).options, backend=backend)
+        return out if isinstance(out, torch.Tensor) else tuple(o for o in out if o.requires_grad)
+
+    values = tuple(tensors[name].detach() for name in names)
+    wanted, found = (torch.autograd.functional.jacobian(call, values, vectorize=many) for many in (False, True))
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_operators_keep_their_dtypes_under_autocast(spec, dtype):
