@@ -136,6 +136,15 @@ def test_the_reference_sums_halves_in_float32():
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_the_mean_of_no_rows_is_nan_and_trains_nothing_as_in_pytorch(backend):
+    x, weight, labels = confident(torch.float32)
+    soft = torch.zeros(0, len(weight) // 4)
+    for rows, target in ((x, torch.full_like(labels, -100)), (x[:0], labels[:0]), (x[:0], soft)):
+        loss = subspace_cross_entropy(rows, weight, target, 4, backend=backend)
+        assert loss.isnan() and not any(g.any() for g in torch.autograd.grad(loss, (x, weight)))
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_nan_counts_where_its_row_does(backend):
     x, weight, labels = (t.detach() for t in confident(torch.float32))
     labels[2] = -100
