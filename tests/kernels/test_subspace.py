@@ -82,6 +82,16 @@ def test_loss_is_torchs_cross_entropy_over_many_chunks(backend, soft, monkeypatc
 
 
 @needs_extension
+def test_the_extension_adds_up_many_classes_in_float64():
+    """On every processor: where vectors are short, a sum in float32 was a long chain."""
+    x, weight, labels = (t.detach() for t in labelled((2,), 1_000_000, 1, 2).values())
+    settings = {"k": 1, "label_smoothing": 0.1, "reduction": "sum"}
+    exact = subspace_cross_entropy(x.float().double(), weight.float().double(), labels, **settings)
+    found = subspace_cross_entropy(x.float(), weight.float(), labels, **settings, backend="cpp")
+    torch.testing.assert_close(found.double(), exact, atol=0, rtol=2e-7)
+
+
+@needs_extension
 def test_the_extension_works_through_many_chunks():
     """At least 128 rows are a chunk, however many classes: 300 rows are three."""
     case = Case("many", lambda: labelled((300,), 131072, 1, 2), {"k": 1, "scale": 25.0})
