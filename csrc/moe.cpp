@@ -60,8 +60,10 @@ GRASSLAND_INLINE Gate gate_of_gelu(const Vec& x) {
 
 GRASSLAND_INLINE Vec gelu(const Vec& x) { return x * gate_of_gelu(x).open; }
 
+// Beyond 10 the gate's clamped exponential is not small enough for x^3.
 GRASSLAND_INLINE Vec gelu_slope(const Vec& x, const Gate& g) {
-  return g.open + x * g.open * g.shut * 1.5957691216f * (1.0f + 0.134145f * x * x);
+  const Vec most = Vec{} + 10.0f, below = x > most ? most : x, v = below < -most ? -most : below;
+  return g.open + v * g.open * g.shut * 1.5957691216f * (1.0f + 0.134145f * v * v);
 }
 
 // use(a, b) with the flags as constants.

@@ -169,6 +169,19 @@ def test_few_rows_of_every_number(dim, inner):
             assert (b - a).norm() < 1e-6 * a.norm(), tokens
 
 
+@pytest.mark.parametrize("gelu_out", [False, True])
+@pytest.mark.parametrize("backend", FLOAT32)
+def test_the_slope_of_a_huge_preactivation_is_0_or_1(backend, gelu_out):
+    """x^3 times the clamped exponential of the gate was 3.5 at 1e13, and infinite from 1e25 on."""
+    sizes = torch.tensor([10.0, 11.0, 1e6, 1e10, 1e13, 1e16, 1e18])
+    x = torch.cat([sizes, -sizes])[:, None]
+    logits, one = torch.zeros(len(x), 1), torch.ones(1, 1, 1)
+    w = {"w_up": one, "b_up": torch.zeros(1, 1), "w_down": one, "b_down": torch.zeros(1, 1)}
+    y, _ = layer(x.requires_grad_(), logits, w, backend, top_k=1, gelu_out=gelu_out)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(slope, (x > 0).float(), atol=1e-30, rtol=0)
+
+
 @pytest.mark.skipif(len(FLOAT32) == 1, reason="the extension is not built")
 def test_accumulating_backward_adds_to_what_is_there():
     from grassland.kernels.moe import op
