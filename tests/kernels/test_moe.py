@@ -82,6 +82,24 @@ def test_a_dropped_pair_contributes_exactly_zero(backend):
 
 
 @pytest.mark.parametrize("backend", FLOAT32)
+def test_a_dropped_pair_contributes_nothing_of_a_nan_gate(backend):
+    x, w = normal(12, 6).float(), weights(3, 6, 10, torch.float32)
+    r = moe_route(normal(12, 3).float(), capacity=4)
+    gates = r.gates.masked_fill(r.slots < 0, torch.nan)
+    y, expected = (moe_ffn(x, g, r.slots, r.order, r.offsets, **w, backend=backend) for g in (gates, r.gates))
+    assert (r.slots < 0).any() and torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("backend", FLOAT32)
+def test_a_nan_is_the_largest_logit_as_where_pytorch_sorts(backend):
+    logits = normal(6, 4).float()
+    logits[4], logits[2, 3], logits[3, 0] = torch.nan, torch.nan, torch.nan
+    for capacity in (None, 2):
+        found, wanted = (moe_route(logits, capacity=capacity, backend=b) for b in (backend, "reference"))
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", FLOAT32)
 def test_everything_to_one_expert_leaves_the_others_without_gradient(backend):
     x, w = normal(9, 6).float(), weights(4, 6, 10, torch.float32)
     logits = torch.zeros(9, 4)
