@@ -249,7 +249,7 @@ Tensor gather(const Tensor& x, const int64_t* order, const Shape& s, int64_t row
   T* to = data<T>(out);
   parallel(rows, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
-      std::memcpy(to + r * s.dim, from + order[r] / s.top_k * s.dim, s.dim * sizeof(T));
+      std::copy_n(from + order[r] / s.top_k * s.dim, s.dim, to + r * s.dim);
   });
   return out;
 }
@@ -273,11 +273,12 @@ Dropout dropout_of(const std::optional<Tensor>& seed, double rate, uint32_t salt
 
 constexpr uint32_t kOutputSalt = 0x9e3779b9u;
 
-void clear(const Tensor& x) { std::memset(x.mutable_data_ptr(), 0, x.numel() * x.element_size()); }
+// No memset here, and no memcpy of rows: an empty tensor has no address.
+void clear(const Tensor& x) { std::fill_n(data<char>(x), x.numel() * x.element_size(), 0); }
 
 template <typename T>
 void zero_tail(const Tensor& x, int64_t rows) {
-  std::memset(data<T>(x) + rows * x.size(1), 0, (x.numel() - rows * x.size(1)) * sizeof(T));
+  std::fill_n(data<T>(x) + rows * x.size(1), x.numel() - rows * x.size(1), T{});
 }
 
 // Runs an expert, for all of them that have rows. Reading and writing the weights is worth so many rows.
@@ -358,7 +359,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gates,
       up_rows(pairs + begin, inner, s.inner, first, last, data<T>(a), kept);
     });
     out.set(e, begin, linear(a, downs[e], &down_biases[e]));
-    if (save && act) std::memcpy(data<T>(o) + begin * s.dim, out.pointers[begin], n * s.dim * sizeof(T));
+    if (save && act) std::copy_n(out.pointers[begin], n * s.dim, data<T>(o) + begin * s.dim);
   });
   const Tensor y = empty(x, {s.tokens, s.dim}, kDtype<T>);
   parallel(s.tokens, kGrain, [&](int64_t begin, int64_t end) {
