@@ -254,11 +254,18 @@ Tensor gather(const Tensor& x, const int64_t* order, const Shape& s, int64_t row
   return out;
 }
 
+// Where each expert's rows begin and end. What is no routing must not lead outside of the tensors.
 struct Sizes {
   std::vector<int64_t> bounds;
   int64_t rows;
-  Sizes(const Tensor& offsets, int64_t experts)
-      : bounds(data<int64_t>(offsets), data<int64_t>(offsets) + experts + 1), rows(bounds.back()) {}
+  Sizes(const Tensor& offsets, const Tensor& slots, const Tensor& order, int64_t experts)
+      : bounds(data<int64_t>(offsets), data<int64_t>(offsets) + experts + 1), rows(bounds.back()) {
+    const int64_t pairs = slots.numel(), *slot = data<int64_t>(slots), *pair = data<int64_t>(order);
+    bool right = bounds.front() == 0 && rows <= pairs && std::is_sorted(bounds.begin(), bounds.end());
+    for (int64_t p = 0; p < pairs; ++p) right &= slot[p] < rows;
+    for (int64_t r = 0; right && r < rows; ++r) right = pair[r] >= 0 && pair[r] < pairs;
+    STD_TORCH_CHECK(right, "slots, order and offsets must be those of one moe_route");
+  }
 };
 
 Shape shape_of(const Tensor& x, const Tensor& slots, const Tensor& w_up) {
@@ -342,7 +349,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gates,
                                            const Tensor& b_up, const Tensor& w_down, const Tensor& b_down, double rate,
                                            const std::optional<Tensor>& seed, bool act, bool save) {
   const Shape s = shape_of(x, slots, w_up);
-  const Sizes sizes(offsets, s.experts);
+  const Sizes sizes(offsets, slots, order, s.experts);
   const Dropout inner = dropout_of(seed, rate, 0), outer = dropout_of(seed, rate, kOutputSalt);
   const int64_t* pairs = data<int64_t>(order);
   const Tensor h = empty(x, {save ? s.pairs : 0, s.inner}, kDtype<T>);
@@ -387,7 +394,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
                                                     const std::optional<Tensor>& total_up,
                                                     const std::optional<Tensor>& total_down, bool accumulate) {
   const Shape s = shape_of(x, slots, w_up);
-  const Sizes sizes(offsets, s.experts);
+  const Sizes sizes(offsets, slots, order, s.experts);
   const Dropout inner = dropout_of(seed, rate, 0), outer = dropout_of(seed, rate, kOutputSalt);
   const float* gate = data<float>(gates);
   const Tensor dgates = zeros(x, {s.tokens, s.top_k}, ScalarType::Float);

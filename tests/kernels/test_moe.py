@@ -99,6 +99,18 @@ def test_a_nan_is_the_largest_logit_as_where_pytorch_sorts(backend):
         torch.testing.assert_close(found, wanted, equal_nan=True)
 
 
+@pytest.mark.skipif(len(FLOAT32) == 1, reason="the extension is not built")
+@pytest.mark.parametrize("name, number", [("slots", 12), ("order", 24), ("order", -1), ("offsets", 1), ("offsets", -1)])
+def test_the_extension_reads_nothing_outside_of_the_tensors(name, number):
+    x, w = normal(12, 6).float(), weights(3, 6, 10, torch.float32)
+    r = moe_route(normal(12, 3).float(), capacity=4)
+    arguments = {"slots": r.slots, "order": r.order, "offsets": r.offsets}
+    arguments[name] = arguments[name].clone()
+    arguments[name].view(-1)[0] = number
+    with pytest.raises(RuntimeError, match="slots, order and offsets must be those of one moe_route"):
+        moe_ffn(x, r.gates, **arguments, **w, backend="cpp")
+
+
 @pytest.mark.parametrize("backend", FLOAT32)
 def test_everything_to_one_expert_leaves_the_others_without_gradient(backend):
     x, w = normal(9, 6).float(), weights(4, 6, 10, torch.float32)
