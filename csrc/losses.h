@@ -10,8 +10,8 @@ namespace grassland {
 // Columns whose terms are added in float32; their sums are added in float64.
 constexpr int64_t kBlock = 4096;
 
-// Of a row's logits less their peak: the sums of their exponentials and of themselves, and of the weights q, alone and times
-// the logits.
+// Of a row's logits less their peak: the sums of their exponentials and of themselves, and of the weights q, alone and
+// times the logits.
 struct Sums {
   double powers = 0, along = 0, mass = 0, hit = 0;
 };
