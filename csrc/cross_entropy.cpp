@@ -2,15 +2,11 @@
 // l <- softmax(l) - (1 - s) onehot - s / V. A chunk of logits lives for its three products, and a row stays in the cache
 // between its passes.
 #include "losses.h"
-#include "vec.h"
 
 #include <type_traits>
 
 namespace grassland {
 namespace {
-
-// Columns whose terms are added in float32; their sums are added in float64.
-constexpr int64_t kBlock = 4096;
 
 struct Softmax {
   int64_t vocab;
@@ -20,33 +16,17 @@ struct Softmax {
   bool grad;
 };
 
-// exp(l - peak) of a row into `powers`, which may be l; the sums of these and of l - peak are added up in float64.
-template <typename T>
-GRASSLAND_INLINE void exponentials(const T* l, int64_t n, float peak, float* powers, double& sum, double& along) {
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    Vec p = {}, a = {};
-    for_each_vector(std::min(kBlock, n - begin), [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-      Vec below = load(l + begin + c, live) - peak, power = exp_below(below);
-      store(power, powers + begin + c, live);
-      for (int64_t i = live; i < kLanes; ++i) below[i] = power[i] = 0;
-      p += power;
-      a += below;
-    });
-    sum += total(p);
-    along += total(a);
-  }
-}
-
 // The loss of the row l, which becomes its gradient; NaN for a NaN logit, and the gradient, too. room: l itself, or room for
 // as many float32.
 template <typename T>
 GRASSLAND_INLINE double softmax_row(const Softmax& s, int64_t label, T* l, float* room) {
   const float peak = largest(l, s.vocab);
   const double hit = to_float(l[label]) - peak;
-  double powers = 0, along = 0;
-  exponentials(l, s.vocab, peak, room, powers, along);
+  const Sums sums = exponentials<false>(s.vocab, room, nullptr, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+    return load(l + c, live) - peak;
+  });
   if (s.grad) {
-    const float scale = static_cast<float>(1 / powers);
+    const float scale = static_cast<float>(1 / sums.powers);
     const float shift = s.smoothing / static_cast<float>(s.vocab);
     const float drop = room[label] * scale - shift - (1 - s.smoothing);
     for_each_vector(s.vocab, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
@@ -55,8 +35,8 @@ GRASSLAND_INLINE double softmax_row(const Softmax& s, int64_t label, T* l, float
     from_float(drop, l[label]);
   }
   // 0 times the mean would be NaN where a logit is -inf
-  const double spread = s.smoothing > 0 ? s.smoothing * (along / s.vocab) : 0;
-  return std::log(powers) - (1 - s.smoothing) * hit - spread;
+  const double spread = s.smoothing > 0 ? s.smoothing * (sums.along / s.vocab) : 0;
+  return std::log(sums.powers) - (1 - s.smoothing) * hit - spread;
 }
 
 GRASSLAND_INLINE float* room_of(float* l, std::vector<float>&) { return l; }

@@ -60,8 +60,10 @@ GRASSLAND_INLINE Gate gate_of_gelu(const Vec& x) {
 
 GRASSLAND_INLINE Vec gelu(const Vec& x) { return x * gate_of_gelu(x).open; }
 
+// Beyond 10 the gate's clamped exponential is not small enough for x^3.
 GRASSLAND_INLINE Vec gelu_slope(const Vec& x, const Gate& g) {
-  return g.open + x * g.open * g.shut * 1.5957691216f * (1.0f + 0.134145f * x * x);
+  const Vec most = Vec{} + 10.0f, below = x > most ? most : x, v = below < -most ? -most : below;
+  return g.open + v * g.open * g.shut * 1.5957691216f * (1.0f + 0.134145f * v * v);
 }
 
 // use(a, b) with the flags as constants.
@@ -247,16 +249,23 @@ Tensor gather(const Tensor& x, const int64_t* order, const Shape& s, int64_t row
   T* to = data<T>(out);
   parallel(rows, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
-      std::memcpy(to + r * s.dim, from + order[r] / s.top_k * s.dim, s.dim * sizeof(T));
+      std::copy_n(from + order[r] / s.top_k * s.dim, s.dim, to + r * s.dim);
   });
   return out;
 }
 
+// Where each expert's rows begin and end. What is no routing must not lead outside of the tensors.
 struct Sizes {
   std::vector<int64_t> bounds;
   int64_t rows;
-  Sizes(const Tensor& offsets, int64_t experts)
-      : bounds(data<int64_t>(offsets), data<int64_t>(offsets) + experts + 1), rows(bounds.back()) {}
+  Sizes(const Tensor& offsets, const Tensor& slots, const Tensor& order, int64_t experts)
+      : bounds(data<int64_t>(offsets), data<int64_t>(offsets) + experts + 1), rows(bounds.back()) {
+    const int64_t pairs = slots.numel(), *slot = data<int64_t>(slots), *pair = data<int64_t>(order);
+    bool right = bounds.front() == 0 && rows <= pairs && std::is_sorted(bounds.begin(), bounds.end());
+    for (int64_t p = 0; p < pairs; ++p) right &= slot[p] < rows;
+    for (int64_t r = 0; right && r < rows; ++r) right = pair[r] >= 0 && pair[r] < pairs;
+    STD_TORCH_CHECK(right, "slots, order and offsets must be those of one moe_route");
+  }
 };
 
 Shape shape_of(const Tensor& x, const Tensor& slots, const Tensor& w_up) {
@@ -271,11 +280,12 @@ Dropout dropout_of(const std::optional<Tensor>& seed, double rate, uint32_t salt
 
 constexpr uint32_t kOutputSalt = 0x9e3779b9u;
 
-void clear(const Tensor& x) { std::memset(x.mutable_data_ptr(), 0, x.numel() * x.element_size()); }
+// No memset here, and no memcpy of rows: an empty tensor has no address.
+void clear(const Tensor& x) { std::fill_n(data<char>(x), x.numel() * x.element_size(), 0); }
 
 template <typename T>
 void zero_tail(const Tensor& x, int64_t rows) {
-  std::memset(data<T>(x) + rows * x.size(1), 0, (x.numel() - rows * x.size(1)) * sizeof(T));
+  std::fill_n(data<T>(x) + rows * x.size(1), x.numel() - rows * x.size(1), T{});
 }
 
 // Runs an expert, for all of them that have rows. Reading and writing the weights is worth so many rows.
@@ -339,7 +349,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gates,
                                            const Tensor& b_up, const Tensor& w_down, const Tensor& b_down, double rate,
                                            const std::optional<Tensor>& seed, bool act, bool save) {
   const Shape s = shape_of(x, slots, w_up);
-  const Sizes sizes(offsets, s.experts);
+  const Sizes sizes(offsets, slots, order, s.experts);
   const Dropout inner = dropout_of(seed, rate, 0), outer = dropout_of(seed, rate, kOutputSalt);
   const int64_t* pairs = data<int64_t>(order);
   const Tensor h = empty(x, {save ? s.pairs : 0, s.inner}, kDtype<T>);
@@ -356,7 +366,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gates,
       up_rows(pairs + begin, inner, s.inner, first, last, data<T>(a), kept);
     });
     out.set(e, begin, linear(a, downs[e], &down_biases[e]));
-    if (save && act) std::memcpy(data<T>(o) + begin * s.dim, out.pointers[begin], n * s.dim * sizeof(T));
+    if (save && act) std::copy_n(out.pointers[begin], n * s.dim, data<T>(o) + begin * s.dim);
   });
   const Tensor y = empty(x, {s.tokens, s.dim}, kDtype<T>);
   parallel(s.tokens, kGrain, [&](int64_t begin, int64_t end) {
@@ -384,7 +394,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
                                                     const std::optional<Tensor>& total_up,
                                                     const std::optional<Tensor>& total_down, bool accumulate) {
   const Shape s = shape_of(x, slots, w_up);
-  const Sizes sizes(offsets, s.experts);
+  const Sizes sizes(offsets, slots, order, s.experts);
   const Dropout inner = dropout_of(seed, rate, 0), outer = dropout_of(seed, rate, kOutputSalt);
   const float* gate = data<float>(gates);
   const Tensor dgates = zeros(x, {s.tokens, s.top_k}, ScalarType::Float);

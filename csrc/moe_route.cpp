@@ -17,13 +17,16 @@ GRASSLAND_INLINE void softmax(const float* logits, int64_t n, float* out) {
   for (int64_t e = 0; e < n; ++e) out[e] /= sum;
 }
 
+// As where PyTorch sorts: a NaN is the largest.
+bool larger(float a, float b) { return a > b || (a != a && b == b); }
+
 // The K largest logits, the lower expert first among equals.
 void choose(const float* logits, const Shape& s, std::vector<char>& taken, int64_t* chosen) {
   std::fill(taken.begin(), taken.end(), 0);
   for (int64_t k = 0; k < s.top_k; ++k) {
     int64_t best = -1;
     for (int64_t e = 0; e < s.experts; ++e)
-      if (!taken[e] && (best < 0 || logits[e] > logits[best])) best = e;
+      if (!taken[e] && (best < 0 || larger(logits[e], logits[best]))) best = e;
     taken[best] = 1;
     chosen[k] = best;
   }

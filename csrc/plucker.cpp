@@ -354,7 +354,7 @@ void place(const Tensor& product, const T* bias, int64_t first_valid, int64_t ba
       const T* in = from + k * s.dim;
       T* row = out + (base + k) * s.dim;
       if (bias == nullptr || (base + k) % s.length < first_valid) {
-        std::memcpy(row, in, s.dim * sizeof(T));
+        std::copy_n(in, s.dim, row);
         continue;
       }
       for (int64_t c = 0; c < s.dim; ++c) from_float(to_float(in[c]) + to_float(bias[c]), row[c]);

@@ -6,7 +6,6 @@
 #include <type_traits>
 
 #include "losses.h"
-#include "vec.h"
 
 namespace grassland {
 namespace {
@@ -145,28 +144,15 @@ GRASSLAND_INLINE double loss_row(const Head& h, const Target& t, int64_t row, co
   const int64_t classes = h.classes;
   const float uniform = t.smoothing / static_cast<float>(classes);
   const float peak = largest(norms, classes);
-  float sum = 0, along = 0;
-#pragma omp simd reduction(+ : sum, along)
-  for (int64_t c = 0; c < classes; ++c) {
-    p[c] = exp_approx(h.scale * (norms[c] - peak));
-    sum += p[c];
-    along += h.scale * (norms[c] - peak);
-  }
-  float mass = 1, hit = 0;
+  const auto below = [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+    return h.scale * (load(norms + c, live) - peak);
+  };
   const float* q = t.probabilities == nullptr ? nullptr : t.probabilities + row * classes;
-  if (q != nullptr) {
-    mass = 0;
-#pragma omp simd reduction(+ : mass, hit)
-    for (int64_t c = 0; c < classes; ++c) {
-      mass += q[c];
-      hit += q[c] * h.scale * (norms[c] - peak);
-    }
-    mass = mass * (1 - t.smoothing) + t.smoothing;
-  } else {
-    hit = h.scale * (norms[t.labels[row]] - peak);
-  }
+  const Sums sums = q == nullptr ? exponentials<false>(classes, p, q, below) : exponentials<true>(classes, p, q, below);
+  const double mass = q == nullptr ? 1 : sums.mass * (1 - t.smoothing) + t.smoothing;
+  const double hit = q == nullptr ? h.scale * (norms[t.labels[row]] - peak) : sums.hit;
   if (grad) {
-    const float factor = mass / sum;
+    const float factor = static_cast<float>(mass / sums.powers);
     if (q != nullptr) {
       for (int64_t c = 0; c < classes; ++c) p[c] = p[c] * factor - (1 - t.smoothing) * q[c] - uniform;
     } else {
@@ -175,8 +161,8 @@ GRASSLAND_INLINE double loss_row(const Head& h, const Target& t, int64_t row, co
       p[t.labels[row]] -= 1 - t.smoothing;
     }
   }
-  return static_cast<double>(mass) * std::log(static_cast<double>(sum)) -
-         static_cast<double>(1 - t.smoothing) * hit - static_cast<double>(uniform) * along;
+  return mass * std::log(sums.powers) - (1 - static_cast<double>(t.smoothing)) * hit -
+         static_cast<double>(uniform) * sums.along;
 }
 
 template <typename T>

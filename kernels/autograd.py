@@ -73,13 +73,13 @@ def scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return (saved.to(wide) * factor).to(dtype)
     # What traces a backward (torch.compile) has tensor types of its own, and does without the spare tensor anyway. A
     # vectorised Jacobian has many factors in one.
-    traced, many = type(saved) is not Tensor, _batched(factor)
+    traced, many = type(saved) is not Tensor, batched(factor)
     if traced or many or _C._autograd._get_current_graph_task_keep_graph():
         return (saved * factor).to(dtype)
     return saved.mul_(factor).to(dtype)
 
 
-def _batched(x: Tensor) -> bool:
+def batched(x: Tensor) -> bool:
     """Whether it stands for many: those of torch.vmap, or of autograd's is_grads_batched."""
     return _C._functorch.is_batchedtensor(x) or _C._functorch.is_legacy_batchedtensor(x)
 

@@ -55,6 +55,11 @@ class Gradients:
         return (self.dx, dweight) if boost == 1 else (self.dx.div_(boost), dweight.div_(boost))
 
 
+def mean(total: Tensor, rows: Tensor) -> Tensor:
+    """total / rows. Of no rows, NaN with gradients of 0, as in PyTorch; a quotient's would be 0 times infinity."""
+    return total.masked_fill(rows == 0, torch.nan) / rows
+
+
 def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
     """ValueError for a class that there is not. On a GPU, where looking would mean waiting, it makes the loss NaN."""
     if target.is_floating_point() or target.device.type != "cpu" or target.numel() == 0:

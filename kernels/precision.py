@@ -15,3 +15,10 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
 
 def full_precision(x: Tensor) -> Tensor:
     return x.to(accumulation(x.dtype))
+
+
+def clamped_norm(x: Tensor, least: float = 0.0) -> Tensor:
+    """max(|x|, least) over the last dimension, which stays. Where it is `least`, derivatives of any order are 0: the
+    second ones of PyTorch's norm are NaN at 0."""
+    clamped = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True) <= least
+    return torch.where(clamped, least, torch.linalg.vector_norm(torch.where(clamped, 1, x), dim=-1, keepdim=True))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..launch import autocast_dtype, without_autocast
-from ..losses import check_loss
+from ..losses import check_loss, mean
 from . import op, reference
 
 __all__ = ["linear_cross_entropy"]
@@ -35,7 +35,7 @@ def linear_cross_entropy(
         x: (…, D) features; float32, bfloat16, float16 or float64, any layout, possibly empty.
         weight: (V, D).
         target: (…) int64 classes.
-        reduction: "mean" over the rows that count (NaN if none does, as in PyTorch) or "sum".
+        reduction: "mean" over the rows that count (NaN with gradients of 0 if none does, as in PyTorch) or "sum".
         label_smoothing: in [0, 1], as in PyTorch.
         ignore_index: the class that does not count.
         backend: "reference", "eager", "cpp" or "triton"; None picks by $GRASSLAND_BACKEND, then by device.
@@ -61,7 +61,7 @@ def linear_cross_entropy(
         enabled = torch.is_grad_enabled()
         mask = [enabled and rows.requires_grad, enabled and weight.requires_grad]
         total = op.loss(rows, weight, flat, smoothing, ignore_index, dtype, mask, chosen)[0]
-    return total if reduction == "sum" else total / (flat != ignore_index).sum()
+    return total if reduction == "sum" else mean(total, (flat != ignore_index).sum())
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..precision import clamped_norm
+
 
 def group_sizes(factors: Sequence[int]) -> list[int]:
     """Columns of each factor."""
@@ -92,7 +94,7 @@ def pre(x: Tensor, weight: Tensor, bias: Tensor, factors: Sequence[int], eps: fl
     """u = H_pre X and all coefficients h of the sublayer."""
     flat = x.flatten(1).to(weight.dtype)
     # 1. x' = vec X / max(|vec X|, eps); sqrt(nC), 1 + gamma and alpha are part of the weight
-    normed = flat / torch.linalg.vector_norm(flat, dim=-1, keepdim=True).clamp_min(eps)
+    normed = flat / clamped_norm(flat, eps)
     # 2. logits = x' W^T + b
     h = coefficients(normed @ weight.T + bias, factors)
     # 3. u = H_pre X

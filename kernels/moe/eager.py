@@ -110,7 +110,8 @@ def moe_ffn(
             o[begin:end] = rows
             rows = F.gelu(rows, approximate="tanh")
         out[begin:end] = rows * second
-    y = (full_precision(gates)[..., None] * gathered(out, slots)).sum(1)
+    kept = torch.where(slots >= 0, full_precision(gates), 0)  # a dropped pair's may be NaN
+    y = (kept[..., None] * gathered(out, slots)).sum(1)
     return y.to(x.dtype), h, o
 
 

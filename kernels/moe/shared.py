@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import batched
 from . import eager, op
 
 
@@ -99,8 +100,9 @@ class _Call(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple:
         if grad is None:
             return (None,) * 16
-        if torch.is_grad_enabled():
-            return None, None, *_differentiable(ctx, grad)
+        # The opaque op writes into totals, which a vectorised Jacobian cannot have many of.
+        if torch.is_grad_enabled() or batched(grad):
+            return None, None, *_by_autograd(ctx, grad, torch.is_grad_enabled())
         if torch._C._current_graph_task_id() < 0 or not any(ctx.shared):
             return None, None, *op.plain_backward(ctx, grad, ctx.needs_input_grad[2:])
         (up, up_filled), (down, down_filled) = (s.total() if s else (None, False) for s in ctx.shared)
@@ -112,15 +114,16 @@ class _Call(torch.autograd.Function):
         return None, None, dx, dgates, None, None, None, None, db_up, None, db_down, *(None,) * 5
 
 
-def _differentiable(ctx: Any, grad: Tensor) -> tuple:
-    """The gradients as functions of the inputs, for a second derivative: autograd's, of the eager form."""
+def _by_autograd(ctx: Any, grad: Tensor, create_graph: bool) -> tuple:
+    """The gradients that autograd finds for the eager form; with `create_graph`, functions of the inputs."""
     *saved, _, _, seed = ctx.saved_tensors
-    # Views, so that the gradient of a weight does not come by x too, which may depend on it.
-    inputs: Any = [t.view_as(t) for t in saved]
-    arguments: Any = (*inputs, ctx.dropout, seed, ctx.gelu_out)
-    y = eager.moe_ffn(*arguments)[0]
+    with torch.enable_grad():
+        # Views, so that the gradient of a weight does not come by x too, which may depend on it.
+        inputs: Any = [t.view_as(t) for t in saved]
+        arguments: Any = (*inputs, ctx.dropout, seed, ctx.gelu_out)
+        y = eager.moe_ffn(*arguments)[0]
     wanted = [t for t in inputs if t.requires_grad]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph, allow_unused=True))
     return *(next(found) if t.requires_grad else None for t in inputs), *(None,) * 5
 
 

@@ -62,8 +62,9 @@ def bias_gradient(grad: Tensor, first: int) -> Tensor:
 @dispatch.opaque("plucker_mix_backward")
 def plucker_mix_backward(
     grad: Tensor, z: Tensor, weight: Tensor, offsets: list[int], eps: float, mask: list[bool], backend: str
-) -> list[Tensor]:
-    """[dz, dweight, dbias]; empty (0,) where `mask` says that it is not needed."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz, dweight, dbias); empty (0,) where `mask` says that it is not needed. No list: PyTorch could not make a
+    vectorised Jacobian of it."""
     backend = dispatch.pick(OP, weight, backend, unfit(z, offsets))
     if backend == "eager":
         found = eager.plucker_mix_backward(grad, z, weight, offsets, eps, mask)
@@ -81,15 +82,17 @@ def plucker_mix_backward(
         dz, dweight, dbias = found
         found = [dz.to(z.dtype), dweight.to(weight.dtype), None if dbias is None else dbias.to(weight.dtype)]
     pairs = zip(found, mask, strict=True)
-    return [g.contiguous() if needed and g is not None else z.new_empty(0) for g, needed in pairs]
+    dz, dweight, dbias = (g.contiguous() if needed and g is not None else z.new_empty(0) for g, needed in pairs)
+    return dz, dweight, dbias
 
 
 @plucker_mix_backward.register_fake
 def _(
     grad: Tensor, z: Tensor, weight: Tensor, offsets: list[int], eps: float, mask: list[bool], backend: str
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     full = [z.new_empty(z.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])]
-    return [g if needed else z.new_empty(0) for g, needed in zip(full, mask, strict=True)]
+    dz, dweight, dbias = (g if needed else z.new_empty(0) for g, needed in zip(full, mask, strict=True))
+    return dz, dweight, dbias
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

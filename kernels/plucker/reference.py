@@ -5,12 +5,12 @@ The paper pairs t with t + offset, which shows position t its own target; here t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..precision import full_precision
+from ..precision import clamped_norm, full_precision
 
 
 def plucker_coordinates(a: Tensor, b: Tensor) -> Tensor:
@@ -18,7 +18,18 @@ def plucker_coordinates(a: Tensor, b: Tensor) -> Tensor:
     return a[..., i] * b[..., j] - a[..., j] * b[..., i]
 
 
-def literal_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], eps: float) -> Tensor:
+def plain_norm(p: Tensor, eps: float) -> Tensor:
+    return torch.linalg.vector_norm(p, dim=-1, keepdim=True).clamp_min(eps)
+
+
+def literal_mix(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    offsets: Sequence[int],
+    eps: float,
+    norm: Callable[[Tensor, float], Tensor] = plain_norm,
+) -> Tensor:
     """In the dtype of z."""
     length = z.shape[1]
     position = torch.arange(length, device=z.device).unsqueeze(-1)
@@ -31,7 +42,7 @@ def literal_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequenc
         # 2. p_ij = z_ti z_sj - z_tj z_si
         p = plucker_coordinates(z, partner)
         # 3. p^ = p / max(|p|, eps)
-        p = p / torch.linalg.vector_norm(p, dim=-1, keepdim=True).clamp_min(eps)
+        p = p / norm(p, eps)
         # 4. project
         g = p @ weight.to(p.dtype).T
         total = total + torch.where(valid, g if bias is None else g + bias, 0)
@@ -41,7 +52,8 @@ def literal_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequenc
 
 
 def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], eps: float) -> Tensor:
-    return literal_mix(full_precision(z), weight, bias, offsets, eps)
+    # where there is no pair p is 0
+    return literal_mix(full_precision(z), weight, bias, offsets, eps, clamped_norm)
 
 
 def literal_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..launch import autocast_dtype, without_autocast
-from ..losses import check_loss
+from ..losses import check_loss, mean
 from ..precision import HALVES
 from . import op, reference
 from .op import MODES
@@ -72,7 +72,7 @@ def subspace_cross_entropy(
         target: (…) int64 classes, or (…, K) floating-point probabilities (mixup), to which no gradient flows.
         label_smoothing: in [0, 1].
         ignore_index: the class that does not count; without effect on probabilities.
-        reduction: "mean" over the rows that count (NaN if none does, as in PyTorch) or "sum".
+        reduction: "mean" over the rows that count (NaN with gradients of 0 if none does, as in PyTorch) or "sum".
 
     Returns:
         A scalar, float32 or, for float64 input, float64.
@@ -100,7 +100,7 @@ def subspace_cross_entropy(
         total = op.cross_entropy(rows, weight, flat, *options)[0]
     if reduction == "sum":
         return total
-    return total / (rows.shape[0] if soft else (flat != ignore_index).sum())
+    return mean(total, total.new_full((), rows.shape[0]) if soft else (flat != ignore_index).sum())
 
 
 def grassmann_step(

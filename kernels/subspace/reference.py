@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..precision import full_precision
+from ..precision import clamped_norm, full_precision
 
 # Below this norm a feature is divided by it instead, as F.normalize does.
 EPS = 1e-12
@@ -17,8 +17,9 @@ EPS = 1e-12
 
 def subspace_logits(x: Tensor, weight: Tensor, k: int, scale: float) -> Tensor:
     # 1. x^ = x / max(|x|, eps)      2. z_i = S_i^T x^      3. logit_i = scale |z_i|
-    z = F.normalize(full_precision(x), dim=-1, eps=EPS) @ full_precision(weight).T
-    return scale * torch.linalg.vector_norm(z.unflatten(-1, (-1, k)), dim=-1)
+    wide = full_precision(x)
+    z = wide / clamped_norm(wide, EPS) @ full_precision(weight).T
+    return scale * clamped_norm(z.unflatten(-1, (-1, k))).squeeze(-1)
 
 
 def subspace_cross_entropy(

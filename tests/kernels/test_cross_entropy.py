@@ -15,13 +15,14 @@ from grassland.kernels.products import multiplies_halves
 from grassland.kernels.testing import record_launches, resource_usage
 
 needs_extension = pytest.mark.skipif(dispatch.extension_error() is not None, reason=str(dispatch.extension_error()))
-BACKENDS = ["eager", pytest.param("cpp", marks=needs_extension)]
 
 
-@pytest.fixture(params=[1 << 24, 40], ids=["one-chunk", "many-chunks"], autouse=True)
-def chunk_elements(request, monkeypatch):
-    monkeypatch.setattr(op, "CHUNK_ELEMENTS", request.param)
-    monkeypatch.setattr(op, "GPU_CHUNK_ELEMENTS", request.param)
+@pytest.fixture(params=["eager", "eager-many-chunks", pytest.param("cpp", marks=needs_extension)])
+def backend(request, monkeypatch):
+    """Its name; how many numbers of the logits the C++ kernels have at a time is not ours to say."""
+    if request.param == "eager-many-chunks":
+        monkeypatch.setattr(op, "CHUNK_ELEMENTS", 40)
+    return request.param.removesuffix("-many-chunks")
 
 
 def inputs(tokens=11, dim=6, vocab=17, dtype=torch.float64, ignored=3):
@@ -29,7 +30,6 @@ def inputs(tokens=11, dim=6, vocab=17, dtype=torch.float64, ignored=3):
     return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), target
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_it_is_torchs_cross_entropy(backend, reduction, smoothing):
@@ -43,7 +43,6 @@ def test_it_is_torchs_cross_entropy(backend, reduction, smoothing):
     torch.testing.assert_close(torch.autograd.grad(3 * loss, (x, weight)), wanted, **tolerance)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_another_class_may_be_ignored(backend):
     x, weight, target = inputs(dtype=torch.float32, ignored=0)
     expected = F.cross_entropy(x @ weight.T, target, ignore_index=int(target[0]))
@@ -51,7 +50,6 @@ def test_another_class_may_be_ignored(backend):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("frozen", ["x", "weight"])
 def test_a_frozen_input_gets_no_gradient_and_costs_no_product(frozen, backend):
     x, weight, target = inputs(dtype=torch.float32)
@@ -65,7 +63,6 @@ def test_a_frozen_input_gets_no_gradient_and_costs_no_product(frozen, backend):
     assert [t.shape == (0,) for t in found[1:]] == [not needed for needed in mask]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_multiplies_in_bfloat16_and_sums_in_float32(backend):
     x, weight, target = inputs(64, 16, 50, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -80,8 +77,10 @@ def test_autocast_multiplies_in_bfloat16_and_sums_in_float32(backend):
     torch.testing.assert_close(weight.grad, rounded_w.grad, atol=2e-3, rtol=2e-2)
 
 
-def test_float16_gradients_survive_until_they_are_scaled():
+@pytest.mark.parametrize("elements", [1 << 24, 40], ids=["one-chunk", "many-chunks"])
+def test_float16_gradients_survive_until_they_are_scaled(elements, monkeypatch):
     """Rows that are nearly certain have gradients below float16's smallest number before the loss scale comes."""
+    monkeypatch.setattr(op, "CHUNK_ELEMENTS", elements)
     x, weight, target = inputs(64, 16, 50, torch.float16)
     with torch.no_grad():
         target = (x @ weight.T).float().argmax(-1)
@@ -112,7 +111,6 @@ def test_second_derivatives_are_refused():
     torch.autograd.gradgradcheck(lambda x, w: linear_cross_entropy(x, w, target, backend="reference"), (x, weight))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_inputs_may_change_before_the_backward(backend):
     """The gradients are there already."""
     x, weight, target = inputs(dtype=torch.float32)
@@ -125,7 +123,6 @@ def test_inputs_may_change_before_the_backward(backend):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_many_output_gradients_at_once(backend):
     """As a vectorised Jacobian has them."""
     x, weight, target = inputs(dtype=torch.float32)
@@ -135,7 +132,6 @@ def test_many_output_gradients_at_once(backend):
     torch.testing.assert_close(found, torch.stack([expected, -2 * expected]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_retained_graph_gives_its_gradients_again(backend):
     x, weight, target = inputs(dtype=torch.float32)
     loss = linear_cross_entropy(x, weight, target, backend=backend)
@@ -146,14 +142,15 @@ def test_a_retained_graph_gives_its_gradients_again(backend):
         torch.testing.assert_close(leaf.grad, expected * 4 / 3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_to_predict_is_nan_as_in_pytorch(backend):
     x, weight, target = inputs(dtype=torch.float32)
-    assert linear_cross_entropy(x, weight, torch.full_like(target, -100), backend=backend).isnan()
+    for rows, labels in ((x, torch.full_like(target, -100)), (x[:0], target[:0])):
+        loss = linear_cross_entropy(rows, weight, labels, backend=backend)
+        assert loss.isnan() and not any(g.any() for g in torch.autograd.grad(loss, (x, weight)))
     assert linear_cross_entropy(x[:0], weight, target[:0], reduction="sum", backend=backend) == 0
 
 
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("backend", ["reference", "eager", pytest.param("cpp", marks=needs_extension)])
 def test_features_of_no_width_are_equally_sure_of_every_class(backend):
     x, weight = torch.zeros(3, 0), torch.zeros(5, 0)
     loss = linear_cross_entropy(x, weight, torch.arange(3), backend=backend)
@@ -167,7 +164,6 @@ def test_the_reference_sums_halves_in_float32():
     torch.testing.assert_close(loss, torch.tensor(9000.0).log())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_extreme_logits(backend):
     x, weight, target = inputs(dtype=torch.float32)
     loss = linear_cross_entropy(x * 1e4, weight, target, backend=backend)
@@ -175,7 +171,6 @@ def test_extreme_logits(backend):
     assert loss.isfinite() and x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_counts_where_its_row_does(backend):
     x, weight, target = inputs(dtype=torch.float32)
     expected = linear_cross_entropy(x, weight, target, backend=backend)

@@ -82,6 +82,36 @@ def test_a_dropped_pair_contributes_exactly_zero(backend):
 
 
 @pytest.mark.parametrize("backend", FLOAT32)
+def test_a_dropped_pair_contributes_nothing_of_a_nan_gate(backend):
+    x, w = normal(12, 6).float(), weights(3, 6, 10, torch.float32)
+    r = moe_route(normal(12, 3).float(), capacity=4)
+    gates = r.gates.masked_fill(r.slots < 0, torch.nan)
+    y, expected = (moe_ffn(x, g, r.slots, r.order, r.offsets, **w, backend=backend) for g in (gates, r.gates))
+    assert (r.slots < 0).any() and torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("backend", FLOAT32)
+def test_a_nan_is_the_largest_logit_as_where_pytorch_sorts(backend):
+    logits = normal(6, 4).float()
+    logits[4], logits[2, 3], logits[3, 0] = torch.nan, torch.nan, torch.nan
+    for capacity in (None, 2):
+        found, wanted = (moe_route(logits, capacity=capacity, backend=b) for b in (backend, "reference"))
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+
+
+@pytest.mark.skipif(len(FLOAT32) == 1, reason="the extension is not built")
+@pytest.mark.parametrize("name, number", [("slots", 12), ("order", 24), ("order", -1), ("offsets", 1), ("offsets", -1)])
+def test_the_extension_reads_nothing_outside_of_the_tensors(name, number):
+    x, w = normal(12, 6).float(), weights(3, 6, 10, torch.float32)
+    r = moe_route(normal(12, 3).float(), capacity=4)
+    arguments = {"slots": r.slots, "order": r.order, "offsets": r.offsets}
+    arguments[name] = arguments[name].clone()
+    arguments[name].view(-1)[0] = number
+    with pytest.raises(RuntimeError, match="slots, order and offsets must be those of one moe_route"):
+        moe_ffn(x, r.gates, **arguments, **w, backend="cpp")
+
+
+@pytest.mark.parametrize("backend", FLOAT32)
 def test_everything_to_one_expert_leaves_the_others_without_gradient(backend):
     x, w = normal(9, 6).float(), weights(4, 6, 10, torch.float32)
     logits = torch.zeros(9, 4)
@@ -167,6 +197,19 @@ def test_few_rows_of_every_number(dim, inner):
             results.append([y, *torch.autograd.grad(y, [x, *w.values()], grad.abs())])
         for a, b in zip(*results, strict=True):
             assert (b - a).norm() < 1e-6 * a.norm(), tokens
+
+
+@pytest.mark.parametrize("gelu_out", [False, True])
+@pytest.mark.parametrize("backend", FLOAT32)
+def test_the_slope_of_a_huge_preactivation_is_0_or_1(backend, gelu_out):
+    """x^3 times the clamped exponential of the gate was 3.5 at 1e13, and infinite from 1e25 on."""
+    sizes = torch.tensor([10.0, 11.0, 1e6, 1e10, 1e13, 1e16, 1e18])
+    x = torch.cat([sizes, -sizes])[:, None]
+    logits, one = torch.zeros(len(x), 1), torch.ones(1, 1, 1)
+    w = {"w_up": one, "b_up": torch.zeros(1, 1), "w_down": one, "b_down": torch.zeros(1, 1)}
+    y, _ = layer(x.requires_grad_(), logits, w, backend, top_k=1, gelu_out=gelu_out)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(slope, (x > 0).float(), atol=1e-30, rtol=0)
 
 
 @pytest.mark.skipif(len(FLOAT32) == 1, reason="the extension is not built")

@@ -68,6 +68,35 @@ def test_transforms_see_every_derivative(spec):
         torch.func.grad(lambda *v: call(*v, backend="eager"))(*values)
 
 
+@pytest.mark.parametrize("spec", DIFFERENTIABLE)
+def test_second_derivatives_of_the_reference_are_the_same_in_any_order(spec):
+    """Also of norms that are 0, where PyTorch's own are NaN."""
+    tensors, options = first(spec).tensors(), first(spec).options
+    names = [name for name, t in tensors.items() if t.requires_grad]
+    values = tuple(tensors[name].detach() for name in names)
+    for value in values:
+        if value.dim() > 1:
+            value[0] = 0
+    every = tuple(range(len(values)))
+    directions = tuple(normal(*v.shape, seed=60 + k) for k, v in enumerate(values))
+
+    def call(*values):
+        out = spec.call(**(tensors | dict(zip(names, values, strict=True))), **options, backend="reference")
+        out = [out] if isinstance(out, torch.Tensor) else out
+        return sum(o.double().square().sum() for o in out)
+
+    def slope(*values):
+        return torch.func.jvp(call, values, directions)[1]
+
+    wanted = torch.func.jvp(torch.func.grad(call, every), values, directions)[1]
+    leaves = [v.requires_grad_() for v in values]
+    gradients = torch.autograd.grad(call(*leaves), leaves, create_graph=True)
+    along = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+    for found in (torch.func.grad(slope, every)(*values), torch.autograd.grad(along, leaves)):
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("spec", DIFFERENTIABLE)
 def test_a_compiler_sees_every_tangent(spec):
@@ -110,6 +139,22 @@ def test_a_penalty_on_gradients_is_right_or_refused(spec, backend):
         else:
             with pytest.raises(RuntimeError, match=r"cannot be differentiated twice|no autograd formula"):
                 gradient()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=needs_extension)])
+@pytest.mark.parametrize("spec", DIFFERENTIABLE)
+def test_a_vectorised_jacobian_is_the_one_row_by_row(spec, backend):
+    tensors = first(spec).tensors(torch.float32)
+    names = [name for name, t in tensors.items() if t.requires_grad]
+
+    def call(*values):
+        out = spec.call(**(tensors | dict(zip(names, values, strict=True))), **first(spec).options, backend=backend)
+        return out if isinstance(out, torch.Tensor) else tuple(o for o in out if o.requires_grad)
+
+    values = tuple(tensors[name].detach() for name in names)
+    wanted, found = (torch.autograd.functional.jacobian(call, values, vectorize=many) for many in (False, True))
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

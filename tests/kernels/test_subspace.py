@@ -82,6 +82,16 @@ def test_loss_is_torchs_cross_entropy_over_many_chunks(backend, soft, monkeypatc
 
 
 @needs_extension
+def test_the_extension_adds_up_many_classes_in_float64():
+    """On every processor: where vectors are short, a sum in float32 was a long chain."""
+    x, weight, labels = (t.detach() for t in labelled((2,), 1_000_000, 1, 2).values())
+    settings = {"k": 1, "label_smoothing": 0.1, "reduction": "sum"}
+    exact = subspace_cross_entropy(x.float().double(), weight.float().double(), labels, **settings)
+    found = subspace_cross_entropy(x.float(), weight.float(), labels, **settings, backend="cpp")
+    torch.testing.assert_close(found.double(), exact, atol=0, rtol=2e-7)
+
+
+@needs_extension
 def test_the_extension_works_through_many_chunks():
     """At least 128 rows are a chunk, however many classes: 300 rows are three."""
     case = Case("many", lambda: labelled((300,), 131072, 1, 2), {"k": 1, "scale": 25.0})
@@ -133,6 +143,15 @@ def test_the_reference_sums_halves_in_float32():
     exact = subspace_cross_entropy(rows.double(), weight.double(), labels, 4)
     found = subspace_cross_entropy(rows, weight, labels, 4, backend="reference")
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_the_mean_of_no_rows_is_nan_and_trains_nothing_as_in_pytorch(backend):
+    x, weight, labels = confident(torch.float32)
+    soft = torch.zeros(0, len(weight) // 4)
+    for rows, target in ((x, torch.full_like(labels, -100)), (x[:0], labels[:0]), (x[:0], soft)):
+        loss = subspace_cross_entropy(rows, weight, target, 4, backend=backend)
+        assert loss.isnan() and not any(g.any() for g in torch.autograd.grad(loss, (x, weight)))
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
