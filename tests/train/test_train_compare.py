@@ -212,6 +212,12 @@ def test_throughput_of_runs_that_shared_the_device_is_never_taken_for_their_own(
     assert "Throughput: 70 steps of each arm alone" in report and told not in report
 
 
+def test_runs_at_a_time_share_the_threads(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert run(written(config, tmp_path), tmp_path / "out", "--jobs", "2") == 0
+    assert {r["threads"] for r in read_records(tmp_path / "out" / "report.jsonl")} == {3}
+
+
 def test_an_arm_that_lacks_a_seed_says_so(plan, tmp_path):
     for arm, seeds in (("a", (0, 1, 2)), ("b", (0, 2))):
         for seed in seeds:

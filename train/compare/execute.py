@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import torch
+
 from ...archs import read_config
 from ..checkpoint import has_state
 from ..config import RunConfig
@@ -154,7 +156,10 @@ class Runner:
         if self.jobs > 1:
             folder.parent.mkdir(parents=True, exist_ok=True)
             _shared(folder).touch()
-        return self.context.Process(target=train, args=(replace(config, out=str(folder), resume=AUTO), _log(folder)))
+        placed = replace(config, out=str(folder), resume=AUTO)
+        # Threads of several runs on the same cores wait for each other: ten times as long as with one thread each.
+        threads = max(1, torch.get_num_threads() // self.jobs) if self.jobs > 1 else None
+        return self.context.Process(target=train, args=(placed, _log(folder), False, threads))
 
     def _alone(self, chosen: Mapping[str, Selection]) -> None:
         """Give the chosen runs of every arm its rate with nothing beside it, measured if any of them shared the device,
@@ -194,9 +199,11 @@ def in_short(config: RunConfig, out: str) -> RunConfig:
     return replace(short, out=out, resume=AUTO, log_every=WINDOW_STEPS)
 
 
-def train(config: RunConfig, log: Path, timed: bool = False) -> None:
+def train(config: RunConfig, log: Path, timed: bool = False, threads: int | None = None) -> None:
     """One run, in a process of its own, which saves and ends if the comparison's is killed; what it prints goes to
-    `log`. timed: nothing is judged, to save the time."""
+    `log`. timed: nothing is judged, to save the time. threads: of PyTorch, by default as many as it takes."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     threading.Thread(target=_follow_parent, daemon=True).start()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
