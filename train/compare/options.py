@@ -37,8 +37,7 @@ class CompareOptions:
     settings: tuple[str, ...] = ()
     """Settings of `train lm` or `train vision` for every arm: steps=200 data=PATH tokenizer=PATH dtype=bf16 …"""
     jobs: int = 1
-    """Runs at a time; they share the device and the CPU's threads, so throughput is then measured once more, for each arm
-    alone."""
+    """Runs at a time; they share the device and the threads, so throughput is then measured for each arm alone."""
     plan: bool = False
     """Only say what would be run."""
     report_only: bool = False
