@@ -452,6 +452,7 @@ def test_options_narrow_and_change(config, tmp_path):
         ({"settings": ("betas=0.9",)}, "betas must be 2 values, each a number, got 0.9"),
         ({"settings": ("dtype=int8",)}, r"dtype must be one of \('bf16', 'float32'\), got 'int8'"),
         ({"lrs": (0.1, 0.1)}, "lrs must differ from each other"),
+        ({"lrs": (0.1, 0.10000001)}, "lrs must differ from each other"),
         ({"seeds": (-1,)}, "seeds must be integers of at least 0"),
     ],
 )

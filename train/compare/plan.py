@@ -44,8 +44,9 @@ class Comparison:
             raise ValueError(f"{self.name}: lrs must be positive numbers, got {self.lrs}")
         if not self.seeds or not all(isinstance(s, int) and s >= 0 for s in self.seeds):
             raise ValueError(f"{self.name}: seeds must be integers of at least 0, got {self.seeds}")
-        for what in ("lrs", "seeds"):
-            if len(set(getattr(self, what))) < len(getattr(self, what)):
+        # Their folders are named by six digits of the rate.
+        for what, values in (("lrs", [f"{lr:g}" for lr in self.lrs]), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
                 raise ValueError(f"{self.name}: {what} must differ from each other, got {getattr(self, what)}")
 
     @property
