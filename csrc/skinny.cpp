@@ -5,7 +5,7 @@
 // on it ask for the next one. The rows of x, transposed into panels of sixteen, are the lanes: each element of w meets a
 // panel at a time, so that w may lie either way and is never transposed. Lanes without a row cost nothing, as the memory
 // is the slower part.
-#include "linear.h"
+#include "skinny.h"
 #include "vec.h"
 
 #include <memory>
@@ -32,15 +32,8 @@ Buffer buffer(int64_t size) {
 
 int64_t rounded(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
-struct Product {
-  const float *x, *w, *bias;  // (n, k), rows side by side; (m, k) of either layout; (m) or null
-  float* y;                   // (n, m)
-  int64_t n, m, k, ldx, ldw;
-  bool along;  // w is contiguous along the sum
-};
-
 // x in panels: (panel, k, lane), zero in lanes without a row.
-GRASSLAND_MULTIARCH void pack(const Product& p, float* panels) {
+GRASSLAND_MULTIARCH void pack(const Product<float>& p, float* panels) {
   for (int64_t first = 0; first < p.n; first += kLanes) {
     const int64_t live = std::min(kLanes, p.n - first);
     float* panel = panels + first * p.k;
@@ -119,8 +112,8 @@ GRASSLAND_INLINE void copy(const float* w, int64_t ldw, int64_t rows, int64_t de
 
 // Rows `begin` to `end` of w, all of its terms: y (n, begin .. end).
 template <bool along>
-GRASSLAND_INLINE void block_body(const Product& p, const float* panels, int64_t begin, int64_t end, bool wide, float* a,
-                                 float* c) {
+GRASSLAND_INLINE void block_body(const Product<float>& p, const float* panels, int64_t begin, int64_t end, bool wide,
+                                 float* a, float* c) {
   constexpr int64_t most = along ? kDepth : kWideDepth;
   const int64_t rows = rounded(end - begin, kStep), count = rounded(p.n, kLanes) / kLanes, block = rows * kLanes;
   for (int64_t k = 0; k < p.k; k += most) {
@@ -157,13 +150,13 @@ GRASSLAND_INLINE void block_body(const Product& p, const float* panels, int64_t 
     });
 }
 
-GRASSLAND_MULTIARCH void block_along(const Product& p, const float* panels, int64_t begin, int64_t end, bool wide,
-                                     float* a, float* c) {
+GRASSLAND_MULTIARCH void block_along(const Product<float>& p, const float* panels, int64_t begin, int64_t end,
+                                     bool wide, float* a, float* c) {
   block_body<true>(p, panels, begin, end, wide, a, c);
 }
 
-GRASSLAND_MULTIARCH void block_across(const Product& p, const float* panels, int64_t begin, int64_t end, bool wide,
-                                      float* a, float* c) {
+GRASSLAND_MULTIARCH void block_across(const Product<float>& p, const float* panels, int64_t begin, int64_t end,
+                                      bool wide, float* a, float* c) {
   block_body<false>(p, panels, begin, end, wide, a, c);
 }
 
@@ -256,29 +249,19 @@ bool skinny_fits(const Tensor& x, const Tensor& w) {
 }
 
 Tensor skinny(const Tensor& x, const Tensor& w, const Tensor* bias) {
-  const bool along = w.stride(1) == 1;
   const Tensor y = empty(x, {x.size(0), w.size(0)}, ScalarType::Float);
-  const Product p{data<float>(x),
-                  data<float>(w),
-                  bias == nullptr ? nullptr : data<float>(*bias),
-                  data<float>(y),
-                  x.size(0),
-                  w.size(0),
-                  x.size(1),
-                  x.stride(0),
-                  along ? w.stride(0) : w.stride(1),
-                  along};
+  const Product<float> p = product_of<float>(x, w, bias, y);
   const bool wide = many_registers();
   const Buffer panels = buffer(rounded(p.n, kLanes) * p.k);
   pack(p, panels.get());
   const int64_t share = rounded(p.m, torch::stable::get_num_threads()) / torch::stable::get_num_threads();
-  const int64_t rows = std::clamp(rounded(share, kStep), kStep, along ? kRows : kWideRows);
+  const int64_t rows = std::clamp(rounded(share, kStep), kStep, p.along ? kRows : kWideRows);
   torch::stable::parallel_for(0, rounded(p.m, rows) / rows, 1, [&](int64_t first, int64_t last) {
     const Buffer a = buffer(kBlock), c = buffer(rounded(p.n, kLanes) * rows);
     std::memset(a.get(), 0, kBlock * sizeof(float));
     for (int64_t b = first; b < last; ++b)
-      (along ? block_along : block_across)(p, panels.get(), b * rows, std::min((b + 1) * rows, p.m), wide, a.get(),
-                                           c.get());
+      (p.along ? block_along : block_across)(p, panels.get(), b * rows, std::min((b + 1) * rows, p.m), wide, a.get(),
+                                             c.get());
   });
   return y;
 }

@@ -5,7 +5,7 @@
 // factor is laid out in panels (pair, column): a weight a block at a time, which stays in the first cache, while the memory
 // is asked for the next. A library does so too, but its preparations take 10 us, as long as all of a product of 16 rows
 // with 192 x 768.
-#include "linear.h"
+#include "skinny.h"
 #include "vec.h"
 
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 11 : __GNUC__ >= 10)
@@ -154,13 +154,6 @@ GRASSLAND_PAIRS_INLINE void each_tile(int64_t n, const Args&... args) {
   }
 }
 
-struct Product {
-  const bf16 *x, *w, *bias;  // (n, k), rows side by side; (m, k) of either layout; (m) or null
-  bf16* y;                   // (n, m)
-  int64_t n, m, k, ldx, ldw;
-  bool along;  // w is contiguous along the sum
-};
-
 // The lines of the next block of w, asked for while this one is multiplied: it comes in pieces too short for the memory to
 // foresee.
 struct Ahead {
@@ -188,7 +181,7 @@ struct Block {
   Ahead* ahead;
 };
 
-GRASSLAND_PAIRS Ahead look_ahead(const Product& p, int64_t column, int64_t term, bool any) {
+GRASSLAND_PAIRS Ahead look_ahead(const Product<bf16>& p, int64_t column, int64_t term, bool any) {
   const int64_t columns = std::min(kPanel, p.m - column), terms = std::min(kDepth, p.k - term);
   const int64_t rows = p.along ? columns : terms, lines = ((p.along ? terms : columns) * 2 + 63) / 64;
   const bf16* first = p.w + (p.along ? column * p.ldw + term : term * p.ldw + column);
@@ -198,7 +191,7 @@ GRASSLAND_PAIRS Ahead look_ahead(const Product& p, int64_t column, int64_t term,
 
 template <int R>
 struct LinearTile {
-  GRASSLAND_PAIRS_APART static void run(int64_t first, const Product& p, const Block& b) {
+  GRASSLAND_PAIRS_APART static void run(int64_t first, const Product<bf16>& p, const Block& b) {
     Tile<R> sum;
     if (b.term > 0)
       take_tile<R>(b.sums + first * kPanel, kPanel, kPanel, sum);
@@ -221,7 +214,7 @@ struct LinearTile {
   }
 };
 
-GRASSLAND_PAIRS void linear_panels(const Product& p, int64_t begin, int64_t end) {
+GRASSLAND_PAIRS void linear_panels(const Product<bf16>& p, int64_t begin, int64_t end) {
   alignas(64) uint32_t words[kDepth / 2 * kPanel];
   const std::unique_ptr<float[]> sums(p.k > kDepth ? new float[p.n * kPanel] : nullptr);
   const int64_t last = std::min(end * kPanel, p.m);
@@ -302,18 +295,8 @@ bool skinny_bf16_fits(const Tensor& x, const Tensor& w) {
 }
 
 Tensor skinny_bf16(const Tensor& x, const Tensor& w, const Tensor* bias) {
-  const bool along = w.stride(1) == 1;
   const Tensor y = empty(x, {x.size(0), w.size(0)}, ScalarType::BFloat16);
-  const Product p{data<bf16>(x),
-                  data<bf16>(w),
-                  bias == nullptr ? nullptr : data<bf16>(*bias),
-                  data<bf16>(y),
-                  x.size(0),
-                  w.size(0),
-                  x.size(1),
-                  x.stride(0),
-                  along ? w.stride(0) : w.stride(1),
-                  along};
+  const Product<bf16> p = product_of<bf16>(x, w, bias, y);
   torch::stable::parallel_for(0, (p.m + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
     linear_panels(p, begin, end);
   });
