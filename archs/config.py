@@ -20,8 +20,10 @@ class ModelConfig:
     depth, ffn_dim: model width, number of blocks, hidden width of the ffn. dropout: probability in [0, 1). norm: "post"
     or "pre". mixer, residual, ffn, head: registered slot choices. share: which of ("mixer", "ffn") have one set of
     weights for all blocks; norms stay individual. share_groups: into how many runs of equal length the blocks are
-    divided, each with a set of its own. options: keyword arguments of the chosen slots' constructors; a slot's
-    `group_options` (num_experts, top_k and capacity_factor of "shared_moe") may be tuples of one entry a group.
+    divided, each with a set of its own. scaled_init: whether the weights that mixers and ffns end in start 1/√(2 depth)
+    smaller, as in GPT-2; a mixer that carries its input keeps its own. options: keyword arguments of the chosen slots'
+    constructors; a slot's `group_options` (num_experts, top_k and capacity_factor of "shared_moe") may be tuples of one
+    entry a group.
 
     Raises ValueError that names the field, its value and what is allowed.
     """
@@ -40,6 +42,7 @@ class ModelConfig:
     head: str = "tied"
     share: tuple[str, ...] = ()
     share_groups: int = 1
+    scaled_init: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,6 +89,10 @@ class ModelConfig:
                 )
         if self.share_groups > 1 and not self.share and not grouped & self._tuples():
             raise ValueError(f"share_groups={self.share_groups} needs something that the blocks share, got share=()")
+        for slot, choice in slots if self.scaled_init else ():
+            cls = slot_class(slot, choice)
+            if slot in SHAREABLE and not hasattr(cls, "outputs") and not getattr(cls, "carries_input", False):
+                raise ValueError(f"scaled_init=True needs to know what {slot} {choice!r} ends in: it has no outputs()")
 
     def _check_types(self, cls: type) -> None:
         several, hints = getattr(cls, "group_options", ()), slot_hints(cls)

@@ -11,7 +11,7 @@ from ..kernels.losses import IGNORE
 from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its choices)
 from .checks import first_rows
 from .config import ModelConfig
-from .init import init_weights
+from .init import reset_model
 from .lm import build_blocks, check_range, is_causal
 from .registry import build_slot, register_assembly, slot_class
 from .sharing import is_schedule
@@ -102,8 +102,7 @@ class Encoder(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all weights anew."""
-        for child in self.children():
-            child.apply(init_weights)
+        reset_model(self)
 
     def forward(
         self,

@@ -1,8 +1,27 @@
 """How weights start, in one place."""
 
+import math
+from typing import Any
+
+import torch
 from torch import nn
 
 INIT_STD = 0.02
+
+
+def reset_model(model: Any) -> None:
+    """Draw all weights of an assembly anew, as its config says."""
+    for child in model.children():
+        child.apply(init_weights)
+    if model.config.scaled_init:
+        _scale_outputs(model.blocks, 1 / math.sqrt(2 * model.config.depth))
+
+
+@torch.no_grad()
+def _scale_outputs(blocks: nn.Module, factor: float) -> None:
+    for module in blocks.modules():
+        for weight in module.outputs() if hasattr(module, "outputs") else ():
+            weight.mul_(factor)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its 
 from .checks import first_rows
 from .config import ModelConfig
 from .generate import Window, checked_lengths, stream
-from .init import init_weights
+from .init import reset_model
 from .registry import build_slot, register_assembly, slot_class
 from .sampling import Sampling
 from .sharing import branches
@@ -82,8 +82,7 @@ class LanguageModel(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all weights anew."""
-        for child in self.children():
-            child.apply(init_weights)
+        reset_model(self)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
         """Logits (B, L, V) of input_ids (B, L) int64; with labels, their cross entropy as a scalar instead.

@@ -12,7 +12,7 @@ from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its 
 from .checks import first_rows
 from .config import ModelConfig
 from .hints import fits
-from .init import init_weights
+from .init import reset_model
 from .lm import Block, build_blocks, build_branches, is_causal
 from .registry import build_slot, model_config, register_assembly
 
@@ -100,8 +100,7 @@ class VisionModel(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all weights anew."""
-        for child in self.children():
-            child.apply(init_weights)
+        reset_model(self)
 
     def forward(
         self,

@@ -33,6 +33,10 @@ class MLP(nn.Module):
         check_input(x, self.dim, self.up)
         return self.down(F.gelu(self.up(x)))
 
+    def outputs(self) -> list[Tensor]:
+        """The weights that it ends in."""
+        return [self.down.weight]
+
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs a token, whatever the sequence length."""
         return 2 * (self.up.weight.numel() + self.down.weight.numel())

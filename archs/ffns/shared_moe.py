@@ -176,6 +176,10 @@ class SharedMoE(nn.Module):
         total = counts.sum().clamp_min(1)
         return {"share": counts / total, "kept": kept / counts.clamp_min(1), "dropped": 1 - kept.sum() / total}
 
+    def outputs(self) -> list[Tensor]:
+        """The weights that it ends in."""
+        return [self.w_down]
+
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs a token whose pairs all find a place."""
         expert = (self.w_up.numel() + self.w_down.numel()) // self.num_experts

@@ -8,6 +8,7 @@ A mixer is constructed as `Mixer(dim, *, options…, device, dtype)` and has
 - `init_state(batch_size, max_len, device=None, dtype=None, **layer_options)`: a fresh state.
 - `flops_per_token(seq_len, **layer_options)`: forward FLOPs a token, averaged over a sequence.
 - `carries_input`: True if the output already blends the input in, so that post-norm adds no residual.
+- `outputs()`: the weights that it ends in, for models with `scaled_init`, which need them unless it carries its input.
 - `layer_options`: names of options that a model may give as one entry a layer; the methods above take them too, which
   is how blocks with different options can share one mixer's weights.
 - `causal`, True if absent. A mixer with causal=False has `forward(x, state=None, lengths=None, mask=None)`, mask (B, T)

@@ -39,6 +39,10 @@ class MultiHead(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
+    def outputs(self) -> list[Tensor]:
+        """The weights that it ends in."""
+        return [self.out_proj.weight]
+
     def merge(self, y: Tensor) -> Tensor:
         """(B, H, T, dim/H) → (B, T, dim), projected."""
         return self.out_proj(y.transpose(1, 2).flatten(2))

@@ -10,7 +10,7 @@ CONTROLS = ("convolution", "hadamard", "concatenation", "local_attention")
 RESIDUALS = ("plain", "hc", "mhc", "mhc_lite", "kromhc")
 DIMENSIONS = (1, 2, 4, 8, 16, 32)
 # Other libraries' baselines, beside our own of the same sizes.
-GPT2, VIT, TIMM_VIT = "GPT-2 (transformers)", "ViT (timm)", "timm/vit_tiny_patch16_224"
+GPT2, TIMM_VIT = "GPT-2 (transformers)", "timm/vit_tiny_patch16_224"
 Arms = dict[str, dict[str, Any]]
 
 
@@ -21,10 +21,12 @@ def papers_models(layers: int, rank: int = 32) -> Arms:
 
 
 def tuned_models(rank: int = 32) -> Arms:
-    """The Transformer, and Grassmann models with offsets one a layer or several, and of twice the rank."""
+    """The Transformer, also with GPT-2's start, and Grassmann models with offsets one a layer or several, and of twice
+    the rank."""
     model = "grassmann_lm_6l"
     return {
         "transformer": {"model": "transformer_lm_6l"},
+        "transformer, scaled init": {"model": "transformer_lm_6l", "set": ("scaled_init=True",)},
         "grassmann, one offset a layer": _grassmann(model, rank),
         "grassmann, offsets 1 2 4": _grassmann(model, rank, "offsets=1,2,4"),
         f"grassmann, rank {2 * rank}": _grassmann(model, 2 * rank),
@@ -41,15 +43,15 @@ def gpt2(dim: int, dropout: float) -> tuple[str, ...]:
     return (f"n_embd={dim}", "n_layer=6", "n_head=4", *rates)
 
 
-def timm_vit(dim: int, depth: int, ffn_dim: int, patch_size: int) -> tuple[str, ...]:
-    """What `set` says of timm's ViT of these sizes with three heads."""
-    return (
-        f"embed_dim={dim}",
-        f"depth={depth}",
-        "num_heads=3",
-        f"mlp_ratio={ffn_dim / dim:g}",
-        f"patch_size={patch_size}",
-    )
+def pooled_vits(dim: int, depth: int, ffn_dim: int, patch_size: int, **common: Any) -> dict[str, VisionConfig]:
+    """The unshared ViT of `shared_blocks` with the class token for the mean over tokens, and timm's of these sizes and
+    three heads with either; timm's mean leaves the class token out and comes before the last norm."""
+    sizes = (f"embed_dim={dim}", f"depth={depth}", "num_heads=3", f"mlp_ratio={ffn_dim / dim:g}")
+    timms = {**common, "model": TIMM_VIT, "set": (*sizes, f"patch_size={patch_size}")}
+    return {
+        **images({"unshared, class token": {"set": ("ffn=mlp", "share=[]", "pooling=cls")}}, **common),
+        **images({"ViT (timm)": {"set": ("global_pool=avg",)}, "ViT (timm), class token": {}}, **timms),
+    }
 
 
 def mixers() -> Arms:

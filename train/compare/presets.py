@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...archs.registry import unknown
-from ..config import LMConfig, VisionConfig
+from ..config import LMConfig
 from ..recipes import RECIPES, recipe
 from . import arms
 from .plan import Comparison, read_comparisons
@@ -80,7 +80,7 @@ def sharing() -> list[Comparison]:
     settings |= {"warmup_epochs": 5.0, "weight_decay": 0.05, "clip": 1.0, "label_smoothing": 0.1}
     settings |= {"auto_augment": "rand-m9-mstd0.5-inc1", "mixup": 0.5}
     runs = arms.images(blocks, **settings)
-    runs[arms.VIT] = VisionConfig(**{**settings, "model": arms.TIMM_VIT, "set": arms.timm_vit(192, 12, 768, 4)})
+    runs |= arms.pooled_vits(192, 12, 768, 4, **settings)
     title = "CIFAR-10, patches of 4, 12 blocks of width 192: sharing across depth"
     return [Comparison("sharing", title, runs, (5e-4, 1e-3, 2e-3))]
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import LMConfig, RunConfig, VisionConfig
+from ..config import LMConfig, RunConfig
 from . import arms
 from .plan import Comparison
 
@@ -64,7 +64,7 @@ def cifar10_cpu() -> list[Comparison]:
     nets = {**CIFAR, "model": "timm/resnet10t", "optimizer": "sgd", "betas": (0.9, 0.999), "weight_decay": 5e-4}
     nets |= {"set": ("channels=16,32,64,128", "stem_width=8"), "steps": 1400, "eval_every": 350}
     shared = arms.images(arms.shared_blocks("dim=64", "ffn_dim=128", "num_heads=2"), **blocks)
-    shared[arms.VIT] = VisionConfig(**{**blocks, "model": arms.TIMM_VIT, "set": arms.timm_vit(96, 6, 192, 8)})
+    shared |= arms.pooled_vits(96, 6, 192, 8, **blocks)
     # 0.01 was the best of 0.001, 0.003 and 0.01 for k = 4 and 8 in runs of half an epoch.
     heads = arms.heads(head_lr=0.01)
     heads["GCR k=8, head lr 0.1"] = {**heads["GCR k=8"], "head_lr": 0.1}
