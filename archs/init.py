@@ -20,7 +20,8 @@ def reset_model(model: Any) -> None:
 @torch.no_grad()
 def _scale_outputs(blocks: nn.Module, factor: float) -> None:
     for module in blocks.modules():
-        for weight in module.outputs() if hasattr(module, "outputs") else ():
+        outputs: Any = getattr(module, "outputs", list)
+        for weight in outputs():
             weight.mul_(factor)
 
 
