@@ -1,9 +1,10 @@
-"""The ways to install: a wheel with and without the extension, and no compiler at all."""
+"""The ways to install: a wheel with and without the extension, no compiler at all, and what an archive has to build."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("archs", "kernels", "train", "csrc")
-FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
+FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 
 pytest.importorskip("setuptools", minversion="77")
 
@@ -89,3 +90,21 @@ def test_forced_build_fails_without_compiler(tree):
     )  # fmt: skip
     assert done.returncode != 0
     assert "GRASSLAND_BUILD=1, but the extension cannot be built: no C++ compiler found" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("build", ["0", "1"])
+def test_source_archive_has_all_that_the_extension_is_built_from(tree, build):
+    if build == "1" and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", "dist"]
+    done = subprocess.run(
+        command, cwd=tree, env=os.environ | {"GRASSLAND_BUILD": build}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    wanted = {
+        str(path.relative_to(tree)) for folder in FOLDERS for path in (tree / folder).rglob("*") if path.is_file()
+    }
+    assert wanted <= names, wanted - names
