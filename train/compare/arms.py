@@ -21,13 +21,14 @@ def papers_models(layers: int, rank: int = 32) -> Arms:
 
 
 def tuned_models(rank: int = 32) -> Arms:
-    """The Transformer, also with GPT-2's start, and Grassmann models with offsets one a layer or several, and of twice
-    the rank."""
+    """The Transformer with GPT-2's start and with ours, and Grassmann models: offsets one a layer or several, GPT-2's
+    start, and twice the rank."""
     model = "grassmann_lm_6l"
     return {
-        "transformer": {"model": "transformer_lm_6l"},
         "transformer, scaled init": {"model": "transformer_lm_6l", "set": ("scaled_init=True",)},
+        "transformer": {"model": "transformer_lm_6l"},
         "grassmann, one offset a layer": _grassmann(model, rank),
+        "grassmann, scaled init": _grassmann(model, rank, "scaled_init=True"),
         "grassmann, offsets 1 2 4": _grassmann(model, rank, "offsets=1,2,4"),
         f"grassmann, rank {2 * rank}": _grassmann(model, 2 * rank),
     }
