@@ -110,7 +110,7 @@ class GrasslandCache(transformers.Cache):
 
     def reset(self) -> None:
         for part in self._parts():
-            part.seen, part.extent = torch.zeros_like(part.seen), 0
+            part.reset()
 
     def _parts(self) -> list[Any]:
         return [*self.state.layers, self.state.progress]

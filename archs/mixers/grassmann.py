@@ -115,12 +115,21 @@ class CausalGrassmannMixer(nn.Module):
 
     def _continue(self, z: Tensor, state: ReducedHistory, lengths: Tensor | None, offsets: Sequence[int]) -> Tensor:
         state.check(z, offsets)
-        length, fresh, positions = z.shape[1], state.fresh, state.positions(z.shape[1])
+        length, seen, fresh, least = z.shape[1], state.seen, state.fresh, state.least
         window = state.extend(z, lengths)
         state.advance(length, lengths)
         if fresh:
             return self._mix(z, offsets)
+        if length == 1 and least >= max(offsets) and is_plain(self.plucker):
+            return self._step(window, offsets)
+        positions = seen[:, None] + torch.arange(length, device=z.device)
         return self._project(z, window, positions, offsets)
+
+    def _step(self, window: Tensor, offsets: Sequence[int]) -> Tensor:
+        """g (B, 1, dim) of the last vector of a window that has all its partners: them alone, put side by side."""
+        last = window.shape[1] - 1
+        near = torch.cat([window[:, last - delta : last - delta + 1] for delta in (*offsets, 0)], dim=1)
+        return self._mix(near, range(len(offsets), 0, -1))[:, -1:]
 
     def _project(self, z: Tensor, window: Tensor, positions: Tensor, offsets: Sequence[int]) -> Tensor:
         """g (B, T, dim) of z (B, T, rank) at `positions`; window (B, ≥ max Δ + T, rank): what came before, and z."""

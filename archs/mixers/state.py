@@ -5,11 +5,12 @@ from torch import Tensor
 
 
 class MixerState:
-    """Progress of a batch of sequences: `seen` (B,) int64 tokens a row, and `extent`, the host's bound on it."""
+    """Progress of a batch of sequences: `seen` (B,) int64 tokens a row, and what the host knows of it without asking the
+    device: no row has more than `extent` or fewer than `least`."""
 
     def __init__(self, batch_size: int, device: torch.device | str | None = None) -> None:
         self.seen = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.extent = 0
+        self.extent = self.least = 0
 
     @property
     def fresh(self) -> bool:
@@ -29,3 +30,8 @@ class MixerState:
         """Count a chunk of `length` tokens, of which row b has `lengths[b]` (all if None)."""
         self.seen = self.seen + (length if lengths is None else lengths)
         self.extent += length
+        self.least += length if lengths is None else 0
+
+    def reset(self) -> None:
+        """Begin anew; what is kept of the tokens before is out of every row's reach."""
+        self.seen, self.extent, self.least = torch.zeros_like(self.seen), 0, 0

@@ -87,6 +87,27 @@ def test_ragged_chunks_decode_as_each_row_alone(mixer):
         torch.testing.assert_close(logits, full[torch.arange(3), seen - 1], atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("lengths", [None, [2, 5, 1]])
+def test_steps_with_all_partners_take_the_kernel_and_equal_the_full_pass(lengths, monkeypatch):
+    mixer = CausalGrassmannMixer(8, rank=4, offsets=(3, 1, 3), dtype=torch.float64)
+    x, state, taken = torch.randn(3, 16, 8, dtype=torch.float64), mixer.init_state(3, max_len=16), []
+    step = mixer._step
+    monkeypatch.setattr(mixer, "_step", lambda *args: taken.append(state.least) or step(*args))
+    full, seen = mixer(x), torch.tensor(lengths or [5, 5, 5])
+    mixer(x[:, :5], state, None if lengths is None else seen)
+    rows = torch.arange(3)
+    for _ in range(8):
+        out = mixer(x[rows, seen][:, None], state)[:, 0]
+        torch.testing.assert_close(out, full[rows, seen], atol=1e-13, rtol=0)
+        seen = seen + 1
+    # The host knows of a row's tokens from where chunks are full for all.
+    assert taken == (list(range(6, 14)) if lengths is None else list(range(4, 9)))
+    state.reset()
+    assert state.least == state.extent == 0
+    again = torch.cat([mixer(x[:, t : t + 1], state) for t in range(9)], 1)
+    torch.testing.assert_close(again, full[:, :9], atol=1e-13, rtol=0)
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_row_does_not_depend_on_its_batch(mixer):
     model, ids = tiny(mixer), tokens(4, 12)
