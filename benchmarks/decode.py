@@ -30,7 +30,10 @@ def models(length):
     yield "Transformer", create_model("transformer_lm_6l", **sizes)
     yield "local attention", create_model("grassmann_lm_6l", mixer="local_attention", **sizes)
     try:
-        yield "GPT-2 (transformers)", build_text_model("hf/gpt2", VOCAB, length, {"n_embd": DIM, "n_layer": LAYERS, "n_head": 4})
+        yield (
+            "GPT-2 (transformers)",
+            build_text_model("hf/gpt2", VOCAB, length, {"n_embd": DIM, "n_layer": LAYERS, "n_head": 4}),
+        )
     except ValueError as error:
         print(f"not run: {error}")
 

@@ -172,6 +172,8 @@ scaling() {
 profile() {
   within python3 benchmarks/host.py --device "$device" --out "$results" > "$results/host.txt" 2>&1
   echo "host: exit code $?"
+  within python3 benchmarks/decode.py --device "$device" --dtype bfloat16 --out "$results" > "$results/decode.txt" 2>&1
+  echo "decode: exit code $?"
   within python3 -m grassland.train profile --models all --steps 5 --device "$device" --dtype bf16 --batch-size 32 --out "$results/profile"
 }
 

@@ -246,6 +246,23 @@ def host_table(records):
     return "\n".join([*lines, "", f"Inputs of {size} numbers. {footnote(records)}"])
 
 
+def decode_tables():
+    """The next token after contexts of several lengths, a table a machine: benchmarks/decode.py."""
+    return "\n\n".join(decode_table(read(path.name)) for path in sorted(RESULTS.glob("decode-*.jsonl"))) or NONE
+
+
+def decode_table(records):
+    places = list(dict.fromkeys((r["batch"], r["context"]) for r in records))
+    heads = [f"B{batch}, {context:,} tokens" for batch, context in places]
+    lines = [f"| ms · MiB a row | {' | '.join(heads)} |", "|---" * (len(places) + 1) + "|"]
+    for model in dict.fromkeys(r["model"] for r in records):
+        found = {(r["batch"], r["context"]): r for r in records if r["model"] == model}
+        cells = [f"{figure(found[at]['ms'])} · {figure(found[at]['bytes'] / at[0] / 2**20)}" for at in places]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    r = records[0]
+    return "\n".join([*lines, "", f"{r['layers']} layers of width {r['dim']}. {footnote(records)}"])
+
+
 def read_if_there(name):
     return read(name) if (RESULTS / name).exists() else []
 
@@ -448,6 +465,7 @@ TABLES |= {
     "device": device_table,
     "training": training_table,
     "host": host_tables,
+    "decode": decode_tables,
     "scaling": scaling_tables,
     "profile": profile_tables,
     "compare_full": functools.partial(compare_tables, *FULL),

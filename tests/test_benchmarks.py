@@ -437,6 +437,24 @@ def test_peak_memory_on_the_cpu():
     assert 2 <= bench_timing.peak_bytes(step, torch.device("cpu")) / (4 << 20) < 2.01
 
 
+def test_the_decoding_benchmark_tells_states_that_grow(tmp_path):
+    pytest.importorskip("transformers")
+    command = [sys.executable, ROOT / "benchmarks/decode.py", "--repeats", "1", "--out", tmp_path]
+    command += ["--contexts", "20", "40", "--batches", "2"]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "decode-cpu.jsonl").read_text().splitlines()]
+    short, long = ([r for r in records if r["context"] == context] for context in (20, 40))
+    grown = {a["model"]: b["bytes"] - a["bytes"] for a, b in zip(short, long, strict=True)}
+    # Keys and values of 6 layers of width 256 in float32, 2 rows.
+    caches = 2 * 20 * 6 * 2 * 256 * 4
+    assert grown == {"Grassmann": 0, "Transformer": caches, "local attention": 0, "GPT-2 (transformers)": caches}
+    assert min(r["ms"] for r in records) > 0
+    # 16 vectors of 32 numbers a layer, and what counts the tokens.
+    (own,) = (r["bytes"] for r in short if r["model"] == "Grassmann")
+    assert own < 2 * 6 * (16 * 32 * 4 + 64)
+
+
 def test_the_host_benchmark_times_every_layer(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/host.py", "--repeats", "1", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)

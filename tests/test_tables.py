@@ -179,6 +179,26 @@ def test_profiles_and_calls_are_each_of_their_own_machine(tables, tmp_path):
     assert note == "g, bfloat16, torch 2, commit abc. g, float32, torch 2, commit def."
 
 
+def test_decoding_is_a_table_a_machine(tables, tmp_path):
+    assert tables.TABLES["decode"]() == tables.NONE
+    where = {"cpu": "c", "cpu_capability": "v", "threads": 1, "gpus": ["g"], "dtype": "float32", "torch": "2"}
+    sizes = {"batch": 16, "dim": 8, "layers": 2, "device": "cpu"}
+    rows = [("new", 128, 1.234, 2**24), ("old", 128, 2.5, 2**25), ("new", 1024, 1.3, 2**24), ("old", 1024, 20, 2**28)]
+    records = [
+        {"model": model, "context": context, "ms": ms, "bytes": size} | sizes | where
+        for model, context, ms, size in rows
+    ]
+    (tmp_path / "decode-cpu.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert tables.TABLES["decode"]().splitlines() == [
+        "| ms · MiB a row | B16, 128 tokens | B16, 1,024 tokens |",
+        "|---|---|---|",
+        "| new | 1.23 · 1 | 1.3 · 1 |",
+        "| old | 2.5 · 2 | 20.0 · 16.0 |",
+        "",
+        "2 layers of width 8. c (v), 1 thread, float32, torch 2.",
+    ]
+
+
 def test_times_of_the_host_are_a_table_a_machine(tables, tmp_path):
     assert tables.TABLES["host"]() == tables.NONE
     where = {"cpu": "c", "cpu_capability": "v", "threads": 1, "gpus": ["g"], "dtype": "float32", "torch": "2"}
