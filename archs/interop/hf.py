@@ -333,6 +333,9 @@ def _causal_features(
         tokens = f"{past} tokens in the cache and input_ids {tuple(ids.shape)}"
         raise ValueError(f"attention_mask must be {wanted} for {tokens}, got {tuple(mask.shape)}")
     mask = mask[:, past:].bool()
+    # Asking the device takes less than moving nothing, and generation waits for it at every token anyway.
+    if cache is not None and not torch.compiler.is_compiling() and bool(mask.all()):
+        return model._features(ids, state)
     order = mask.int().argsort(dim=1, descending=True, stable=True)
     aligned = ids.gather(1, order).masked_fill(~mask.gather(1, order), 0)
     x, auxiliary = model._features(aligned, state, mask.sum(1))

@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 class MixerState:
-    """Progress of a batch of sequences: `seen` (B,) int64 tokens a row, and what the host knows of it without asking the
-    device: no row has more than `extent` or fewer than `least`."""
+    """Progress of a batch of sequences: `seen` (B,) int64 tokens a row, and what the host knows of it without asking
+    the device: no row has more than `extent` or fewer than `least`."""
 
     def __init__(self, batch_size: int, device: torch.device | str | None = None) -> None:
         self.seen = torch.zeros(batch_size, dtype=torch.int64, device=device)

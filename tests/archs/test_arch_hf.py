@@ -160,6 +160,19 @@ def test_padded_prompts_are_continued_as_they_are_alone(name, side):
         assert torch.equal(both[:, :7], padded) and torch.equal(both[:, 7:], torch.stack(alone))
 
 
+def test_prompts_without_padding_are_decoded_as_such(monkeypatch):
+    wrapped = hf.GrasslandForCausalLM.wrap(sharp("grassmann"))
+    calls, features = [], wrapped.model._features
+    monkeypatch.setattr(wrapped.model, "_features", lambda *args: calls.append(args[2:]) or features(*args))
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    wrapped.generate(IDS, attention_mask=torch.ones_like(IDS), **options)
+    assert calls == [()] * 4
+    mask = torch.ones_like(IDS)
+    mask[1, :3] = 0
+    wrapped.generate(IDS, attention_mask=mask, **options)
+    assert [len(lengths) for lengths in calls[4:]] == [1, 0, 0, 0]
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("size", [1, 3])
 def test_left_padding_in_chunks_changes_nothing(name, size):
