@@ -20,10 +20,10 @@ class ModelConfig:
     depth, ffn_dim: model width, number of blocks, hidden width of the ffn. dropout: probability in [0, 1). norm: "post"
     or "pre". mixer, residual, ffn, head: registered slot choices. share: which of ("mixer", "ffn") have one set of
     weights for all blocks; norms stay individual. share_groups: into how many runs of equal length the blocks are
-    divided, each with a set of its own. scaled_init: whether the weights that mixers and ffns end in start as those of
-    the rest times 1/√(2 depth), as in GPT-2; a mixer that carries its input keeps its own. options: keyword arguments of the chosen slots'
-    constructors; a slot's `group_options` (num_experts, top_k and capacity_factor of "shared_moe") may be tuples of one
-    entry a group.
+    divided, each with a set of its own. scaled_init: whether the weights that mixers and ffns end in start 1/√(2 depth)
+    times as large as others, as in GPT-2; a mixer that carries its input keeps its own. options: keyword arguments of
+    the chosen slots' constructors; a slot's `group_options` (num_experts, top_k and capacity_factor of "shared_moe")
+    may be tuples of one entry a group.
 
     Raises ValueError that names the field, its value and what is allowed.
     """

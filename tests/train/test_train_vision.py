@@ -13,7 +13,6 @@ from torch import nn
 from grassland.archs import CheckpointError, CosineHead, SharedMoE
 from grassland.train.__main__ import main
 from grassland.train.classify import Tally
-from grassland.train.compare.arms import VIT
 from grassland.train.compare.presets import load_comparisons
 from grassland.train.config import VisionConfig
 from grassland.train.data.image_sources import load_images
@@ -246,12 +245,15 @@ def test_skipped_images_are_counted_in_the_log(vision, tmp_path):
     assert numbers(tmp_path / "run", ("test",))[0].get("skipped", 0) == bad["test"]
 
 
-def test_timms_transformer_counts_the_flops_of_our_own():
+@pytest.mark.parametrize(
+    "pair", [("unshared (ViT)", "ViT (timm)"), ("unshared, class token", "ViT (timm), class token")]
+)
+def test_timms_transformer_counts_the_flops_of_our_own(pair):
     """Attention included, which torch's counter has no formula for on a CPU."""
     for package in ("timm", "torchvision", "sklearn"):
         pytest.importorskip(package)
     (plan,) = (plan for plan in load_comparisons("cifar10-cpu") if plan.name == "cifar10-cpu-sharing")
-    own, timms = (replace(plan.arms[arm], data="digits") for arm in ("unshared (ViT)", VIT))
+    own, timms = (replace(plan.arms[arm], data="digits") for arm in pair)
     counts = [ImageClassification(config, torch.device("cpu")).flops_per_unit for config in (own, timms)]
     assert counts[0] == counts[1]
 
