@@ -376,6 +376,7 @@ def missing():
         "kernels on a CPU in bfloat16": [f"{op}-cpu-bfloat16" for op in OPS],
         "kernels against sequence length, streams, experts and classes": [f"{op}-cpu-float32-scaling" for op in OPS],
         "profile of a training step on a GPU": ["profile-cuda"],
+        "decoding and the host's time on a GPU": ["decode-cuda", "host-cuda"],
     }
     lines = []
     for what, files in wanted.items():

@@ -129,7 +129,7 @@ class CausalGrassmannMixer(nn.Module):
         """g (B, 1, dim) of the last vector of a window that has all its partners: them alone, put side by side."""
         last = window.shape[1] - 1
         near = torch.cat([window[:, last - delta : last - delta + 1] for delta in (*offsets, 0)], dim=1)
-        return self._mix(near, range(len(offsets), 0, -1))[:, -1:]
+        return self._mix(near, range(1, near.shape[1]))[:, -1:]
 
     def _project(self, z: Tensor, window: Tensor, positions: Tensor, offsets: Sequence[int]) -> Tensor:
         """g (B, T, dim) of z (B, T, rank) at `positions`; window (B, ≥ max Δ + T, rank): what came before, and z."""
