@@ -163,6 +163,21 @@ def test_float32_compiles_for_hopper(spec):
         assert usage["LOCAL"] == 0, f"{launch.name} spills: {usage}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("arch", "limit"), [(80, 166912), (89, 101376), (120, 101376), (90, 232448)])
+def test_eight_streams_fit_a_chips_shared_memory(arch, limit, dtype, monkeypatch):
+    monkeypatch.setattr("grassland.kernels.dispatch.missing", lambda *_: None)
+    monkeypatch.setattr("grassland.kernels.kronecker.fused.shared_memory", lambda _: limit, raising=False)
+    for name, make in (("kronecker_pre", kronecker.make_pre), ("kronecker_step", kronecker.make_step)):
+        spec, case = (
+            next(s for s in specs() if s.name == name),
+            Case("", functools.partial(make, 64, streams=8, dim=256)),
+        )
+        recorded = record_launches(lambda spec=spec, case=case: run(spec, case.tensors(dtype), case.options, "triton"))
+        (launch,) = [launch for launch in recorded if launch.name == "pre_kernel"]
+        assert launch.compile("cuda", arch, 32).metadata.shared <= limit
+
+
 @pytest.mark.support(backend="triton", how="compiled", dtype="bfloat16")
 @pytest.mark.parametrize("spec", SPECS)
 def test_compiles_for_amd(spec):
