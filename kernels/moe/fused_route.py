@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ..launch import cdiv, next_power_of_2, on_its_device
 
-BLOCK = 128
+# Numbers of a tile, tokens (or blocks of them) by experts, and tokens of a block at most. Of more numbers, 64 experts
+# spilled registers and 256 took more than a minute to compile.
+TILE, BLOCK = 4096, 128
 SIZES = ["tokens", "blocks", "capacity"]
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -68,17 +70,20 @@ def choose_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def scan_kernel(
     histogram, sums, start, offsets, counts, balance, blocks, capacity,
-    E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
     # pairs of each expert before each block, the experts' slots, and E sum_e m_e P_e
     e = tl.arange(0, EP)
     before = tl.zeros((EP,), tl.int64)
     mass = tl.zeros((EP,), tl.float64)
-    for b in range(blocks):
-        at = b * E + e
-        tl.store(start + at, before, mask=e < E)
-        before += tl.load(histogram + at, mask=e < E, other=0).to(tl.int64)
-        mass += tl.load(sums + at, mask=e < E, other=0.0)
+    for first in range(0, blocks, BB):
+        b = first + tl.arange(0, BB).to(tl.int64)
+        at = b[:, None] * E + e[None, :]
+        inside = (b < blocks)[:, None] & (e < E)[None, :]
+        count = tl.load(histogram + at, mask=inside, other=0)
+        tl.store(start + at, before[None, :] + tl.cumsum(count, 0) - count, mask=inside)
+        before += tl.sum(count, 0)
+        mass += tl.sum(tl.load(sums + at, mask=inside, other=0.0), 0)
     tl.store(counts + e, before, mask=e < E)
     kept = before
     if capacity >= 0:
@@ -158,6 +163,12 @@ def sizes(experts: int, top_k: int, mask: Tensor | None) -> dict:
     return {"E": experts, "EP": next_power_of_2(experts), "TOP_K": top_k, "MASKED": mask is not None}
 
 
+def tile(experts: int) -> dict[str, int]:
+    """Tokens of a program, and its warps."""
+    padded = next_power_of_2(experts)
+    return {"BT": max(16, min(BLOCK, TILE // padded)), "num_warps": min(max(padded // 4, 4), 16)}
+
+
 @on_its_device
 def route(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renormalize: bool) -> Parts:
     tokens, count = logits.shape
@@ -166,19 +177,20 @@ def route(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renorm
     experts, slots = torch.empty(tokens, top_k, **index), torch.empty(tokens, top_k, **index)
     order = torch.full((tokens * top_k,), -1, **index)
     offsets, counts, balance = torch.empty(count + 1, **index), torch.empty(count, **index), logits.new_empty(())
-    blocks, shape = cdiv(tokens, BLOCK), sizes(count, top_k, mask)
+    size, shape = tile(count), sizes(count, top_k, mask)
+    blocks = cdiv(tokens, size["BT"])
     histogram, start = torch.empty(blocks, count, **index), torch.empty(blocks, count, **index)
     sums, flags = logits.new_empty(blocks, count, dtype=torch.float64), logits if mask is None else mask
     if blocks:
         choose_kernel[(blocks,)](
-            logits, flags, probabilities, gates, experts, histogram, sums, tokens, NORMAL=renormalize, BT=BLOCK,
-            num_warps=min(max(shape["EP"] // 4, 4), 16), **shape,
+            logits, flags, probabilities, gates, experts, histogram, sums, tokens, NORMAL=renormalize, **size, **shape,
         )  # fmt: skip
     shape.pop("MASKED")
-    scan_kernel[(1,)](histogram, sums, start, offsets, counts, balance, blocks, capacity, **shape)
+    together = max(TILE // 2 // shape["EP"], 1)
+    scan_kernel[(1,)](histogram, sums, start, offsets, counts, balance, blocks, capacity, BB=together, **shape)
     if blocks:
         slot_kernel[(blocks,)](
-            experts, flags, start, offsets, slots, order, tokens, capacity, MASKED=mask is not None, BT=BLOCK, **shape
+            experts, flags, start, offsets, slots, order, tokens, capacity, MASKED=mask is not None, **size, **shape
         )
     return gates, balance, experts, slots, order, offsets, counts, probabilities
 
@@ -191,8 +203,9 @@ def route_backward(
     out = torch.empty_like(probabilities)
     tokens, count = out.shape
     if tokens:
-        route_backward_kernel[(cdiv(tokens, BLOCK),)](
+        size = tile(count)
+        route_backward_kernel[(cdiv(tokens, size["BT"]),)](
             grad_gates, grad_balance, probabilities, experts, counts, out if mask is None else mask, out, tokens,
-            NORMAL=renormalize, BT=BLOCK, **sizes(count, experts.shape[1], mask),
+            NORMAL=renormalize, **size, **sizes(count, experts.shape[1], mask),
         )  # fmt: skip
     return out

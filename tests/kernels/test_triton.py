@@ -126,6 +126,33 @@ def test_no_thread_reads_what_another_has_written():
     assert choose.compile(*TARGETS["sm_90"][:3]).asm["ttgir"].count("tt.load") == 1
 
 
+def test_many_experts_are_routed_as_in_eager():
+    """In more blocks of tokens than one tile of the scan holds."""
+    code = """
+import torch
+from grassland.kernels.moe import moe_route
+for capacity in (None, 3):
+    logits = torch.randn(150, 200, generator=torch.Generator().manual_seed(0))
+    eager, triton = (moe_route(logits, top_k=4, capacity=capacity, backend=b) for b in ("eager", "triton"))
+    for name in ("experts", "slots", "order", "offsets", "counts"):
+        assert torch.equal(getattr(triton, name), getattr(eager, name)), name
+    torch.testing.assert_close((triton.gates, triton.balance), (eager.gates, eager.balance))
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("experts", [32, 64])
+def test_routing_to_many_experts_does_not_spill(experts, monkeypatch):
+    monkeypatch.setattr("grassland.kernels.dispatch.missing", lambda *_: None)
+    spec = next(spec for spec in specs() if spec.name == "moe_route")
+    case = Case("", lambda: {"logits": normal(300, experts)}, {"top_k": 6})
+    for launch in record_launches(lambda: run(spec, case.tensors(torch.float32), case.options, "triton")):
+        usage = resource_usage(launch.compile(*TARGETS["sm_90"][:3]).asm["cubin"])
+        assert usage["STACK"] == 0, f"{launch.name} spills: {usage}"
+
+
 @functools.cache
 def launches(name: str, dtype: torch.dtype) -> list[Launch]:
     """Every launch of forward and backward at a realistic shape. The recorder stands in for the GPU."""
