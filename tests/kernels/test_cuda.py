@@ -34,6 +34,15 @@ def test_built_for_every_chip(usage):
     assert set(re.findall(r"arch = (sm_\w+)", usage)) >= EXPECTED
 
 
+def test_later_chips_have_code_to_compile(usage):
+    """An sm_120 runs no code made for another generation."""
+    from grassland.kernels import _C
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    listed = subprocess.run([tool, "--list-ptx", _C.__file__], capture_output=True, text=True).stdout
+    assert "sm_80.ptx" in listed
+
+
 def test_no_spills(usage):
     spilled = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert len(spilled) >= 7 * len(EXPECTED)
