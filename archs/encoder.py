@@ -114,13 +114,15 @@ class Encoder(nn.Module):
         positions: Tensor | None = None,
         classes: Tensor | None = None,
         reduction: str = "mean",
+        label_weight: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, L, V) of input_ids (B, L) int64; with labels (B, L), −100 not counting, the cross entropy instead.
 
         mask (B, L) bool: False for padding. token_types (B, L) int64, zeros by default. positions (B, P) int64: the
         only places that the head looks at; logits are then (B, P, V) and labels (B, P). classes (B,) int64, −100 not
-        counting: the loss is the classifier's cross entropy, or the sum of both with labels. In training the ffns'
-        auxiliary losses are added to the loss. ValueError for wrong shapes, too many tokens, ids outside the
+        counting: the loss is the classifier's cross entropy, or the sum of both with labels. label_weight: a scalar
+        that the labels' cross entropy alone is multiplied by. In training the ffns' auxiliary losses are added to the
+        loss. ValueError for wrong shapes, too many tokens, ids outside the
         vocabulary, or classes without a classifier; TypeError for wrong dtypes.
         """
         x, auxiliary = self.features(input_ids, mask=mask, token_types=token_types)
@@ -133,7 +135,8 @@ class Encoder(nn.Module):
                 owner = "input_ids'" if positions is None else "positions'"
                 raise ValueError(f"labels must have {owner} shape {tuple(shape)}, got {tuple(labels.shape)}")
             check_range("labels", labels, self.config.vocab_size, ignore=IGNORE)
-            losses.append(self.head.loss(places, labels, reduction))
+            words = self.head.loss(places, labels, reduction)
+            losses.append(words if label_weight is None else words * label_weight)
         if classes is not None:
             logits = self._class_logits(x)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -336,13 +336,8 @@ class Trainer:
             group["lr"] = lr * factor
 
     def _loss(self, batch: Any) -> torch.Tensor:
-        """The loss whose mean over the processes is that of the whole batch."""
         with self._autocast():
-            loss = self.task.loss(self.model, batch)
-        weight = self.task.weight(batch) if parallel.size() > 1 else None
-        if weight is None:
-            return loss
-        return loss * (weight * parallel.size() / parallel.total(weight).clamp_min(1))
+            return self.task.loss(self.model, batch)
 
     def _look(self) -> list[tuple[float, float]]:
         """Losses and gradient norms since the last report; TrainingError at the first that is not finite."""

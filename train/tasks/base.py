@@ -60,7 +60,8 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The mean loss, a scalar, of `model` (the task's own, perhaps compiled or wrapped) on a micro-batch."""
+        """The mean loss, a scalar, of `model` (the task's own, perhaps compiled or wrapped) on a micro-batch; with
+        several processes, one whose mean over them is that of the whole micro-batch."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
@@ -81,13 +82,6 @@ class Task(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Facts about data and model for the log's first entry."""
-
-    def weight(self, batch: Any) -> Tensor | None:
-        """How many targets the mean of `loss` is over, a float scalar; None if it is the same for every batch.
-
-        With several processes their losses count by it, so that the whole batch has the loss of one process.
-        """
-        return None
 
     def judged(self, batches: Iterable[Batch], split: str) -> Iterator[Batch]:
         """Those of a split's batches that `evaluate` sees: of "valid" the first `config.valid_batches`."""

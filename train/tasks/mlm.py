@@ -18,6 +18,7 @@ from ..data import BlockOrder
 from ..data.masked import MaskedBatch, MaskedText
 from ..data.sources import SPLITS
 from ..parallel import rows, total
+from ..parallel import size as processes
 from ..text_model import check_sizes
 from .base import Task
 from .lm import LanguageModeling, read_corpus
@@ -95,11 +96,7 @@ class MaskedLanguageModeling(LanguageModeling):
             position += 1
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        return model(batch.ids, labels=batch.labels, classes=batch.order, **_inputs(batch))
-
-    def weight(self, batch: Any) -> Tensor:
-        # The order of sentences, which has one target a sequence, counts by the words of its rows as well.
-        return (batch.labels != IGNORE).sum().float()
+        return model(batch.ids, labels=batch.labels, classes=batch.order, label_weight=_share(batch), **_inputs(batch))
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
@@ -145,6 +142,15 @@ class MaskedLanguageModeling(LanguageModeling):
 
 def _inputs(batch: MaskedBatch) -> dict[str, Tensor]:
     return {"mask": batch.mask, "token_types": batch.types, "positions": batch.positions}
+
+
+def _share(batch: MaskedBatch) -> Tensor | None:
+    """By what the words' mean loss counts, so that its mean over the processes, whose rows have not equally many words
+    to tell, is that of all words; None for one process."""
+    if processes() == 1:
+        return None
+    told = (batch.labels != IGNORE).sum().float()
+    return told * processes() / total(told).clamp_min(1)
 
 
 class Hits:
