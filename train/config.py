@@ -209,6 +209,8 @@ class VisionConfig(RunConfig):
     """With --loss bce: targets above it count as 1, the others as 0; by default they count as they are."""
     img_size: int = 224
     """Side of the square that the model sees."""
+    eval_size: int | None = None
+    """That side in evaluation, for models that take any; by default the same."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Subtracted from the channels (0 … 1)."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -254,9 +256,9 @@ class VisionConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("subspace_dim", "img_size", "repeats", "crop_pct"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("subspace_dim", "img_size", "eval_size", "repeats", "crop_pct"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         for name in ("mixup", "cutmix", "color_jitter", "workers", "head_lr"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

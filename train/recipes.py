@@ -135,8 +135,8 @@ def rsb_a2(head: str = "grassmann", k: int = 8) -> VisionConfig:
 
 
 def rsb_a3(head: str = "grassmann", k: int = 8) -> VisionConfig:
-    """ResNet-50-D with procedure A3 of arXiv 2110.00476, as in arXiv 2308.01547: 100 epochs at 160 pixels."""
-    more = {"auto_augment": "rand-m6-mstd0.5-inc1", "mixup": 0.1, "img_size": 160}
+    """ResNet-50-D with procedure A3 of arXiv 2110.00476, as in arXiv 2308.01547: 100 epochs at 160, tested at 224."""
+    more = {"auto_augment": "rand-m6-mstd0.5-inc1", "mixup": 0.1, "img_size": 160, "eval_size": 224}
     return _rsb(head, k, lr=0.008, weight_decay=0.02, epochs=100, **more)
 
 

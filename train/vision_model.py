@@ -38,11 +38,11 @@ class ImageModelSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def build_vision_model(spec: ImageModelSpec) -> nn.Module:
+def build_vision_model(spec: ImageModelSpec, eval_size: int | None = None) -> nn.Module:
     """The model that `spec.name` names: a vision preset of grassland's, timm/NAME, or a name that timm knows.
 
     Raises ValueError for an unknown name, for a model that is none for images, and if it doesn't take images of this
-    size.
+    size, or of `eval_size` beside it.
     """
     name = spec.name.removeprefix(TIMM)
     if spec.name in list_models() or spec.name == "vision":
@@ -51,7 +51,8 @@ def build_vision_model(spec: ImageModelSpec) -> nn.Module:
         model = _timm_model(replace(spec, name=name))
     else:
         raise unknown("model", spec.name, _known_names(spec.name))
-    _try_out(model, spec)
+    for side in {spec.img_size, eval_size or spec.img_size}:
+        _try_out(model, spec, side)
     return model
 
 
@@ -138,9 +139,9 @@ def _put_head(model: Any, spec: ImageModelSpec) -> Any:
     return interop.put_grassmann_head(model, subspace_dim=spec.subspace_dim)
 
 
-def _try_out(model: Any, spec: ImageModelSpec) -> None:
+def _try_out(model: Any, spec: ImageModelSpec, side: int) -> None:
     """One black image through the model: whether it takes this size shows before anything is written."""
-    size = (1, 3, spec.img_size, spec.img_size)
+    size = (1, 3, side, side)
     try:
         with torch.no_grad(), evaluating(model):
             logits = model(torch.zeros(size))

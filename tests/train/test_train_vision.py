@@ -297,6 +297,8 @@ def test_recipes_have_the_papers_values():
         config, baseline = got[name], recipe(name, head="linear")
         assert (config.loss, baseline.loss, baseline.bce_threshold) == ("ce", "bce", 0.2)
         assert (config.img_size, config.cutmix, config.betas, config.warmup_epochs) == (crop, 1.0, (0.9, 0.999), 5)
+        # arXiv 2110.00476, table 2: all three are judged at 224 pixels.
+        assert (config.eval_size or config.img_size, config.crop_pct) == (224, 0.95)
     assert (got["vgg13_bn"].head_dropout, recipe("vgg13_bn", head="linear").head_dropout) == (False, True)
     assert all(config.model == f"timm/{MODELS[name]}" for name, config in got.items() if name != "widenet")
     assert recipe("swin_t", head="linear").head_lr is None
@@ -448,6 +450,16 @@ def test_other_data_are_refused_on_resumption(vision, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageClassification, "identity", lambda self: {**identity(self), "data": "other"})
     with pytest.raises(CheckpointError, match="saved for the data"):
         resume(tmp_path / "run", steps=2)
+
+
+def test_images_are_judged_at_a_size_of_their_own(vision, fail):
+    task = ImageClassification(vision(img_size=16, eval_size=24), torch.device("cpu"))
+    sides = []
+    task.model.register_forward_pre_hook(lambda _, images: sides.append(images[0].shape[-1]))
+    task.loss(task.model, next(task.batches(0)))
+    task.evaluate(task.model, "valid")
+    assert sides[0] == 16 and set(sides[1:]) == {24}
+    assert "does not take images of 24×24" in fail("vision", "--model", "widenet_cifar", "--eval-size", "24")
 
 
 def test_a_cosine_head_is_trained_and_loaded(vision, tmp_path):

@@ -103,7 +103,7 @@ class EvalBatches(Dataset):
         return -(-len(self.images) // self.config.batch_size)
 
     def __getitem__(self, number: int) -> ImageBatch | ImageError:
-        first, count, side = number * self.config.batch_size, len(self.rows), self.config.img_size
+        first, count, side = number * self.config.batch_size, len(self.rows), _eval_side(self.config)
         images, targets = torch.zeros(count, 3, side, side), torch.full((count,), IGNORE)
         skipped = 0
         for row, index in enumerate(first + place for place in self.rows):
@@ -188,8 +188,12 @@ def eval_transform(config: VisionConfig) -> Transform:
     """timm's evaluation transform for these settings."""
     interpolation = "bicubic" if config.interpolation == "random" else config.interpolation
     return _timm_data().create_transform(
-        config.img_size, crop_pct=config.crop_pct, interpolation=interpolation, mean=config.mean, std=config.std
+        _eval_side(config), crop_pct=config.crop_pct, interpolation=interpolation, mean=config.mean, std=config.std
     )
+
+
+def _eval_side(config: VisionConfig) -> int:
+    return config.img_size if config.eval_size is None else config.eval_size
 
 
 def mixing(config: VisionConfig, classes: int) -> Mix:

@@ -36,7 +36,7 @@ class ImageClassification(Task):
         self.config = config
         self.data = load_images(config.data, config.image_column, config.label_column)
         self.train_batches = TrainBatches(self.data.splits["train"], len(self.data.classes), config)
-        model = build_vision_model(_spec(config, len(self.data.classes)))
+        model = build_vision_model(_spec(config, len(self.data.classes)), config.eval_size)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         super().__init__(model, device)
