@@ -6,7 +6,7 @@
 //
 // All n-sized work is the Gram matrix of the 2k rows [S; B] and the product of a k x 2k matrix with them. Where B is
 // nearly radial, C - A^T A cancels: the horizontal part G = B - S A then takes the place of B.
-#include "common.h"
+#include "vec.h"
 
 namespace grassland {
 namespace {
@@ -21,25 +21,54 @@ constexpr int kHalvings = 40;
 constexpr double kRadial = 16;
 constexpr double kTurn = 0.25;
 constexpr int64_t kColumns = 64;
+constexpr int64_t kCached = 4096;  // numbers of S, and as many of B, that stay in the first cache
 
 using Matrix = std::vector<double>;  // k x k, by rows
 
-// out = alpha op(a) op(b) + beta out
-GRASSLAND_INLINE void product(double* out, const double* a, bool at, const double* b, bool bt, int64_t k, double alpha,
-                              double beta) {
+typedef double Doubles __attribute__((vector_size(8 * sizeof(double))));
+
+template <int64_t K>
+GRASSLAND_INLINE void product_of(double* out, const double* a, bool at, const double* b, int64_t size, double alpha,
+                                 double beta) {
+  const int64_t k = K > 0 ? K : size, whole = k / 8 * 8, across = at ? k : 1;
   for (int64_t i = 0; i < k; ++i) {
+    const double* left = at ? a + i : a + i * k;
     double* row = out + i * k;
-    for (int64_t j = 0; j < k; ++j) row[j] = beta == 0 ? 0 : beta * row[j];
-    for (int64_t l = 0; l < k; ++l) {
-      const double value = alpha * (at ? a[l * k + i] : a[i * k + l]);
-      if (bt) {
-        for (int64_t j = 0; j < k; ++j) row[j] += value * b[j * k + l];
-      } else {
-#pragma omp simd
-        for (int64_t j = 0; j < k; ++j) row[j] += value * b[l * k + j];
+    for (int64_t j = 0; j < whole; j += 8) {
+      Doubles sum = {}, right;
+      for (int64_t l = 0; l < k; ++l) {
+        __builtin_memcpy(&right, b + l * k + j, sizeof(right));
+        sum += left[l * across] * right;
       }
+      sum *= alpha;
+      if (beta != 0) {  // else what is there may be NaN
+        __builtin_memcpy(&right, row + j, sizeof(right));
+        sum += beta * right;
+      }
+      __builtin_memcpy(row + j, &sum, sizeof(sum));
+    }
+    for (int64_t j = whole; j < k; ++j) {
+      double sum = 0;
+      for (int64_t l = 0; l < k; ++l) sum += left[l * across] * b[l * k + j];
+      row[j] = alpha * sum + (beta != 0 ? beta * row[j] : 0);
     }
   }
+}
+
+// out = alpha op(a) b + beta out, for matrices k x k
+GRASSLAND_MULTIARCH void product(double* out, const double* a, bool at, const double* b, int64_t k, double alpha,
+                                 double beta) {
+  switch (k) {
+    case 4: return product_of<4>(out, a, at, b, k, alpha, beta);
+    case 8: return product_of<8>(out, a, at, b, k, alpha, beta);
+    default: return product_of<0>(out, a, at, b, k, alpha, beta);
+  }
+}
+
+// out = a^T
+GRASSLAND_INLINE void turn(double* out, const double* a, int64_t k) {
+  for (int64_t i = 0; i < k; ++i)
+    for (int64_t j = 0; j < k; ++j) out[j * k + i] = a[i * k + j];
 }
 
 GRASSLAND_INLINE double trace(const double* m, int64_t k) {
@@ -48,66 +77,92 @@ GRASSLAND_INLINE double trace(const double* m, int64_t k) {
   return sum;
 }
 
-// The 16 inner products of four rows with four, by one pass over the columns.
-GRASSLAND_INLINE void tile(const float* const* a, const float* const* b, int64_t n, float* out) {
-  const float *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *b0 = b[0], *b1 = b[1], *b2 = b[2], *b3 = b[3];
-  float c00 = 0, c01 = 0, c02 = 0, c03 = 0, c10 = 0, c11 = 0, c12 = 0, c13 = 0;
-  float c20 = 0, c21 = 0, c22 = 0, c23 = 0, c30 = 0, c31 = 0, c32 = 0, c33 = 0;
-#pragma omp simd reduction(+ : c00, c01, c02, c03, c10, c11, c12, c13, c20, c21, c22, c23, c30, c31, c32, c33)
-  for (int64_t j = 0; j < n; ++j) {
-    c00 += a0[j] * b0[j], c01 += a0[j] * b1[j], c02 += a0[j] * b2[j], c03 += a0[j] * b3[j];
-    c10 += a1[j] * b0[j], c11 += a1[j] * b1[j], c12 += a1[j] * b2[j], c13 += a1[j] * b3[j];
-    c20 += a2[j] * b0[j], c21 += a2[j] * b1[j], c22 += a2[j] * b2[j], c23 += a2[j] * b3[j];
-    c30 += a3[j] * b0[j], c31 += a3[j] * b1[j], c32 += a3[j] * b2[j], c33 += a3[j] * b3[j];
-  }
-  const float found[16] = {c00, c01, c02, c03, c10, c11, c12, c13, c20, c21, c22, c23, c30, c31, c32, c33};
-  std::memcpy(out, found, sizeof(found));
+// The inner products of R rows with R, by one pass over the columns; R rows from `ahead`, n apart, are asked for meanwhile.
+template <int R>
+GRASSLAND_INLINE void tile(const float* const* a, const float* const* b, int64_t width, const float* ahead, int64_t n,
+                           float* out) {
+  Vec sums[kLanes] = {};
+  for_each_vector(width, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+    Vec right[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      right[r] = load(b[r] + c, live);
+      __builtin_prefetch(ahead + r * n + c, 0, 2);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const Vec left = load(a[r] + c, live);
+#pragma GCC unroll 4
+      for (int q = 0; q < R; ++q) sums[R * r + q] += left * right[q];
+    }
+  });
+  if (R == 4) return store_full(totals(sums), out);
+  for (int i = 0; i < R * R; ++i) out[i] = total(sums[i]);
 }
 
-// out (k, k) = X Y^T for rows x, y of length n; a ragged tile repeats the last row. symmetric: x is y.
-GRASSLAND_INLINE void gram(const float* x, const float* y, int64_t k, int64_t n, double* out) {
+// out (k, k) += X Y^T over `width` columns of rows x, y that lie n apart; a ragged tile repeats the last row. symmetric:
+// x is y. ahead: rows to ask for.
+template <int R>
+GRASSLAND_INLINE void gram(const float* x, const float* y, int64_t k, int64_t n, int64_t width, const float* ahead,
+                           double* out) {
   const bool symmetric = x == y;
-  for (int64_t i = 0; i < k; i += 4) {
-    for (int64_t j = symmetric ? i : 0; j < k; j += 4) {
-      const float *a[4], *b[4];
-      float found[16];
-      for (int64_t r = 0; r < 4; ++r) {
+  for (int64_t i = 0; i < k; i += R) {
+    for (int64_t j = symmetric ? i : 0; j < k; j += R) {
+      const float *a[R], *b[R];
+      float found[R == 4 ? 16 : R * R];
+      for (int64_t r = 0; r < R; ++r) {
         a[r] = x + std::min(i + r, k - 1) * n;
         b[r] = y + std::min(j + r, k - 1) * n;
       }
-      tile(a, b, n, found);
-      for (int64_t r = 0; r < std::min<int64_t>(4, k - i); ++r) {
-        for (int64_t c = 0; c < std::min<int64_t>(4, k - j); ++c) {
-          out[(i + r) * k + j + c] = found[r * 4 + c];
-          if (symmetric) out[(j + c) * k + i + r] = found[r * 4 + c];
+      tile<R>(a, b, width, i == j ? ahead + i * n : x, n, found);
+      for (int64_t r = 0; r < std::min<int64_t>(R, k - i); ++r) {
+        for (int64_t c = 0; c < std::min<int64_t>(R, k - j); ++c) {
+          out[(i + r) * k + j + c] += found[r * R + c];
+          if (symmetric && i != j) out[(j + c) * k + i + r] += found[r * R + c];
         }
       }
     }
   }
 }
 
-// rows of out (count, width) = P X + Q Y over columns [begin, begin + width) of the rows x, y (k, n)
+// R rows of out, the first of them i, = P X + Q Y, or P X + Y if q is null, over `count` vectors of columns; `live` of the
+// last are there.
+template <int R, int count, typename Live>
+GRASSLAND_INLINE void combine_tile(const float* p, const float* q, const float* x, const float* y, int64_t k, int64_t n,
+                                   int64_t i, Live live, float* out, int64_t stride) {
+  int64_t row[R];
+  for (int64_t r = 0; r < R; ++r) row[r] = std::min(i + r, k - 1);
+  Vec sums[R][count] = {};
+  for (int r = 0; r < R && q == nullptr; ++r)
+    for (int v = 0; v < count; ++v) sums[r][v] = load(y + row[r] * n + v * kLanes, live);
+  for (int half = 0; half < (q == nullptr ? 1 : 2); ++half) {
+    const float *coefficients = half ? q : p, *in = half ? y : x;
+    for (int64_t j = 0; j < k; ++j, in += n) {
+#pragma GCC unroll 4
+      for (int v = 0; v < count; ++v) {
+        const Vec right = load(in + v * kLanes, live);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) sums[r][v] += coefficients[row[r] * k + j] * right;
+      }
+    }
+  }
+  for (int64_t r = 0; r < std::min<int64_t>(R, k - i); ++r)
+    for (int v = 0; v < count; ++v) store(sums[r][v], out + (i + r) * stride + v * kLanes, live);
+}
+
+// rows of out = P X + Q Y, or P X + Y, over columns [begin, begin + width), at most kColumns, of the rows x, y (k, n); rows
+// of out are `stride` apart
+template <int R>
 GRASSLAND_INLINE void combine(const float* p, const float* q, const float* x, const float* y, int64_t k, int64_t n,
-                              int64_t begin, int64_t width, float* out) {
-  for (int64_t i = 0; i < k; ++i) {
-    float* o = out + i * kColumns;
-    std::memset(o, 0, kColumns * sizeof(float));
-    for (int half = 0; half < 2; ++half) {
-      const float* coefficients = (half ? q : p) + i * k;
-      const float* rows = (half ? y : x) + begin;
-      const int64_t whole = k / 4 * 4;
-      for (int64_t j = 0; j < whole; j += 4) {
-        const float c0 = coefficients[j], c1 = coefficients[j + 1], c2 = coefficients[j + 2], c3 = coefficients[j + 3];
-        const float *r0 = rows + j * n, *r1 = r0 + n, *r2 = r1 + n, *r3 = r2 + n;
-#pragma omp simd
-        for (int64_t c = 0; c < width; ++c) o[c] += (c0 * r0[c] + c1 * r1[c]) + (c2 * r2[c] + c3 * r3[c]);
-      }
-      for (int64_t j = whole; j < k; ++j) {
-        const float c0 = coefficients[j];
-        const float* r0 = rows + j * n;
-#pragma omp simd
-        for (int64_t c = 0; c < width; ++c) o[c] += c0 * r0[c];
-      }
+                              int64_t begin, int64_t width, float* out, int64_t stride) {
+  x += begin, y += begin;
+  for (int64_t i = 0; i < k; i += R) {
+    if (width == kColumns) {
+      combine_tile<R, kColumns / kLanes>(p, q, x, y, k, n, i, std::integral_constant<int64_t, kLanes>{}, out, stride);
+    } else {
+      for_each_vector(width, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+        combine_tile<R, 1>(p, q, x + c, y + c, k, n, i, live, out + c, stride);
+      });
     }
   }
 }
@@ -122,19 +177,35 @@ struct Step {
 };
 
 // What one class needs besides its rows: s = S^T S, cross = S^T X, c = X^T X for the rows X that are B, or G itself, and a,
-// what projects X to G = X - S a: cross, or 0.
-template <int64_t K>
+// what projects X to G = X - S a: cross, or 0; squared = G^T G.
 struct Scratch {
   int64_t k;
-  Matrix a, c, s, cross, h, u, sinc, p, q, excess, spare;
+  Matrix a, c, s, cross, h, squared, u, sinc, p, q, excess, spare, turned, turned_q;
   std::vector<float> top_x, top_y, bottom_x, bottom_y, moved, stored, horizontal;
   explicit Scratch(int64_t k)
-      : k(k), a(k * k), c(k * k), s(k * k), cross(k * k), h(k * k), u(k * k), sinc(k * k), p(k * k), q(k * k), excess(k * k),
-        spare(k * k), top_x(k * k), top_y(k * k), bottom_x(k * k), bottom_y(k * k), moved(k * kColumns),
+      : k(k), a(k * k), c(k * k), s(k * k), cross(k * k), h(k * k), squared(k * k), u(k * k), sinc(k * k), p(k * k), q(k * k), excess(k * k),
+        spare(k * k), turned(k * k), turned_q(k * k), top_x(k * k), top_y(k * k), bottom_x(k * k), bottom_y(k * k), moved(k * kColumns),
         stored(k * kColumns) {}
-  // A constant where K is one, which unrolls the loops over k.
-  int64_t size() const { return K > 0 ? K : k; }
 };
+
+// cross and c of the rows X, and s in the first pass, by as many columns at a time as stay in the first cache.
+// make(begin, width) writes these columns of X before.
+template <int R, bool first, typename F>
+GRASSLAND_INLINE void grams(const Step& s, int64_t index, bool last, const float* x, Scratch& w, const F& make) {
+  const int64_t k = s.k, n = s.n, piece = std::max(kColumns, kCached / k / kColumns * kColumns);
+  const float *weight = s.weight + index * k * n, *grad = s.grad + index * k * n;
+  for (Matrix* sums : {&w.s, &w.cross, &w.c})
+    if (first || sums != &w.s) std::fill(sums->begin(), sums->end(), 0.0);
+  for (int64_t begin = 0; begin < n; begin += piece) {
+    const int64_t width = std::min(piece, n - begin);
+    make(begin, width);
+    // what comes next: more of these rows, or the next class's
+    const int64_t next = begin + width < n ? begin + width : last ? 0 : k * n;
+    if (first) gram<R>(weight + begin, weight + begin, k, n, width, weight + next, w.s.data());
+    gram<R>(weight + begin, x + begin, k, n, width, first ? grad + next : weight, w.cross.data());
+    gram<R>(x + begin, x + begin, k, n, width, first ? x + next : weight, w.c.data());
+  }
+}
 
 // How many powers of a matrix of this trace the series need: the terms of cos, t^j / (2j)!, bound those of sinc.
 GRASSLAND_INLINE int powers(double t) {
@@ -144,9 +215,8 @@ GRASSLAND_INLINE int powers(double t) {
 }
 
 // u = cos(sqrt h) - 1 and sinc(sqrt h); h is used up. Doubling: sinc <- sinc (1 + u), u <- 2 u u + 4 u.
-template <int64_t K>
-GRASSLAND_INLINE void trigonometry(Scratch<K>& w) {
-  const int64_t k = w.size(), size = k * k;
+GRASSLAND_INLINE void trigonometry(Scratch& w) {
+  const int64_t k = w.k, size = k * k;
   int halvings = 0;
   double t = trace(w.h.data(), k);
   for (; t > kTrace && halvings < kHalvings; t *= 0.25) ++halvings;
@@ -162,122 +232,109 @@ GRASSLAND_INLINE void trigonometry(Scratch<K>& w) {
       w.u[i * k + i] += sign / factorial[2 * j];
       w.sinc[i * k + i] += sign / factorial[2 * j + 1];
     }
-    product(w.spare.data(), w.h.data(), false, w.u.data(), false, k, 1, 0);
+    product(w.spare.data(), w.h.data(), false, w.u.data(), k, 1, 0);
     w.u.swap(w.spare);
-    product(w.spare.data(), w.h.data(), false, w.sinc.data(), false, k, 1, 0);
+    product(w.spare.data(), w.h.data(), false, w.sinc.data(), k, 1, 0);
     w.sinc.swap(w.spare);
   }
   for (int64_t i = 0; i < k; ++i) w.sinc[i * k + i] += 1;
   for (int step = 0; step < halvings; ++step) {
     w.spare = w.sinc;
-    product(w.spare.data(), w.sinc.data(), false, w.u.data(), false, k, 1, 1);
+    product(w.spare.data(), w.sinc.data(), false, w.u.data(), k, 1, 1);
     w.sinc.swap(w.spare);
     w.spare = w.u;
-    product(w.spare.data(), w.u.data(), false, w.u.data(), false, k, 2, 4);
+    product(w.spare.data(), w.u.data(), false, w.u.data(), k, 2, 4);
     w.u.swap(w.spare);
   }
 }
 
 // S+ = P S + Q X with P = 1 + u - a sinc A^T, Q = a sinc, and one Newton-Schulz step on [P Q] in Gram space.
-template <int64_t K>
-GRASSLAND_INLINE void end_coefficients(Scratch<K>& w, double a) {
-  const int64_t k = w.size(), size = k * k;
+GRASSLAND_INLINE void end_coefficients(Scratch& w, double a) {
+  const int64_t k = w.k, size = k * k;
   for (int64_t i = 0; i < size; ++i) {
     w.q[i] = a * w.sinc[i];
     w.p[i] = w.u[i];
   }
   for (int64_t i = 0; i < k; ++i) w.p[i * k + i] += 1;
-  product(w.p.data(), w.q.data(), false, w.a.data(), true, k, -1, 1);
+  turn(w.turned.data(), w.a.data(), k);
+  product(w.p.data(), w.q.data(), false, w.turned.data(), k, -1, 1);
+  turn(w.turned.data(), w.p.data(), k);
+  turn(w.turned_q.data(), w.q.data(), k);
   // N - 1 = P (s P^T + cross Q^T) + Q (cross^T P^T + c Q^T) - 1
   std::fill(w.excess.begin(), w.excess.end(), 0.0);
   for (int64_t i = 0; i < k; ++i) w.excess[i * k + i] = -1;
-  product(w.spare.data(), w.s.data(), false, w.p.data(), true, k, 1, 0);
-  product(w.spare.data(), w.cross.data(), false, w.q.data(), true, k, 1, 1);
-  product(w.excess.data(), w.p.data(), false, w.spare.data(), false, k, 1, 1);
-  product(w.spare.data(), w.cross.data(), true, w.p.data(), true, k, 1, 0);
-  product(w.spare.data(), w.c.data(), false, w.q.data(), true, k, 1, 1);
-  product(w.excess.data(), w.q.data(), false, w.spare.data(), false, k, 1, 1);
+  product(w.spare.data(), w.s.data(), false, w.turned.data(), k, 1, 0);
+  product(w.spare.data(), w.cross.data(), false, w.turned_q.data(), k, 1, 1);
+  product(w.excess.data(), w.p.data(), false, w.spare.data(), k, 1, 1);
+  product(w.spare.data(), w.cross.data(), true, w.turned.data(), k, 1, 0);
+  product(w.spare.data(), w.c.data(), false, w.turned_q.data(), k, 1, 1);
+  product(w.excess.data(), w.q.data(), false, w.spare.data(), k, 1, 1);
   w.spare = w.p;
-  product(w.spare.data(), w.excess.data(), false, w.p.data(), false, k, -0.5, 1);
+  product(w.spare.data(), w.excess.data(), false, w.p.data(), k, -0.5, 1);
   for (int64_t i = 0; i < size; ++i) w.top_x[i] = static_cast<float>(w.spare[i]);
   w.spare = w.q;
-  product(w.spare.data(), w.excess.data(), false, w.q.data(), false, k, -0.5, 1);
+  product(w.spare.data(), w.excess.data(), false, w.q.data(), k, -0.5, 1);
   for (int64_t i = 0; i < size; ++i) w.top_y[i] = static_cast<float>(w.spare[i]);
 }
 
-// The stored momentum R S + T X: G = X - A^T S, or transported, (1 + u) G - a sinc (G^T G) S with G^T G = c.
-template <int64_t K>
-GRASSLAND_INLINE void momentum_coefficients(Scratch<K>& w, double a, int64_t mode) {
-  const int64_t k = w.size(), size = k * k;
+// The stored momentum R S + T X: G = X - A^T S, or transported, (1 + u) G - a sinc (G^T G) S.
+GRASSLAND_INLINE void momentum_coefficients(Scratch& w, double a, int64_t mode) {
+  const int64_t k = w.k, size = k * k;
   std::fill(w.q.begin(), w.q.end(), 0.0);
   if (mode == kTransport) w.q = w.u;
   for (int64_t i = 0; i < k; ++i) w.q[i * k + i] += 1;
-  product(w.p.data(), w.q.data(), false, w.a.data(), true, k, -1, 0);
-  if (mode == kTransport) product(w.p.data(), w.sinc.data(), false, w.c.data(), false, k, -a, 1);
+  turn(w.turned.data(), w.a.data(), k);
+  product(w.p.data(), w.q.data(), false, w.turned.data(), k, -1, 0);
+  if (mode == kTransport) product(w.p.data(), w.sinc.data(), false, w.squared.data(), k, -a, 1);
   for (int64_t i = 0; i < size; ++i) {
     w.bottom_x[i] = static_cast<float>(w.p[i]);
     w.bottom_y[i] = static_cast<float>(w.q[i]);
   }
 }
 
-// horizontal <- G = B - A^T S
-template <int64_t K>
-GRASSLAND_INLINE void project(const Step& s, const float* weight, const float* buffer, Scratch<K>& w) {
-  const int64_t k = w.size(), n = s.n;
-  w.horizontal.resize(k * n);
-  for (int64_t i = 0; i < k; ++i) {
-    for (int64_t j = 0; j < k; ++j) {
-      w.top_x[i * k + j] = static_cast<float>(-w.a[j * k + i]);
-      w.top_y[i * k + j] = i == j ? 1.0f : 0.0f;
-    }
-  }
-  for (int64_t begin = 0; begin < n; begin += kColumns) {
-    const int64_t width = std::min(kColumns, n - begin);
-    combine(w.top_x.data(), w.top_y.data(), weight, buffer, k, n, begin, width, w.moved.data());
-    for (int64_t i = 0; i < k; ++i)
-      std::memcpy(w.horizontal.data() + i * n + begin, w.moved.data() + i * kColumns, width * sizeof(float));
-  }
-}
-
-template <int64_t K>
-GRASSLAND_INLINE void step_class(const Step& s, int64_t index, Scratch<K>& w) {
-  const int64_t k = w.size(), n = s.n, size = k * k;
+template <int R>
+GRASSLAND_INLINE void step_class(const Step& s, int64_t index, bool last, Scratch& w) {
+  const int64_t k = s.k, n = s.n, size = k * k;
   float *weight = s.weight + index * k * n, *buffer = s.buffer + index * k * n;
   const float* grad = s.grad + index * k * n;
-  const float mu = s.momentum;
+  grams<R, true>(s, index, last, buffer, w, [&](int64_t begin, int64_t width) GRASSLAND_INLINE_LAMBDA {
+    for (int64_t i = 0; i < k; ++i) {
+      float* moved = buffer + i * n + begin;
+      const float* added = grad + i * n + begin;
 #pragma omp simd
-  for (int64_t i = 0; i < k * n; ++i) buffer[i] = mu * buffer[i] + grad[i];
-  gram(weight, weight, k, n, w.s.data());
-  gram(weight, buffer, k, n, w.a.data());
-  gram(buffer, buffer, k, n, w.c.data());
+      for (int64_t c = 0; c < width; ++c) moved[c] = s.momentum * moved[c] + added[c];
+    }
+  });
   const double a = -s.lr;
   const bool still = a * a * trace(w.c.data(), k) == 0;
   if (still && s.mode == kOfficial) return;
   const float* x = buffer;
-  w.cross = w.a;
+  w.a = w.cross;
   w.h = w.c;
-  product(w.h.data(), w.a.data(), true, w.a.data(), false, k, -1, 1);
+  product(w.h.data(), w.a.data(), true, w.a.data(), k, -1, 1);
   const double horizontal = trace(w.h.data(), k), radial = trace(w.c.data(), k) - horizontal;
   if (radial > kRadial * horizontal || a * a * radial > kTurn) {
-    project(s, weight, buffer, w);
+    w.horizontal.resize(k * n);
     x = w.horizontal.data();
-    gram(weight, x, k, n, w.cross.data());
-    gram(x, x, k, n, w.c.data());
+    for (int64_t i = 0; i < k; ++i)
+      for (int64_t j = 0; j < k; ++j) w.top_x[i * k + j] = static_cast<float>(-w.a[j * k + i]);
+    grams<R, false>(s, index, last, x, w, [&](int64_t begin, int64_t width) GRASSLAND_INLINE_LAMBDA {
+      for (int64_t c = begin; c < begin + width; c += kColumns)  // G = B - A^T S
+        combine<R>(w.top_x.data(), nullptr, weight, buffer, k, n, c, std::min(kColumns, begin + width - c),
+                   w.horizontal.data() + c, n);
+    });
     std::fill(w.a.begin(), w.a.end(), 0.0);
     w.h = w.c;
   }
-  const Matrix squared = w.h;  // G^T G
-  for (int64_t i = 0; i < size; ++i) w.h[i] *= a * a;
+  for (int64_t i = 0; i < size; ++i) w.squared[i] = w.h[i], w.h[i] *= a * a;
   trigonometry(w);
   end_coefficients(w, a);
-  if (s.mode != kOfficial) {
-    w.c = squared;
-    momentum_coefficients(w, a, s.mode);
-  }
+  if (s.mode != kOfficial) momentum_coefficients(w, a, s.mode);
   for (int64_t begin = 0; begin < n; begin += kColumns) {
     const int64_t width = std::min(kColumns, n - begin);
-    combine(w.top_x.data(), w.top_y.data(), weight, x, k, n, begin, width, w.moved.data());
-    if (s.mode != kOfficial) combine(w.bottom_x.data(), w.bottom_y.data(), weight, x, k, n, begin, width, w.stored.data());
+    combine<R>(w.top_x.data(), w.top_y.data(), weight, x, k, n, begin, width, w.moved.data(), kColumns);
+    if (s.mode != kOfficial)
+      combine<R>(w.bottom_x.data(), w.bottom_y.data(), weight, x, k, n, begin, width, w.stored.data(), kColumns);
     for (int64_t i = 0; i < k; ++i) {
       if (!still) std::memcpy(weight + i * n + begin, w.moved.data() + i * kColumns, width * sizeof(float));
       if (s.mode != kOfficial)
@@ -286,17 +343,17 @@ GRASSLAND_INLINE void step_class(const Step& s, int64_t index, Scratch<K>& w) {
   }
 }
 
-template <int64_t K>
+template <int R>
 GRASSLAND_INLINE void step_classes_of(const Step& s, int64_t begin, int64_t end) {
-  Scratch<K> scratch(s.k);
-  for (int64_t index = begin; index < end; ++index) step_class(s, index, scratch);
+  Scratch scratch(s.k);
+  for (int64_t index = begin; index < end; ++index) step_class<R>(s, index, index + 1 == end, scratch);
 }
 
 GRASSLAND_MULTIARCH void step_classes(const Step& s, int64_t begin, int64_t end) {
   switch (s.k) {
-    case 4: return step_classes_of<4>(s, begin, end);
-    case 8: return step_classes_of<8>(s, begin, end);
-    default: return step_classes_of<0>(s, begin, end);
+    case 1: return step_classes_of<1>(s, begin, end);
+    case 2: return step_classes_of<2>(s, begin, end);
+    default: return step_classes_of<4>(s, begin, end);
   }
 }
 

@@ -156,16 +156,21 @@ GRASSLAND_INLINE void fold(Vec (&m)[kLanes], std::index_sequence<lane...>) {
   }
 }
 
-// Lane i is the total of the i-th of sixteen vectors that lie one behind the other.
-GRASSLAND_INLINE Vec totals(const float* rows) {
+// Lane i is the total of the i-th of sixteen vectors, which are used up.
+GRASSLAND_INLINE Vec totals(Vec (&m)[kLanes]) {
   constexpr auto lanes = std::make_index_sequence<kLanes>{};
-  Vec m[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) m[i] = load_full(rows + i * kLanes);
   fold<8>(m, lanes);
   fold<4>(m, lanes);
   fold<2>(m, lanes);
   fold<1>(m, lanes);
   return m[0];
+}
+
+// The same of vectors that lie one behind the other.
+GRASSLAND_INLINE Vec totals(const float* rows) {
+  Vec m[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) m[i] = load_full(rows + i * kLanes);
+  return totals(m);
 }
 
 // Exchanges the lanes whose index has the bit `step` with the vectors whose index has it.
