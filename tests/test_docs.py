@@ -150,7 +150,7 @@ def site(tmp_path_factory):
         "def refuse(*_): raise OSError('the build must need no network')\n"
         "socket.socket.connect = socket.create_connection = refuse\n"
         "from mkdocs.__main__ import cli\n"
-        f"cli(['build', '--strict', '--quiet', '--site-dir', {str(out)!r}])"
+        f"cli(['build', '--strict', '--site-dir', {str(out)!r}])"
     )
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
