@@ -37,7 +37,8 @@ def put_grassmann_head(
 
     `model(images, labels=labels, label_smoothing=0.0)` is then the mean cross entropy by `GrassmannHead.loss`, whose
     logits are never in memory; labels are classes (B,) int64 or probabilities (B, num_classes). Without labels the
-    model gives logits, as ever. A distilled model's loss is that of the logits it gives.
+    model gives logits, as ever. A distilled model's loss is that of the logits it gives; one whose auxiliary
+    classifiers give logits too, as GoogLeNet's in training, takes no labels (ValueError).
 
     With timm models, `reset_classifier` goes on giving Grassmann heads of the same kind (and none for num_classes=0),
     and `no_weight_decay` names their weights, so that timm's own parameter groups do not decay them.
@@ -133,6 +134,11 @@ def _forward(
         features = forward(model, *args, **keywords)
     finally:
         head.features_only = False
+    if not isinstance(features, Tensor):
+        raise ValueError(
+            f"labels: {type(model).__name__} gives {type(features).__name__} in training, which has no one loss: leave "
+            "labels out and compute it from what the model gives"
+        )
     return head.loss(features, labels, label_smoothing=label_smoothing)
 
 

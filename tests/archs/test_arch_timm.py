@@ -129,6 +129,14 @@ def test_a_distilled_models_loss_is_that_of_its_logits():
     torch.testing.assert_close(model(images(), labels=targets(False)), expected)
 
 
+def test_auxiliary_classifiers_leave_no_one_loss():
+    model = torchvision.models.googlenet(num_classes=CLASSES, init_weights=False)
+    put_grassmann_head(model, subspace_dim=2)
+    with pytest.raises(ValueError, match="labels: GoogLeNet gives GoogLeNetOutputs in training"):
+        model(torch.randn(2, 3, 64, 64), labels=torch.arange(2))
+    assert model.eval()(images(2)).shape == (2, CLASSES)
+
+
 def test_an_error_in_the_body_leaves_the_head_as_it_was():
     model = grassmann("vit")
     with pytest.raises(AssertionError):
