@@ -14,8 +14,10 @@ from ..registry import register_slot
 def cross_entropy(logits: Tensor, labels: Tensor, reduction: str, label_smoothing: float) -> Tensor:
     """`F.cross_entropy`, in at least float32, of logits (…, C) against labels (…) int64 or probabilities (…, C).
 
-    ValueError for labels of another shape.
+    ValueError for labels of another shape, TypeError for those of another dtype.
     """
+    if labels.dtype != torch.int64 and not labels.is_floating_point():
+        raise TypeError(f"labels must be int64 classes or floating-point probabilities, got {labels.dtype}")
     wanted = logits.shape if labels.is_floating_point() else logits.shape[:-1]
     if labels.shape != wanted:
         raise ValueError(f"labels must be {labels.dtype} {tuple(wanted)}, got {tuple(labels.shape)}")

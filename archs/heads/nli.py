@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_input
 from ..ffns import MLP
 from ..init import init_weights
 from ..mixers import BidirectionalAttention
@@ -69,10 +70,10 @@ class NLIHead(nn.Module):
         """Logits (B, num_classes) of token features (B, T, in_features).
 
         mask (B, T): bool or 0 and 1, False for padding, whose content and amount after the last token change nothing;
-        None if there is none. ValueError for other shapes, and for a row without a token (seen on the CPU only).
+        None if there is none. ValueError for other shapes, and for a row without a token (seen on the CPU only);
+        TypeError for another dtype than the weights'.
         """
-        if features.dim() != 3 or features.shape[-1] != self.in_features:
-            raise ValueError(f"features must be (B, T, {self.in_features}), got {tuple(features.shape)}")
+        check_input(features, self.in_features, self.proj, sequence=True, name="features")
         mask = _checked(mask, features)
         # Not a product: what stands in padding may be infinite or NaN.
         x = self.proj(torch.where(mask[..., None], features, 0))
@@ -143,6 +144,8 @@ class TransformerNLIHead(NLIHead):
 
 def _checked(mask: Tensor | None, features: Tensor) -> Tensor:
     if mask is None:
+        if features.shape[1] == 0:
+            raise ValueError(f"features must have at least one token, got {tuple(features.shape)}")
         return torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
     if mask.shape != features.shape[:2] or mask.is_floating_point():
         wanted = f"bool or integer {tuple(features.shape[:2])}"

@@ -126,7 +126,7 @@ class Control(nn.Module, ABC):
         offsets: Sequence[int] | None = None,
     ) -> ReducedHistory:
         """An empty history of max Δ vectors a row; its size does not depend on `max_len`."""
-        span, weight = max(self.offsets if offsets is None else offsets), self.gate.weight
+        span, weight = max(self.offsets if offsets is None else checked_offsets(offsets)), self.gate.weight
         return ReducedHistory(batch_size, span, self.kept, device or weight.device, dtype or weight.dtype)
 
     def flops_per_token(self, seq_len: int, offsets: Sequence[int] | None = None) -> int:

@@ -149,7 +149,7 @@ class CausalGrassmannMixer(nn.Module):
         offsets: Sequence[int] | None = None,
     ) -> ReducedHistory:
         """An empty history of max Δ reduced vectors a row; its size does not depend on `max_len`."""
-        span = max(self.offsets if offsets is None else offsets)
+        span = max(self.offsets if offsets is None else checked_offsets(offsets))
         weight = self.reduce.weight
         return ReducedHistory(batch_size, span, self.rank, device or weight.device, dtype or weight.dtype)
 

@@ -98,6 +98,8 @@ class Hyper(nn.Module):
         for name, value in (("num_streams", num_streams), ("dim", dim)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if isinstance(layer_index, bool) or not isinstance(layer_index, int) or layer_index < 0:
+            raise ValueError(f"layer_index must be an integer of at least 0, got {layer_index!r}")
         reduce = reduce or ("sum" if init == "paper" else "mean")
         for name, value, allowed in (("init", init, INITS), ("expand", expand, EXPANDS), ("reduce", reduce, REDUCES)):
             if value not in allowed:

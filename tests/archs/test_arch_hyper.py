@@ -443,6 +443,8 @@ def test_the_official_interface_reduces_as_it_is_told(options, kind):
         (lambda: get_init_and_expand_reduce_stream_functions(4, dim=8)[0](init="identity"), ("init", "given to")),
         (lambda: get_init_and_expand_reduce_stream_functions(4)[0](), ("dim",)),
         (lambda: get_init_and_expand_reduce_stream_functions(4, dim=8)[0]()(torch.zeros(6, 8)), ("4 streams", "6")),
+        (lambda: KromHC(None, 8, "0"), ("layer_index", "'0'")),
+        (lambda: MHC(None, 8, -1), ("layer_index", "-1")),
         (lambda: create_model("lm", residual="kromhc", num_streams=7, **SIZES), ("num_streams", "7")),
         (lambda: create_model("lm", residual="kromch", **SIZES), ("residual", "kromch", "'kromhc'")),
     ],

@@ -88,6 +88,8 @@ def test_offsets_beyond_the_state_are_refused(cls):
         mixer(x, state, None, (1, 5))
     with pytest.raises(ValueError, match=r"offsets must be .* positive integers, got \(0, 1\)"):
         mixer(x, state, None, (0, 1))
+    with pytest.raises(ValueError, match=r"offsets must be .* positive integers, got 3"):
+        mixer.init_state(3, 9, offsets=3)
     assert state.extent == 2
 
 
@@ -98,6 +100,12 @@ def test_a_state_of_another_batch_is_refused(cls):
     with pytest.raises(ValueError, match="x must have the 3 rows of the state, got 1"):
         mixer(torch.randn(1, 2, 16), state)
     assert state.fresh
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_labels_of_a_wrong_dtype_are_named(cls):
+    with pytest.raises(TypeError, match=r"must be int64 classes.*, got torch\.int32"):
+        layer(cls).loss(torch.randn(3, 16), torch.tensor([0, 1, 2], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("cls", HEADS)

@@ -200,6 +200,10 @@ def test_bad_inputs_are_named(kind, options):
     x = torch.randn(2, 4, 5)
     with pytest.raises(ValueError, match=r"features must be \(B, T, 5\), got \(2, 4, 6\)"):
         layer(torch.randn(2, 4, 6))
+    with pytest.raises(ValueError, match=r"features must have at least one token, got \(2, 0, 5\)"):
+        layer(x[:, :0])
+    with pytest.raises(TypeError, match=r"features must have the dtype of the layer's weights"):
+        layer(x.bfloat16())
     with pytest.raises(ValueError, match=r"mask must be bool or integer \(2, 4\), got torch.bool \(2, 3\)"):
         layer(x, torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="row 1 has none"):
