@@ -1,6 +1,5 @@
 """python -m grassland.train COMMAND: train, compare, evaluate, sample and inspect."""
 
-import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .config import LMConfig, RunConfig, VisionConfig, default_lm, named_lm
+from .optional import optional
 from .recipes import default_vision, named_vision, recipe
 
 C = TypeVar("C", bound=RunConfig)
@@ -239,7 +239,7 @@ def describe(error: Exception) -> str:
 
 def read_options(kind: type[Any], arguments: list[str], command: str) -> Any:
     """A dataclass from command-line arguments; fields without a default are positional."""
-    return _parse(kind, arguments, command, config=(_tyro().conf.PositionalRequiredArgs,))
+    return _parse(kind, arguments, command, config=(optional("tyro", "train").conf.PositionalRequiredArgs,))
 
 
 def read_run_config(kind: type[C], default: C, arguments: list[str], command: str) -> C:
@@ -268,7 +268,7 @@ def _parse(kind: type[Any], arguments: list[str], command: str, default: Any = N
     if default is not None:
         options["default"] = unchecked(**values(default))
     program = f"python -m grassland.train {command}"
-    return kind(**values(_tyro().cli(unchecked, args=arguments, prog=program, **options)))
+    return kind(**values(optional("tyro", "train").cli(unchecked, args=arguments, prog=program, **options)))
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -336,13 +336,6 @@ def _is_defect(error: Exception) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     return not type(error).__module__.startswith(__package__.rpartition(".")[0] if __package__ else "grassland")
-
-
-def _tyro() -> Any:
-    try:
-        return importlib.import_module("tyro")
-    except ImportError as error:
-        raise ValueError("tyro is not installed: pip install 'grassland[train]'") from error
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """How a trained model's residual streams behave, layer by layer: a picture and a JSON file, for any residual choice."""
 
-import importlib
 import json
 import math
 import os
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ..archs import atomic_write
 from ..archs.modes import evaluating
+from .optional import optional
 from .text_model import load_text_model
 
 PICTURE, NUMBERS = "inspect.png", "inspect.json"
@@ -130,11 +130,7 @@ def _deviation(matrix: Tensor) -> float:
 def plot(runs: dict[str, list[Layer]], path: Path) -> None:
     """The picture of `compare`: a colour for each run, or for each stream of a single one. ValueError if matplotlib is
     not installed."""
-    try:
-        figure_type: Any = importlib.import_module("matplotlib.figure").Figure
-    except ImportError as error:
-        raise ValueError("matplotlib is not installed: pip install 'grassland[train]'") from error
-    figure = figure_type(figsize=(18, 4.2), layout="constrained")
+    figure = optional("matplotlib.figure", "train").Figure(figsize=(18, 4.2), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for number, (run, layers) in enumerate(runs.items()):
             _draw(axes, layers, name, run, f"C{number}" if len(runs) > 1 else None)

@@ -1,12 +1,13 @@
 """What a run says: metrics.jsonl, the live progress line, TensorBoard."""
 
-import importlib
 import json
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from .optional import optional
 
 METRICS_FILE = "metrics.jsonl"
 # Steps of a process that are not timed: allocation, compilation and caches make them slow.
@@ -23,7 +24,10 @@ class MetricsLog:
             os.truncate(self.path, _whole_lines(self.path, offset))
         # Unbuffered: an event that met a full disk must not be written again when the file is closed.
         self._file = self.path.open("ab", buffering=0)
-        self._tensorboard = _summary_writer(folder) if tensorboard else None
+        self._tensorboard: Any = None
+        if tensorboard:
+            writers = optional("torch.utils.tensorboard", "train", "tensorboard")
+            self._tensorboard = writers.SummaryWriter(str(folder))
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Append {"event": event, "step": step, **values}."""
@@ -155,10 +159,3 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
-
-
-def _summary_writer(folder: Path) -> Any:
-    try:
-        return importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
-    except ImportError as error:
-        raise ValueError("tensorboard is not installed: pip install 'grassland[train]'") from error

@@ -1,6 +1,5 @@
 """A head for sentence pairs on an encoder of transformers: build, save, load."""
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 
 from ..archs import CheckpointError, PluckerNLIHead, TransformerNLIHead, read_config
 from ..archs.io import CONFIG_FILE, FORMAT, VERSION, WEIGHTS_FILE, check_tensors, read_tensors, write_checkpoint
+from .optional import optional
 
 HEADS: dict[str, type[nn.Module]] = {"plucker": PluckerNLIHead, "transformer": TransformerNLIHead}
 KIND = "nli"
@@ -63,7 +63,7 @@ def load_encoder(name: str, vocab_size: int, pad_id: int) -> nn.Module:
 
     Raises FileNotFoundError if it is not to be had, ValueError if it has fewer embeddings than `vocab_size`.
     """
-    library = _transformers()
+    library = optional("transformers", "hf")
     if name == "random":
         sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 512}
         return library.DistilBertModel(library.DistilBertConfig(vocab_size=vocab_size, pad_token_id=pad_id, **sizes))
@@ -104,12 +104,5 @@ def load_nli_model(folder: Path, device: torch.device | str = "cpu") -> NLIModel
 
 def stored_encoder(spec: Mapping[str, Any]) -> nn.Module:
     """A fresh encoder of the kind and sizes that a saved model's config tells; nothing is downloaded."""
-    library = _transformers()
+    library = optional("transformers", "hf")
     return library.AutoModel.from_config(library.AutoConfig.for_model(**spec["encoder"]))
-
-
-def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise ValueError("transformers is not installed: pip install 'grassland[hf]'") from error

@@ -1,12 +1,12 @@
 """Curves of one run or several, from their metrics.jsonl."""
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .log import read_metrics
+from .optional import optional
 
 CURVES_FILE = "curves.png"
 Event = dict[str, Any]
@@ -23,8 +23,7 @@ def plot_runs(folders: Sequence[Path], out: Path) -> None:
     if not out.suffix:  # matplotlib would write another file
         raise ValueError(f"out must name a picture, such as {out / CURVES_FILE}, got {out}")
     runs = {folder.name: read_metrics(folder) for folder in folders}
-    figure_type: Any = matplotlib_module("figure").Figure
-    figure = figure_type(figsize=(15, 4.2), layout="constrained")
+    figure = optional("matplotlib.figure", "train").Figure(figsize=(15, 4.2), layout="constrained")
     for axes, panel in zip(figure.subplots(1, 3), (_loss, _quality, _throughput), strict=True):
         for name, events in runs.items():
             panel(axes, events, name if len(runs) > 1 else "")
@@ -76,10 +75,3 @@ def _throughput(axes: Any, events: list[Event], name: str) -> None:
 def _series(events: list[Event], event: str, key: str) -> tuple[list[int], list[float]]:
     has: Callable[[Event], bool] = lambda e: e["event"] == event and e.get(key) is not None  # noqa: E731
     return [e["step"] for e in events if has(e)], [e[key] for e in events if has(e)]
-
-
-def matplotlib_module(module: str) -> Any:
-    try:
-        return importlib.import_module(f"matplotlib.{module}")
-    except ImportError as error:
-        raise ValueError("matplotlib is not installed: pip install 'grassland[train]'") from error

@@ -18,7 +18,7 @@ from .config import VisionConfig
 from .data import BlockOrder, block_batch, num_blocks
 from .env import hardware
 from .optim import build_optimizer
-from .plot import matplotlib_module
+from .optional import optional
 from .start import pick_device, seed_everything
 
 NUMBERS, PICTURE = "profile.jsonl", "profile.png"
@@ -158,7 +158,8 @@ def profile_model(name: str, options: ProfileOptions, device: torch.device) -> d
 
 def plot(records: list[Record], path: Path) -> None:
     """One bar a model, of the shares of its step: a colour a part, its backward pass hatched."""
-    figure: Any = matplotlib_module("figure").Figure(figsize=(10, 1.6 + 0.45 * len(records)), layout="constrained")
+    size = (10, 1.6 + 0.45 * len(records))
+    figure: Any = optional("matplotlib.figure", "train").Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     totals = [sum(record["seconds"].values()) for record in records]
     names = [f"{record['model']}, {1e3 * total:,.0f} ms" for record, total in zip(records, totals, strict=True)]

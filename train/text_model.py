@@ -15,6 +15,7 @@ from ..archs.io import CONFIG_FILE, FORMAT, VERSION, WEIGHTS_FILE, check_tensors
 from ..archs.modes import evaluating
 from ..archs.registry import unknown
 from .hf_lm import HuggingFaceLM, TextModelSpec
+from .optional import optional
 
 HF = "hf/"
 # Before the names that tensors have in transformers.
@@ -71,7 +72,7 @@ def load_text_model(folder: Path, device: torch.device | str = "cpu") -> Any:
     values = dict(read_config(folder)["model"])
     if values.pop("kind", None) != TextModelSpec.kind:
         return load_model(folder, device=device)
-    _transformers()
+    optional("transformers", "hf")
     tensors = read_tensors(folder / WEIGHTS_FILE)
     try:
         model = _assemble(TextModelSpec(**values))
@@ -85,7 +86,7 @@ def load_text_model(folder: Path, device: torch.device | str = "cpu") -> Any:
 
 def _assemble(spec: TextModelSpec) -> HuggingFaceLM:
     """The model of `spec` with the architecture's own initialisation."""
-    transformers = _transformers()
+    transformers = optional("transformers", "hf")
     types = importlib.import_module("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if spec.name not in types:
         raise unknown("model", HF + spec.name, [HF + name for name in types])
@@ -106,7 +107,7 @@ def _assemble(spec: TextModelSpec) -> HuggingFaceLM:
 
 def _options(kind: Any, spec: TextModelSpec) -> dict[str, Any]:
     """Keywords of the config class `kind`: what the spec says over what fits the data."""
-    common = {entry.name for entry in dataclasses.fields(_transformers().PreTrainedConfig)}
+    common = {entry.name for entry in dataclasses.fields(optional("transformers", "hf").PreTrainedConfig)}
     fields = {entry.name: entry for entry in dataclasses.fields(kind) if entry.init and entry.name not in common}
     if _canonical(kind, "vocab_size") not in fields:
         raise ValueError(f"model {HF}{spec.name} is not one for text alone: its config has no vocab_size")
@@ -149,10 +150,3 @@ def _embeddings(model: nn.Module) -> list[nn.Embedding]:
 
 def _lists(value: Any) -> Any:
     return [_lists(entry) for entry in value] if isinstance(value, tuple) else value
-
-
-def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise ValueError("transformers is not installed: pip install 'grassland[hf]'") from error

@@ -1,6 +1,5 @@
 """How well a trained model's features serve another task: a linear classifier on them, by scikit-learn."""
 
-import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from .config import VisionConfig
 from .data.image_batches import EvalBatches, load_batches
 from .data.image_sources import ImageData, load_images
 from .data.images import ImageSet
+from .optional import optional
 from .vision_model import image_features, load_vision_model
 
 RESULTS_FILE = "transfer.jsonl"
@@ -132,15 +132,12 @@ def features(model: torch.nn.Module, images: ImageSet, config: VisionConfig, dev
 
 
 def _classifier(kind: str, c: float) -> Any:
-    try:
-        linear: Any = importlib.import_module("sklearn.linear_model")
-        svm: Any = importlib.import_module("sklearn.svm")
-        pipeline: Any = importlib.import_module("sklearn.pipeline")
-        scaler: Any = importlib.import_module("sklearn.preprocessing").StandardScaler()
-    except ImportError as error:
-        raise ValueError("scikit-learn is not installed: pip install 'grassland[vision]'") from error
+    linear, svm, pipeline, preprocessing = (
+        optional(f"sklearn.{part}", "vision", "scikit-learn")
+        for part in ("linear_model", "svm", "pipeline", "preprocessing")
+    )
     machines: dict[str, Callable[[], Any]] = {
         "logistic": lambda: linear.LogisticRegression(C=c, max_iter=1000),
         "svm": lambda: svm.LinearSVC(C=c, max_iter=5000, dual="auto", random_state=0),
     }
-    return pipeline.make_pipeline(scaler, machines[kind]())
+    return pipeline.make_pipeline(preprocessing.StandardScaler(), machines[kind]())

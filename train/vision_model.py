@@ -21,6 +21,7 @@ from ..archs import (
 from ..archs.io import CONFIG_FILE, FORMAT, VERSION, WEIGHTS_FILE, check_tensors, read_tensors, write_checkpoint
 from ..archs.modes import evaluating
 from ..archs.registry import unknown
+from .optional import optional
 
 TIMM = "timm/"
 
@@ -47,7 +48,7 @@ def build_vision_model(spec: ImageModelSpec, eval_size: int | None = None) -> nn
     name = spec.name.removeprefix(TIMM)
     if spec.name in list_models() or spec.name == "vision":
         model = _own_model(spec)
-    elif _timm().is_model(name):
+    elif optional("timm", "vision").is_model(name):
         model = _timm_model(replace(spec, name=name))
     else:
         raise unknown("model", spec.name, _known_names(spec.name))
@@ -101,7 +102,7 @@ def num_parameters(model: nn.Module) -> int:
 
 def _timm_model(spec: ImageModelSpec) -> nn.Module:
     """The model of timm's that `spec.name` names without its prefix, with fresh weights."""
-    timm = _timm()
+    timm = optional("timm", "vision")
     options: dict[str, Any] = dict(spec.options)
     if timm.get_pretrained_cfg(spec.name).fixed_input_size:
         options["img_size"] = spec.img_size
@@ -163,15 +164,8 @@ def _drop_head_dropout(model: Any) -> None:
 def _known_names(name: str) -> list[str]:
     own = [preset for preset in list_models() if model_config(preset).kind == "vision"]
     prefix = TIMM if name.startswith(TIMM) else ""
-    return own + [prefix + known for known in _timm().list_models()]
+    return own + [prefix + known for known in optional("timm", "vision").list_models()]
 
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _timm() -> Any:
-    try:
-        return importlib.import_module("timm")
-    except ImportError as error:
-        raise ValueError("timm is not installed: pip install 'grassland[vision]'") from error

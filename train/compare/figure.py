@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..plot import matplotlib_module, scale_by_log
+from ..optional import optional
+from ..plot import scale_by_log
 from .report import by
 from .results import SHOWN, Record, done
 from .statistics import mean
@@ -17,7 +18,7 @@ def plot(records: Sequence[Record], path: Path) -> bool:
     chosen = [record for record in done(records) if record["chosen"]]
     if not chosen:
         return False
-    figure: Any = matplotlib_module("figure").Figure(figsize=(15, 4.4), layout="constrained")
+    figure: Any = optional("matplotlib.figure", "train").Figure(figsize=(15, 4.4), layout="constrained")
     task, curves = chosen[0]["task"], by(chosen, "arm")
     rates, clock = {arm: rate for arm, runs in curves.items() if (rate := _alone(runs))}, "wall time, minutes"
     if len(rates) == len(curves):
@@ -33,7 +34,7 @@ def plot(records: Sequence[Record], path: Path) -> bool:
         if task == "lm":
             scale_by_log(axes)
         if key == "units":
-            axes.xaxis.set_major_formatter(matplotlib_module("ticker").EngFormatter())
+            axes.xaxis.set_major_formatter(optional("matplotlib.ticker", "train").EngFormatter())
         axes.locator_params(axis="x", nbins=6)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(frameon=False, fontsize=8)

@@ -1,10 +1,11 @@
 """Means, deviations, and whether a difference between two arms could be chance."""
 
-import importlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from ..optional import optional
 
 CONFIDENCE = 0.95
 # Differences that are further apart only by less than this, relative to the metrics, are equal but for rounding.
@@ -44,10 +45,7 @@ def paired(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Differenc
     largest = max(abs(values[seed]) for values in (arm, baseline) for seed in common)
     if not all(map(math.isfinite, gaps)) or max(gaps) - min(gaps) <= ROUNDING * largest:
         return Difference(mean(gaps), None, None, len(gaps))
-    try:
-        student = importlib.import_module("scipy.stats").t(len(gaps) - 1)
-    except ImportError as error:
-        raise ValueError("scipy is not installed: pip install 'grassland[train]'") from error
+    student = optional("scipy.stats", "train").t(len(gaps) - 1)
     middle, error = mean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5
     half = error * float(student.ppf((1 + CONFIDENCE) / 2))
     return Difference(middle, (middle - half, middle + half), 2 * float(student.sf(abs(middle) / error)), len(gaps))

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...kernels.losses import IGNORE
 from ..config import VisionConfig
+from ..optional import optional
 from ..parallel import rank, rows, size
 from .blocks import BlockOrder
 from .errors import WorkerError, is_obituary, obituary
@@ -161,7 +162,7 @@ def train_transform(config: VisionConfig) -> Transform:
     """timm's training transform for these settings. ValueError for an unknown augmentation policy."""
     side = config.img_size
     try:
-        stages = _timm_data().create_transform(
+        stages = optional("timm.data", "vision").create_transform(
             side,
             is_training=True,
             separate=True,
@@ -187,7 +188,7 @@ def train_transform(config: VisionConfig) -> Transform:
 def eval_transform(config: VisionConfig) -> Transform:
     """timm's evaluation transform for these settings."""
     interpolation = "bicubic" if config.interpolation == "random" else config.interpolation
-    return _timm_data().create_transform(
+    return optional("timm.data", "vision").create_transform(
         _eval_side(config), crop_pct=config.crop_pct, interpolation=interpolation, mean=config.mean, std=config.std
     )
 
@@ -198,7 +199,7 @@ def _eval_side(config: VisionConfig) -> int:
 
 def mixing(config: VisionConfig, classes: int) -> Mix:
     """timm's mixup and cutmix; label smoothing is part of the mixed targets."""
-    return _timm_data().Mixup(
+    return optional("timm.data", "vision").Mixup(
         mixup_alpha=config.mixup,
         cutmix_alpha=config.cutmix,
         prob=config.mix_prob,
@@ -246,10 +247,3 @@ def _as_it_is(batch: Any) -> Any:
 def _ignore_interrupts(worker: int) -> None:
     """Ctrl-C goes to every process of a terminal; the training one decides what it means."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _timm_data() -> Any:
-    try:
-        return importlib.import_module("timm.data")
-    except ImportError as error:
-        raise ValueError("timm is not installed: pip install 'grassland[vision]'") from error

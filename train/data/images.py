@@ -1,6 +1,5 @@
 """Labelled images behind one interface, whatever holds them: files, table columns, arrays."""
 
-import importlib
 import io
 import os
 import zlib
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..optional import optional
 from .sources import first_line
 
 if TYPE_CHECKING:
@@ -154,7 +154,4 @@ def _rgb(image: Any) -> Any:
 
 
 def _pillow() -> Any:
-    try:
-        return importlib.import_module("PIL.Image")
-    except ImportError as error:
-        raise ValueError("pillow is not installed: pip install 'grassland[vision]'") from error
+    return optional("PIL.Image", "vision", "pillow")

@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import importlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...kernels.losses import IGNORE
+from ..optional import optional
 from .masked import assemble
 from .sources import ALIASES, SPLITS, files_below, first_line, load_hub, looks_local, split_of
 from .tokenizer import special_tokens
@@ -162,9 +162,9 @@ def _read(files: list[Path]) -> Any:
     for file in files:
         if READERS[file.suffix.lower()] != (reader, options):
             raise ValueError(f"data {file}: of another kind than {files[0].name}, which is for the same split")
+    datasets, names = optional("datasets", "train"), [str(file) for file in files]
     try:
-        names = [str(file) for file in files]
-        return _datasets().load_dataset(reader, data_files=names, split="train", **options)
+        return datasets.load_dataset(reader, data_files=names, split="train", **options)
     except ImportError:
         raise
     except Exception as error:  # the readers' errors share no base class
@@ -281,10 +281,3 @@ def _strings(table: Any, column: str, where: str) -> list[str]:
         if not isinstance(text, str):
             raise ValueError(f"{where}: {column}: row {row} is no text, but {text!r:.80}")
     return texts
-
-
-def _datasets() -> Any:
-    try:
-        return importlib.import_module("datasets")
-    except ImportError as error:
-        raise ValueError("datasets is not installed: pip install 'grassland[train]'") from error

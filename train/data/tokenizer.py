@@ -1,10 +1,10 @@
 """Tokenisers: trained here, read from a file, or taken from the hub; all of them `tokenizers.Tokenizer`."""
 
-import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...archs.io import atomic_write
+from ..optional import optional
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -64,8 +64,9 @@ def _load(spec: str) -> "Tokenizer":
         return read_wordpiece(path) if path.suffix == ".txt" else _read_json(path)
     if spec.startswith((".", "/", "~")) or spec.endswith((".txt", ".json")):
         raise FileNotFoundError(f"tokenizer {path}: no such file")
+    tk = optional("tokenizers", "train")
     try:
-        return _tokenizers().Tokenizer.from_pretrained(spec)
+        return tk.Tokenizer.from_pretrained(spec)
     except Exception as error:  # the hub client's errors have no common base
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise FileNotFoundError(f"tokenizer {spec}: no such file, and not to be had from the hub ({reason})") from error
@@ -73,7 +74,7 @@ def _load(spec: str) -> "Tokenizer":
 
 def train_bpe(text: str, size: int) -> "Tokenizer":
     """A byte-level BPE of at most `size` tokens: 256 bytes and the merges that `text` supports, no special tokens."""
-    tk = _tokenizers()
+    tk = optional("tokenizers", "train")
     tokenizer = tk.Tokenizer(tk.models.BPE())
     tokenizer.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tk.decoders.ByteLevel()
@@ -86,7 +87,7 @@ def train_bpe(text: str, size: int) -> "Tokenizer":
 
 def read_wordpiece(path: Path) -> "Tokenizer":
     """BERT's uncased WordPiece tokeniser over the vocabulary in a vocab.txt, without [CLS] and [SEP]."""
-    tk = _tokenizers()
+    tk = optional("tokenizers", "train")
     # Not splitlines: U+2028 and its like are tokens of multilingual vocabularies.
     try:
         words = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
@@ -111,8 +112,9 @@ def save_tokenizer(tokenizer: "Tokenizer", folder: Path) -> None:
 
 
 def _read_json(path: Path) -> "Tokenizer":
+    tk = optional("tokenizers", "train")
     try:
-        return _tokenizers().Tokenizer.from_file(str(path))
+        return tk.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"tokenizer {path}: not a tokenizer.json ({str(error).splitlines()[0][:200]})") from error
 
@@ -122,10 +124,3 @@ def _bpe_size(spec: str) -> int:
     if not size.isdigit() or int(size) < 256:
         raise ValueError(f"tokenizer {spec}: the size of a byte-level BPE is a number from 256 on")
     return int(size)
-
-
-def _tokenizers() -> Any:
-    try:
-        return importlib.import_module("tokenizers")
-    except ImportError as error:
-        raise ValueError("tokenizers is not installed: pip install 'grassland[train]'") from error
