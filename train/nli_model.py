@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..archs import CheckpointError, PluckerNLIHead, TransformerNLIHead, read_config
-from ..archs.io import CONFIG_FILE, FORMAT, VERSION, WEIGHTS_FILE, check_tensors, read_tensors, write_checkpoint
+from ..archs.io import CONFIG_FILE
+from .data.sources import first_line
+from .foreign import load_foreign, save_foreign
 from .optional import optional
 
 HEADS: dict[str, type[nn.Module]] = {"plucker": PluckerNLIHead, "transformer": TransformerNLIHead}
@@ -70,8 +72,8 @@ def load_encoder(name: str, vocab_size: int, pad_id: int) -> nn.Module:
     try:
         encoder = library.AutoModel.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise FileNotFoundError(f"encoder {name}: no such folder, and not to be had from the hub ({reason})") from error
+        hint = f"no such folder, and not to be had from the hub ({first_line(error)})"
+        raise FileNotFoundError(f"encoder {name}: {hint}") from error
     rows = encoder.get_input_embeddings().weight.shape[0]
     if rows < vocab_size:
         raise ValueError(f"encoder {name} has {rows} token embeddings, but the tokenizer has {vocab_size} tokens")
@@ -80,26 +82,20 @@ def load_encoder(name: str, vocab_size: int, pad_id: int) -> nn.Module:
 
 def save_nli_model(model: NLIModel, folder: Path, extra: Mapping[str, Any]) -> None:
     """Write config.json and model.safetensors, encoder included: the folder is all that it takes."""
-    content = {"format": FORMAT, "version": VERSION, "model": model.spec, **extra}
-    write_checkpoint(folder, content, model.state_dict())
+    save_foreign(folder, model.spec, model.state_dict(), extra)
 
 
 def load_nli_model(folder: Path, device: torch.device | str = "cpu") -> NLIModel:
     """The model that `save_nli_model` wrote, in evaluation mode. Raises CheckpointError that names the file."""
     spec = read_config(folder)["model"]
-    file = folder / CONFIG_FILE
     if spec.get("kind") != KIND:
-        raise CheckpointError(f"{file}: kind {spec.get('kind')!r}, not {KIND!r}")
-    tensors = read_tensors(folder / WEIGHTS_FILE)
-    try:
-        encoder = stored_encoder(spec)
+        raise CheckpointError(f"{folder / CONFIG_FILE}: kind {spec.get('kind')!r}, not {KIND!r}")
+
+    def build() -> NLIModel:
         options = {name: tuple(v) if isinstance(v, list) else v for name, v in spec["options"].items()}
-        model = build_nli_model(spec["head"], options, encoder, spec["num_classes"], frozen=True)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    check_tensors(model.state_dict(), tensors, folder / WEIGHTS_FILE)
-    model.load_state_dict(tensors)
-    return model.to(device).eval()
+        return build_nli_model(spec["head"], options, stored_encoder(spec), spec["num_classes"], frozen=True)
+
+    return load_foreign(folder, build, device)
 
 
 def stored_encoder(spec: Mapping[str, Any]) -> nn.Module:

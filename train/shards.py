@@ -7,7 +7,6 @@ import errno
 import shutil
 import uuid
 import warnings
-import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard, zeros
 
 from ..archs.io import sync_folder
 from . import parallel
+from .data.corpus import file_crc
 
 PREFIX = "state-"
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -41,7 +41,7 @@ def write_shards(folder: Path, shards: Mapping[str, DTensor], step: int) -> dict
         raise _first_error(error, place) from error
     parallel.from_main(lambda: sync_folder(place))
     mine = sorted(place.iterdir())[parallel.rank() :: parallel.size()]
-    files = {path.name: [path.stat().st_size, _crc(path)] for path in mine}
+    files = {path.name: [path.stat().st_size, file_crc(path)] for path in mine}
     return {
         "name": name,
         "files": {key: value for part in parallel.gather(files) for key, value in part.items()},
@@ -55,7 +55,7 @@ def check_shards(folder: Path, written: Mapping[str, Any]) -> None:
         path = folder / written["name"] / name
         if not path.is_file():
             raise ValueError(f"{path.parent.name}/{name} is missing")
-        if path.stat().st_size != size or _crc(path) != crc:
+        if path.stat().st_size != size or file_crc(path) != crc:
             raise ValueError(f"{path.parent.name}/{name} is not what was written")
 
 
@@ -88,11 +88,3 @@ def _first_error(error: CheckpointException, place: Path) -> Exception:
     if isinstance(cause, OSError):
         return cause
     return OSError(errno.EIO, f"the shards cannot be written ({cause})", str(place))
-
-
-def _crc(path: Path, chunk: int = 1 << 24) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(chunk):
-            crc = zlib.crc32(block, crc)
-    return crc

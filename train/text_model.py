@@ -10,10 +10,10 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from ..archs import CheckpointError, create_model, load_model, model_config, read_config, save_model
-from ..archs.io import CONFIG_FILE, FORMAT, VERSION, WEIGHTS_FILE, check_tensors, read_tensors, write_checkpoint
+from ..archs import create_model, load_model, model_config, read_config, save_model
 from ..archs.modes import evaluating
 from ..archs.registry import unknown
+from .foreign import load_foreign, save_foreign
 from .hf_lm import HuggingFaceLM, TextModelSpec
 from .optional import optional
 
@@ -59,9 +59,8 @@ def save_text_model(model: nn.Module, folder: Path, extra: Mapping[str, Any]) ->
     if not isinstance(model, HuggingFaceLM):
         save_model(model, folder, extra=extra)
         return
-    content = {"format": FORMAT, "version": VERSION, "model": {"kind": model.config.kind, **asdict(model.config)}}
     tensors = {name.removeprefix(INNER): tensor for name, tensor in model.state_dict().items()}
-    write_checkpoint(folder, {**content, **extra}, tensors)
+    save_foreign(folder, {"kind": model.config.kind, **asdict(model.config)}, tensors, extra)
 
 
 def load_text_model(folder: Path, device: torch.device | str = "cpu") -> Any:
@@ -73,15 +72,7 @@ def load_text_model(folder: Path, device: torch.device | str = "cpu") -> Any:
     if values.pop("kind", None) != TextModelSpec.kind:
         return load_model(folder, device=device)
     optional("transformers", "hf")
-    tensors = read_tensors(folder / WEIGHTS_FILE)
-    try:
-        model = _assemble(TextModelSpec(**values))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
-    named = {INNER + name: tensor for name, tensor in tensors.items()}
-    check_tensors(model.state_dict(), named, folder / WEIGHTS_FILE)
-    model.load_state_dict(named)
-    return model.to(device).eval()
+    return load_foreign(folder, lambda: _assemble(TextModelSpec(**values)), device, INNER)
 
 
 def _assemble(spec: TextModelSpec) -> HuggingFaceLM:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..archs import (
-    CheckpointError,
     create_model,
     list_models,
     load_model,
@@ -18,9 +17,9 @@ from ..archs import (
     read_config,
     save_model,
 )
-from ..archs.io import CONFIG_FILE, FORMAT, VERSION, WEIGHTS_FILE, check_tensors, read_tensors, write_checkpoint
 from ..archs.modes import evaluating
 from ..archs.registry import unknown
+from .foreign import load_foreign, save_foreign
 from .optional import optional
 
 TIMM = "timm/"
@@ -63,8 +62,7 @@ def save_vision_model(model: nn.Module, folder: Path, extra: Mapping[str, Any]) 
     if spec is None:
         save_model(model, folder, extra=extra)
         return
-    content = {"format": FORMAT, "version": VERSION, "model": {"kind": "timm", **asdict(spec)}, **extra}
-    write_checkpoint(folder, content, model.state_dict())
+    save_foreign(folder, {"kind": "timm", **asdict(spec)}, model.state_dict(), extra)
 
 
 def load_vision_model(folder: Path, device: torch.device | str = "cpu") -> nn.Module:
@@ -72,16 +70,13 @@ def load_vision_model(folder: Path, device: torch.device | str = "cpu") -> nn.Mo
     values = dict(read_config(folder)["model"])
     if values.pop("kind", None) != "timm":
         return load_model(folder, device=device)
-    tensors = read_tensors(folder / WEIGHTS_FILE)
-    try:
+
+    def build() -> nn.Module:
         options = {key: _tuples(value) for key, value in values.pop("options", {}).items()}
         options.pop("pretrained", None)  # the weights come from the checkpoint
-        model = _timm_model(ImageModelSpec(**values, options=options))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
-    check_tensors(model.state_dict(), tensors, folder / WEIGHTS_FILE)
-    model.load_state_dict(tensors)
-    return model.to(device).eval()
+        return _timm_model(ImageModelSpec(**values, options=options))
+
+    return load_foreign(folder, build, device)
 
 
 def image_features(model: Any, images: Tensor) -> Tensor:

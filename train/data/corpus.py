@@ -180,7 +180,7 @@ def _write_split(folder: Path, split: str, text: str, tokenizer: "Tokenizer", ma
 
 def _write(path: Path, values: NDArray) -> dict[str, int]:
     np.save(path, values)
-    return {"size": path.stat().st_size, "crc32": _crc(path)}
+    return {"size": path.stat().st_size, "crc32": file_crc(path)}
 
 
 def _read_header(entry: Path, files: list[str]) -> dict | None:
@@ -194,10 +194,11 @@ def _read_header(entry: Path, files: list[str]) -> dict | None:
 
 
 def _is_sound(path: Path, written: dict) -> bool:
-    return path.stat().st_size == written["size"] and _crc(path) == written["crc32"]
+    return path.stat().st_size == written["size"] and file_crc(path) == written["crc32"]
 
 
-def _crc(path: Path, chunk: int = 1 << 24) -> int:
+def file_crc(path: Path, chunk: int = 1 << 24) -> int:
+    """The CRC-32 of a file's content."""
     crc = 0
     with path.open("rb") as file:
         while block := file.read(chunk):

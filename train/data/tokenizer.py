@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...archs.io import atomic_write
 from ..optional import optional
+from .sources import first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -68,8 +69,8 @@ def _load(spec: str) -> "Tokenizer":
     try:
         return tk.Tokenizer.from_pretrained(spec)
     except Exception as error:  # the hub client's errors have no common base
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise FileNotFoundError(f"tokenizer {spec}: no such file, and not to be had from the hub ({reason})") from error
+        hint = f"no such file, and not to be had from the hub ({first_line(error)})"
+        raise FileNotFoundError(f"tokenizer {spec}: {hint}") from error
 
 
 def train_bpe(text: str, size: int) -> "Tokenizer":
@@ -116,7 +117,7 @@ def _read_json(path: Path) -> "Tokenizer":
     try:
         return tk.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"tokenizer {path}: not a tokenizer.json ({str(error).splitlines()[0][:200]})") from error
+        raise ValueError(f"tokenizer {path}: not a tokenizer.json ({first_line(error)})") from error
 
 
 def _bpe_size(spec: str) -> int:
