@@ -1,13 +1,18 @@
 import multiprocessing
 import os
 import random
+import signal
 import socket
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from grassland.train.config import LMConfig, VisionConfig
+from grassland.train.log import read_metrics
 
 SUBJECTS = ["the cat", "a dog", "every bird", "my neighbour", "an old tree", "the naïve reader"]
 VERBS = ["sees", "likes", "follows", "remembers", "draws", "counts"]
@@ -42,6 +47,68 @@ def judged(monkeypatch):
 
     monkeypatch.setattr(Task, "judged", counting)
     return counts
+
+
+@pytest.fixture
+def numbers():
+    """Reads the events of a run without what depends on the clock and the place."""
+    volatile = {"elapsed_s", "versions", "machine", "config"}
+
+    def reading(folder, events=("train", "valid", "test")):
+        chosen = [event for event in read_metrics(folder) if event["event"] in events]
+        kept = lambda key: key not in volatile and not key.endswith("_per_s")  # noqa: E731
+        return [{key: value for key, value in event.items() if kept(key)} for event in chosen]
+
+    return reading
+
+
+@pytest.fixture
+def assert_same_run(numbers):
+    """Two runs have the same numbers, weights and states."""
+
+    def comparing(one, other):
+        assert numbers(other) == numbers(one)
+        for name in ("model.safetensors", "state.safetensors"):
+            left, right = load_file(one / name), load_file(other / name)
+            assert left.keys() == right.keys()
+            assert all(torch.equal(left[key], right[key]) for key in left), name
+
+    return comparing
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """While entered, a process gets SIGTERM while it makes this step."""
+    from grassland.train.loop import Trainer
+
+    advance = Trainer.advance
+
+    @contextmanager
+    def stopping(step):
+        def advance_and_signal(self):
+            advance(self)
+            if self.step == step:
+                signal.raise_signal(signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "advance", advance_and_signal)
+            yield
+
+    return stopping
+
+
+@pytest.fixture
+def fail(capsys):
+    """Runs a command that must fail in one line; that line."""
+    from grassland.train.__main__ import main
+
+    def failing(*arguments):
+        assert main([str(argument) for argument in arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+
+    return failing
 
 
 @pytest.fixture

@@ -20,19 +20,6 @@ SMALL = ["--set", "dim=16", "depth=1", "ffn_dim=16", "rank=4", "offsets=1,2"]
 
 
 @pytest.fixture
-def fail(capsys):
-    """Runs a command that must fail in one line; that line."""
-
-    def failing(*arguments):
-        assert main([str(argument) for argument in arguments]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1, error
-        return error
-
-    return failing
-
-
-@pytest.fixture
 def lm(text_file):
     """The arguments of a tiny run."""
     small = ["--data", text_file, "--tokenizer", "bpe:280", "--seq-len", "16", "--batch-size", "2", "--steps", "2"]

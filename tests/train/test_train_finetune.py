@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from grassland.archs import load_model
 from grassland.train.__main__ import main
@@ -17,7 +16,6 @@ from grassland.train.data import labelled
 from grassland.train.data.labelled import LabelledText, encode_labelled, evaluation_rows, load_labelled
 from grassland.train.data.tokenizer import load_tokenizer, special_tokens
 from grassland.train.log import read_metrics
-from grassland.train.loop import Trainer
 from grassland.train.start import run
 from grassland.train.tasks.finetune import (
     Confusion,
@@ -284,34 +282,17 @@ def test_what_has_no_part_in_classifying_is_not_trained(config, mlm, tmp_path, h
     assert trained.keys() == {name for name, _ in task.model.named_parameters() if not name.startswith("head.")}
 
 
-def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(config, encoder, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(
+    config, encoder, tmp_path, stop_at, assert_same_run
+):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert run(TextClassification, replace(config, out=str(straight))) == 0
-    with monkeypatch.context() as patch:
-        advance = Trainer.advance
-
-        def advance_and_signal(self):
-            advance(self)
-            if self.step == 4:
-                signal.raise_signal(signal.SIGTERM)
-
-        patch.setattr(Trainer, "advance", advance_and_signal)
+    with stop_at(4):
         assert run(TextClassification, replace(config, out=str(stopped))) == 128 + signal.SIGTERM
     # All that a resumption needs is in its own folder.
     encoder.rename(tmp_path / "gone")
     assert main(["finetune", "--resume", str(stopped)]) == 0
-    volatile = {"elapsed_s", "texts_per_s"}
-    events = [
-        [
-            {k: v for k, v in e.items() if k not in volatile}
-            for e in read_metrics(folder)
-            if e["event"] in ("train", "test")
-        ]
-        for folder in (straight, stopped)
-    ]
-    assert events[0] == events[1]
-    left, right = (load_file(folder / "state.safetensors") for folder in (straight, stopped))
-    assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    assert_same_run(straight, stopped)
 
 
 def test_the_command_learns_and_says_how_well(encoder, rows, tmp_path):

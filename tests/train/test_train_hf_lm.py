@@ -18,7 +18,6 @@ from grassland.train.checkpoint import load_state
 from grassland.train.config import LMConfig
 from grassland.train.hf_lm import HuggingFaceLM
 from grassland.train.log import read_metrics
-from grassland.train.loop import Trainer
 from grassland.train.optim import parameter_groups
 from grassland.train.sample import load_run
 from grassland.train.seeds import seed_everything
@@ -125,23 +124,18 @@ def test_the_balance_of_experts_is_part_of_the_loss_of_training_alone():
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(kind, variant, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(
+    kind, variant, tmp_path, stop_at, assert_same_run
+):
     config = variant(model=f"hf/{kind}", set=setting(SIZES[kind]), optimizer="muon" if kind == "gpt2" else "adamw")
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert run(LanguageModeling, replace(config, out=str(straight))) == 0
-    advance = Trainer.advance
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "advance", lambda self: (advance(self), self.step == 6 and signal.raise_signal(15)))
+    with stop_at(6):
         assert run(LanguageModeling, replace(config, out=str(stopped))) == 128 + signal.SIGTERM
     assert load_state(stopped)["step"] == 6
     stored = LMConfig.from_dict(json.loads((stopped / "config.json").read_text())["run"])
     assert run(LanguageModeling, replace(stored, resume=str(stopped))) == 0
-    for event in ("train", "valid", "test"):
-        assert losses(stopped, event) == losses(straight, event)
-    for name in ("model.safetensors", "state.safetensors"):
-        left, right = load_file(straight / name), load_file(stopped / name)
-        assert left.keys() == right.keys()
-        assert all(torch.equal(left[key], right[key]) for key in left), name
+    assert_same_run(straight, stopped)
 
 
 @pytest.mark.parametrize("kind", SIZES)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from grassland.archs import load_model
 from grassland.train.__main__ import main
@@ -18,7 +17,6 @@ from grassland.train.data.corpus import LINE, WORD, load_corpus
 from grassland.train.data.masked import MaskedText
 from grassland.train.data.tokenizer import special_tokens
 from grassland.train.log import read_metrics
-from grassland.train.loop import Trainer
 from grassland.train.start import run
 from grassland.train.tasks.mlm import MaskedLanguageModeling, MLMConfig, mlm_settings
 
@@ -155,31 +153,17 @@ def test_segments_are_exchanged_half_of_the_time_at_a_sentence(text_file):
     assert np.mean(orders) == pytest.approx(0.5, abs=0.06)
 
 
-def numbers(folder):
-    volatile = {"elapsed_s", "tokens_per_s", "versions", "machine", "config"}
-    chosen = [event for event in read_metrics(folder) if event["event"] in ("train", "valid", "test")]
-    return [{key: value for key, value in event.items() if key not in volatile} for event in chosen]
-
-
 @pytest.mark.parametrize("changes", [{"grad_accum": 2}, {"sentence_order": False, "dtype": "bf16"}], ids=str)
-def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(mlm, tmp_path, monkeypatch, changes):
+def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(
+    mlm, tmp_path, changes, stop_at, assert_same_run
+):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert run(MaskedLanguageModeling, mlm(out=str(straight), **changes)) == 0
-    with monkeypatch.context() as patch:
-        advance = Trainer.advance
-
-        def advance_and_signal(self):
-            advance(self)
-            if self.step == 6:
-                signal.raise_signal(signal.SIGTERM)
-
-        patch.setattr(Trainer, "advance", advance_and_signal)
+    with stop_at(6):
         assert run(MaskedLanguageModeling, mlm(out=str(stopped), **changes)) == 128 + signal.SIGTERM
     stored = MLMConfig.from_dict(json.loads((stopped / "config.json").read_text())["run"])
     assert run(MaskedLanguageModeling, replace(stored, resume=str(stopped))) == 0
-    assert numbers(stopped) == numbers(straight)
-    left, right = (load_file(folder / "model.safetensors") for folder in (straight, stopped))
-    assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    assert_same_run(straight, stopped)
 
 
 def test_the_log_has_what_is_asked_for(mlm, tmp_path):
@@ -299,7 +283,7 @@ def test_bert_vocabulary_on_real_text(shared, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_two_processes_train_and_judge_as_one(text_file, tmp_path, mode):
+def test_two_processes_train_and_judge_as_one(text_file, tmp_path, mode, numbers):
     exact = ["dropout=0", "noise=False", "capacity_factor=None", "balance_weight=0.0"]
     sizes = ["dim=16", "depth=2", "ffn_dim=16", "embed_dim=8", "num_heads=2"]
     settings = ["--model", "widenet_albert_4e", "--set", *sizes, *exact, "--data", str(text_file)]

@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 
@@ -52,12 +51,6 @@ def nli(folder):
         save_every=4, device="cpu",
     )  # fmt: skip
     return lambda **changes: replace(settings, **changes)
-
-
-def numbers(folder):
-    volatile = {"elapsed_s", "pairs_per_s"}
-    chosen = [event for event in read_metrics(folder) if event["event"] in ("train", "valid", "test")]
-    return [{key: value for key, value in event.items() if key not in volatile} for event in chosen]
 
 
 def test_pairs_without_a_label_are_dropped_and_splits_found(folder):
@@ -175,23 +168,15 @@ def test_flops_include_attention(nli, tuned):
 
 
 @pytest.mark.parametrize("tuned", [False, True])
-def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(nli, tmp_path, monkeypatch, tuned):
+def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(
+    nli, tmp_path, tuned, stop_at, assert_same_run
+):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert run(NaturalLanguageInference, nli(out=str(straight), fine_tune=tuned)) == 0
-    with monkeypatch.context() as patch:
-        advance = Trainer.advance
-
-        def advance_and_stop(self):
-            advance(self)
-            if self.step == 5:
-                signal.raise_signal(signal.SIGTERM)
-
-        patch.setattr(Trainer, "advance", advance_and_stop)
+    with stop_at(5):
         assert run(NaturalLanguageInference, nli(out=str(stopped), fine_tune=tuned)) == 128 + signal.SIGTERM
     assert main(["nli", "--resume", str(stopped)]) == 0
-    assert numbers(stopped) == numbers(straight)
-    left, right = load_file(straight / "model.safetensors"), load_file(stopped / "model.safetensors")
-    assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    assert_same_run(straight, stopped)
 
 
 def test_an_encoder_from_a_folder_brings_its_tokenizer(nli, tmp_path, shared):

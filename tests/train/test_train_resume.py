@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from grassland.archs import CheckpointError, load_model
 from grassland.train.__main__ import main, read_run_config
@@ -21,26 +20,6 @@ from grassland.train.log import read_metrics
 from grassland.train.loop import Trainer, TrainingError
 from grassland.train.start import run
 from grassland.train.tasks import LanguageModeling
-
-# What depends on the clock and the place, not on the numbers.
-VOLATILE = {"elapsed_s", "tokens_per_s", "versions", "machine", "config"}
-
-
-def numbers(folder, events=("train", "valid", "test")):
-    chosen = [event for event in read_metrics(folder) if event["event"] in events]
-    return [{key: value for key, value in event.items() if key not in VOLATILE} for event in chosen]
-
-
-def stop_at(monkeypatch, step, number=signal.SIGTERM):
-    """The process gets a signal while it makes this step."""
-    advance = Trainer.advance
-
-    def advance_and_signal(self):
-        advance(self)
-        if self.step == step:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(Trainer, "advance", advance_and_signal)
 
 
 def resume(folder, **changes):
@@ -68,22 +47,19 @@ def test_checkpoints_are_made_with_validations_or_as_often_as_told(variant, tmp_
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
-def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(variant, tmp_path, monkeypatch, changes):
+def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(
+    variant, tmp_path, changes, stop_at, assert_same_run
+):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert run(LanguageModeling, variant(out=str(straight), **changes)) == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, 6)
+    with stop_at(6):
         assert run(LanguageModeling, variant(out=str(stopped), **changes)) == 128 + signal.SIGTERM
     assert load_state(stopped)["step"] == 6
     assert resume(stopped) == 0
-    assert numbers(stopped) == numbers(straight)
-    for name in ("model.safetensors", "state.safetensors"):
-        left, right = load_file(straight / name), load_file(stopped / name)
-        assert left.keys() == right.keys()
-        assert all(torch.equal(left[key], right[key]) for key in left), name
+    assert_same_run(straight, stopped)
 
 
-def test_a_run_killed_after_a_save_repeats_the_lost_steps(variant, tmp_path, monkeypatch):
+def test_a_run_killed_after_a_save_repeats_the_lost_steps(variant, tmp_path, monkeypatch, numbers):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     run(LanguageModeling, variant(out=str(straight)))
     with monkeypatch.context() as patch:
@@ -103,7 +79,7 @@ def test_a_run_killed_after_a_save_repeats_the_lost_steps(variant, tmp_path, mon
     assert [event["event"] for event in read_metrics(killed)].count("resume") == 1
 
 
-def test_a_finished_run_can_be_finished_again_and_made_longer(variant, tmp_path, capsys):
+def test_a_finished_run_can_be_finished_again_and_made_longer(variant, tmp_path, capsys, numbers):
     folder = tmp_path / "run"
     run(LanguageModeling, variant(out=str(folder)))
     before, end = numbers(folder), read_metrics(folder)[-1]
@@ -141,7 +117,7 @@ def test_metrics_say_what_they_should(variant, tmp_path):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_grad_accumulation_equals_one_large_batch(variant, tmp_path):
+def test_grad_accumulation_equals_one_large_batch(variant, tmp_path, numbers):
     accumulated, large = tmp_path / "a", tmp_path / "b"
     plain = ("dim=16", "depth=2", "ffn_dim=32", "rank=4", "offsets=1,2")
     run(LanguageModeling, variant(out=str(accumulated), set=plain, batch_size=2, grad_accum=4))
@@ -150,7 +126,7 @@ def test_grad_accumulation_equals_one_large_batch(variant, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_training_learns(variant, tmp_path):
+def test_training_learns(variant, tmp_path, numbers):
     folder = tmp_path / "run"
     run(LanguageModeling, variant(out=str(folder), steps=60, log_every=20, eval_every=20))
     start, *_, end = [event["loss"] for event in numbers(folder, ("valid",))]
@@ -206,7 +182,7 @@ def test_other_data_and_other_settings_are_refused(variant, text_file, tmp_path)
         resume(folder)
 
 
-def test_a_signal_to_the_process_saves_and_names_the_command_that_goes_on(variant, tmp_path):
+def test_a_signal_to_the_process_saves_and_names_the_command_that_goes_on(variant, tmp_path, numbers):
     straight, folder = tmp_path / "straight", tmp_path / "run"
     settings = variant(steps=400, eval_every=0, save_every=0, log_every=1)
     script = (
@@ -351,7 +327,7 @@ def test_a_resumed_run_stays_in_its_folder(variant, tmp_path, capsys):
     assert main(["lm", "--resume", str(folder), "--out", f"{folder}/../run"]) == 0
 
 
-def test_tensorboard_gets_the_same_numbers(variant, tmp_path):
+def test_tensorboard_gets_the_same_numbers(variant, tmp_path, numbers):
     folder = tmp_path / "run"
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run(LanguageModeling, variant(out=str(folder), tensorboard=True))

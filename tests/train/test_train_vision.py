@@ -1,6 +1,5 @@
 import json
 import math
-import os
 import signal
 from dataclasses import replace
 
@@ -18,34 +17,14 @@ from grassland.train.config import VisionConfig
 from grassland.train.data.image_sources import load_images
 from grassland.train.ema import WeightAverage
 from grassland.train.log import read_metrics
-from grassland.train.loop import Trainer
 from grassland.train.optim import parameter_groups
 from grassland.train.recipes import RECIPES, recipe
 from grassland.train.start import run
 from grassland.train.tasks.vision import ImageClassification
 from grassland.train.vision_model import ImageModelSpec, build_vision_model, load_vision_model
 
-# What depends on the clock and the place, not on the numbers.
-VOLATILE = {"elapsed_s", "images_per_s"}
 FEW = {"batch_size": 2, "steps": 11, "eval_every": 0, "save_every": 0}
 PLAIN = {"repeats": 1, "mixup": 0.0, "cutmix": 0.0, "erase": 0.0, "auto_augment": None, "hflip": 0.0, "crop": "padded"}
-
-
-def numbers(folder, events=("train", "valid", "test")):
-    chosen = [event for event in read_metrics(folder) if event["event"] in events]
-    return [{key: value for key, value in event.items() if key not in VOLATILE} for event in chosen]
-
-
-def stop_at(monkeypatch, step):
-    """The process gets a signal while it makes this step."""
-    advance = Trainer.advance
-
-    def advance_and_signal(self):
-        advance(self)
-        if self.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Trainer, "advance", advance_and_signal)
 
 
 def resume(folder, **changes):
@@ -66,23 +45,20 @@ def resume(folder, **changes):
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
-def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(vision, tmp_path, monkeypatch, changes, later):
+def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(
+    vision, tmp_path, changes, later, stop_at, assert_same_run
+):
     if "head" in changes:
         pytest.importorskip("grassland.archs.interop.timm")
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert run(ImageClassification, vision(out=str(straight), **changes)) == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
+    with stop_at(5):
         assert run(ImageClassification, vision(out=str(stopped), **changes)) == 128 + signal.SIGTERM
     assert resume(stopped, **later) == 0
-    assert numbers(stopped) == numbers(straight)
-    for name in ("model.safetensors", "state.safetensors"):
-        left, right = load_file(straight / name), load_file(stopped / name)
-        assert left.keys() == right.keys()
-        assert all(torch.equal(left[key], right[key]) for key in left), name
+    assert_same_run(straight, stopped)
 
 
-def test_a_run_on_digits_learns_and_its_features_transfer(vision, tmp_path, capsys):
+def test_a_run_on_digits_learns_and_its_features_transfer(vision, tmp_path, capsys, numbers):
     folder = tmp_path / "run"
     settings = vision(**PLAIN, set=("channels=8,16,32,32", "stem_width=8"), batch_size=32)
     run(ImageClassification, replace(settings, out=str(folder), steps=100, eval_every=50, save_every=0))
@@ -227,7 +203,7 @@ def test_a_grassmann_head_is_judged_and_saved_on_its_manifold(vision, tmp_path):
     assert (average @ average.mT - torch.eye(2)).abs().max() > 1e-6
 
 
-def test_skipped_images_are_counted_in_the_log(vision, tmp_path):
+def test_skipped_images_are_counted_in_the_log(vision, tmp_path, numbers):
     image = pytest.importorskip("PIL.Image")
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -331,19 +307,6 @@ def test_models_of_timm_survive_a_checkpoint_and_mark_their_parameters(vision, t
     (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(CheckpointError, match=r"model.safetensors: corrupt or truncated"):
         load_vision_model(tmp_path)
-
-
-@pytest.fixture
-def fail(capsys):
-    """Runs a command that must fail in one line; that line."""
-
-    def failing(*arguments):
-        assert main([str(argument) for argument in arguments]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1, error
-        return error
-
-    return failing
 
 
 @pytest.mark.parametrize(
