@@ -6,7 +6,6 @@ beside float64), whatever the streams are.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,11 +38,9 @@ def _backend(op: dispatch.Op, x: Tensor, backend: str) -> str:
     return "eager"
 
 
-def _cpp() -> Any:
-    return torch.ops.grassland_cpp
-
-
-def _triton() -> ModuleType:
+def _kernels(backend: str) -> Any:
+    if backend == "cpp":
+        return torch.ops.grassland_cpp
     from . import fused
 
     return fused
@@ -61,8 +58,7 @@ def kronecker_pre(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: 
     backend = _backend(PRE, x, backend)
     if backend == "eager":
         return eager.pre(x, weight, bias, _factors(x), eps)
-    kernels = _triton() if backend == "triton" else _cpp()
-    return kernels.kronecker_pre(x.contiguous(), weight.contiguous(), bias.contiguous(), eps)
+    return _kernels(backend).kronecker_pre(x.contiguous(), weight.contiguous(), bias.contiguous(), eps)
 
 
 @kronecker_pre.register_fake
@@ -81,9 +77,8 @@ def kronecker_pre_backward(
         wide = None if dx is None else dx.to(weight.dtype)
         dx, dweight, dbias = eager.pre_backward(du, dh, x, weight, h, saved, eps, wide)
         return dx.to(x.dtype), dweight, dbias
-    kernels = _triton() if backend == "triton" else _cpp()
     tensors = (t.contiguous() for t in (du, dh, x, weight, h, saved))
-    return kernels.kronecker_pre_backward(None if dx is None else dx.contiguous(), *tensors, eps)
+    return _kernels(backend).kronecker_pre_backward(None if dx is None else dx.contiguous(), *tensors, eps)
 
 
 @kronecker_pre_backward.register_fake
@@ -100,8 +95,7 @@ def kronecker_post(x: Tensor, y: Tensor, h: Tensor, backend: str) -> Tensor:
     backend = _backend(POST, x, backend)
     if backend == "eager":
         return eager.post(x, y, h, _factors(x))
-    kernels = _triton() if backend == "triton" else _cpp()
-    return kernels.kronecker_post(x.contiguous(), y.contiguous(), h.contiguous())
+    return _kernels(backend).kronecker_post(x.contiguous(), y.contiguous(), h.contiguous())
 
 
 @kronecker_post.register_fake
@@ -118,8 +112,7 @@ def kronecker_post_backward(
     if backend == "eager":
         dx, dy, dh = eager.post_backward(grad, x, y, h)
         return dx.to(x.dtype), dy.to(y.dtype), dh
-    kernels = _triton() if backend == "triton" else _cpp()
-    return kernels.kronecker_post_backward(*(t.contiguous() for t in (grad, x, y, h)))
+    return _kernels(backend).kronecker_post_backward(*(t.contiguous() for t in (grad, x, y, h)))
 
 
 @kronecker_post_backward.register_fake
@@ -136,8 +129,7 @@ def kronecker_step(
     if backend == "eager":
         following = eager.post(x, y, h, _factors(x))
         return (following, *eager.pre(following, weight, bias, _factors(x), eps))
-    kernels = _triton() if backend == "triton" else _cpp()
-    return kernels.kronecker_step(*(t.contiguous() for t in (x, y, h, weight, bias)), eps)
+    return _kernels(backend).kronecker_step(*(t.contiguous() for t in (x, y, h, weight, bias)), eps)
 
 
 @kronecker_step.register_fake
@@ -160,9 +152,8 @@ def kronecker_step_backward(
         grad, dweight, dbias = eager.pre_backward(du, dh, following, weight, following_h, saved, eps, wide)
         dx, dy, dh = eager.post_backward(grad, x, y, h)
         return dx.to(x.dtype), dy.to(y.dtype), dh, dweight, dbias
-    kernels = _triton() if backend == "triton" else _cpp()
     tensors = (t.contiguous() for t in (dx, du, dh, x, y, h, weight, following_h, saved))
-    return kernels.kronecker_step_backward(*tensors, eps)
+    return _kernels(backend).kronecker_step_backward(*tensors, eps)
 
 
 @kronecker_step_backward.register_fake
