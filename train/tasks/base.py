@@ -42,9 +42,9 @@ class Task(ABC):
         """Micro-batches of all processes in one pass over the training data."""
 
     @property
-    @abstractmethod
     def units_per_batch(self) -> int:
         """Tokens or images in a micro-batch of all processes."""
+        return self.config.batch_size
 
     @property
     @abstractmethod

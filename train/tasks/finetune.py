@@ -96,10 +96,6 @@ class TextClassification(Task):
         return self.order.blocks / self.config.batch_size
 
     @property
-    def units_per_batch(self) -> int:
-        return self.config.batch_size
-
-    @property
     def flops_per_unit(self) -> float:
         model: Any = self.model
         token = model.flops_per_token(self.config.seq_len) - model.head.flops_per_token()

@@ -52,10 +52,6 @@ class NaturalLanguageInference(Task):
     def batches_per_epoch(self) -> float:
         return len(self.splits["train"]) / self.config.batch_size
 
-    @property
-    def units_per_batch(self) -> int:
-        return self.config.batch_size
-
     @cached_property
     def flops_per_unit(self) -> float:
         ids = torch.zeros(1, self.config.max_len, dtype=torch.int64, device=self.device)

@@ -47,10 +47,6 @@ class ImageClassification(Task):
     def batches_per_epoch(self) -> float:
         return len(self.data.splits["train"]) / self.config.batch_size
 
-    @property
-    def units_per_batch(self) -> int:
-        return self.config.batch_size
-
     @cached_property
     def flops_per_unit(self) -> float:
         own: Any = getattr(self.model, "flops_per_image", None)
