@@ -11,12 +11,12 @@ namespace {
 struct Softmax {
   int64_t vocab;
   const int64_t* target;
-  float smoothing;
+  float share, smoothing;
   int64_t ignore;
   bool grad;
 };
 
-// The loss of the row l, which becomes its gradient; NaN for a NaN logit, and the gradient, too. room: l itself, or room for
+// The loss of the row l, which becomes its gradient times s.share; NaN for a NaN logit, and the gradient, too. room: l itself, or room for
 // as many float32.
 template <typename T>
 GRASSLAND_INLINE double softmax_row(const Softmax& s, int64_t label, T* l, float* room) {
@@ -28,9 +28,9 @@ GRASSLAND_INLINE double softmax_row(const Softmax& s, int64_t label, T* l, float
   if (s.grad) {
     const float scale = static_cast<float>(1 / sums.powers);
     const float shift = s.smoothing / static_cast<float>(s.vocab);
-    const float drop = room[label] * scale - shift - (1 - s.smoothing);
+    const float drop = (room[label] * scale - shift - (1 - s.smoothing)) * s.share;
     for_each_vector(s.vocab, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-      store(load(room + c, live) * scale - shift, l + c, live);
+      store((load(room + c, live) * scale - shift) * s.share, l + c, live);
     });
     from_float(drop, l[label]);
   }
@@ -68,11 +68,11 @@ GRASSLAND_SOFTMAX(float)
 GRASSLAND_SOFTMAX(bf16)
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& x, const Tensor& weight, const Tensor& target, double smoothing,
-                                        int64_t ignore_index, bool need_x, bool need_weight, bool wide) {
+std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& x, const Tensor& weight, const Tensor& target, double share,
+                                        double smoothing, int64_t ignore_index, bool need_x, bool need_weight, bool wide) {
   Gradients gradients(x, weight, need_x, need_weight, kDtype<T>, wide ? ScalarType::Float : kDtype<T>);
-  const Softmax s{weight.size(0), data<int64_t>(target), static_cast<float>(smoothing), ignore_index,
-                  gradients.needed()};
+  const Softmax s{weight.size(0), data<int64_t>(target), static_cast<float>(share), static_cast<float>(smoothing),
+                  ignore_index, gradients.needed()};
   const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 14) / s.vocab);
   std::vector<double> losses(x.size(0));
   each_chunk<T>(x.size(0), weight, [&](int64_t base, int64_t stop) {
@@ -86,22 +86,22 @@ std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& x, const Tensor& weight, c
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_cpu(const Tensor& x, const Tensor& weight, const Tensor& target,
-                                                            double smoothing, int64_t ignore_index, bool need_x,
-                                                            bool need_weight, bool wide) {
+                                                            double share, double smoothing, int64_t ignore_index,
+                                                            bool need_x, bool need_weight, bool wide) {
   const auto run = x.scalar_type() == ScalarType::BFloat16 ? loss<bf16> : loss<float>;
-  return run(x, weight, target, smoothing, ignore_index, need_x, need_weight, wide);
+  return run(x, weight, target, share, smoothing, ignore_index, need_x, need_weight, wide);
 }
 
 }  // namespace
 }  // namespace grassland
 
 // Inputs are checked and made contiguous by kernels/cross_entropy/op.py: x and weight float32 or bfloat16 alike, int64
-// classes in range or ignored. The loss is summed, float32; the gradients are of the inputs' dtype, that of the weight float32
-// if `wide`.
+// classes in range or ignored. The loss is summed, float32; the gradients are times `share` and of the inputs' dtype,
+// that of the weight float32 if `wide`.
 STABLE_TORCH_LIBRARY_FRAGMENT(grassland_cpp, m) {
   m.def(
-      "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, float smoothing, int ignore_index, bool need_x, "
-      "bool need_weight, bool wide) -> (Tensor, Tensor, Tensor)");
+      "linear_cross_entropy(Tensor x, Tensor weight, Tensor target, float share, float smoothing, int ignore_index, "
+      "bool need_x, bool need_weight, bool wide) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(grassland_cpp, CPU, m) {

@@ -94,8 +94,8 @@ GRASSLAND_INLINE void scale_groups_of(float* z, int64_t classes, const float* fa
 }
 
 // z_i <- dl_i scale z_i / |z_i|, 0 where z_i = 0; dl is used up
-GRASSLAND_INLINE void pull_back(const Head& h, float* z, const float* norms, float* dl) {
-  for (int64_t c = 0; c < h.classes; ++c) dl[c] = norms[c] > 0 ? h.scale * dl[c] / norms[c] : 0.0f;
+GRASSLAND_INLINE void pull_back(const Head& h, float scale, float* z, const float* norms, float* dl) {
+  for (int64_t c = 0; c < h.classes; ++c) dl[c] = norms[c] > 0 ? scale * dl[c] / norms[c] : 0.0f;
   switch (h.k) {
     case 1: scale_groups_of<1>(z, h.classes, dl); break;
     case 2: scale_groups_of<2>(z, h.classes, dl); break;
@@ -126,16 +126,16 @@ GRASSLAND_INLINE void logits_backward_rows_of(const Head& h, int64_t begin, int6
     float* zr = widened(z + row * width, width, room.data());
     group_norms(zr, h.classes, h.k, norms.data());
     std::memcpy(dl.data(), grad + row * h.classes, h.classes * sizeof(float));
-    pull_back(h, zr, norms.data(), dl.data());
+    pull_back(h, h.scale, zr, norms.data(), dl.data());
     put_back(zr, width, z + row * width);
   }
 }
 
-// The target of one row: a class, or probabilities, smoothed.
+// The target of one row: a class, or probabilities, smoothed; share: what gradients are multiplied with.
 struct Target {
   const int64_t* labels;
   const float* probabilities;
-  float smoothing;
+  float share, smoothing;
   int64_t ignore;
 };
 
@@ -181,7 +181,7 @@ GRASSLAND_INLINE void loss_rows_of(const Head& h, const Target& t, int64_t base,
     group_norms(zr, h.classes, h.k, norms.data());
     losses[row] = loss_row(h, t, row, norms.data(), p.data(), grad);
     if (!grad) continue;
-    pull_back(h, zr, norms.data(), p.data());
+    pull_back(h, h.scale * t.share, zr, norms.data(), p.data());
     put_back(zr, width, stored);
   }
 }
@@ -265,14 +265,14 @@ std::tuple<Tensor, Tensor> logits_backward(const Tensor& grad, const Tensor& x, 
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& target, int64_t k,
-                                                 double scale, double smoothing, int64_t ignore_index, bool need_x,
-                                                 bool need_weight) {
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& target,
+                                                 double share, int64_t k, double scale, double smoothing,
+                                                 int64_t ignore_index, bool need_x, bool need_weight) {
   const Unit<T> u(x, weight, k, scale);
   Gradients gradients(u.rounded, weight, need_x, need_weight, ScalarType::Float, kDtype<T>);
   const bool hard = target.scalar_type() == ScalarType::Long;
   const Target t{hard ? data<int64_t>(target) : nullptr, hard ? nullptr : data<float>(target),
-                 static_cast<float>(smoothing), ignore_index};
+                 static_cast<float>(share), static_cast<float>(smoothing), ignore_index};
   std::vector<double> losses(u.h.rows);
   u.project(weight, [&](int64_t base, int64_t stop, const Tensor& z) {
     torch::stable::parallel_for(base, stop, 4, [&](int64_t begin, int64_t end) {
@@ -297,26 +297,27 @@ std::tuple<Tensor, Tensor> subspace_logits_backward_cpu(const Tensor& grad, cons
 }
 
 std::tuple<Tensor, Tensor, Tensor> subspace_cross_entropy_cpu(const Tensor& x, const Tensor& weight,
-                                                              const Tensor& target, int64_t k, double scale,
-                                                              double smoothing, int64_t ignore_index, bool need_x,
-                                                              bool need_weight) {
+                                                              const Tensor& target, double share, int64_t k,
+                                                              double scale, double smoothing, int64_t ignore_index,
+                                                              bool need_x, bool need_weight) {
   const auto run = is_half(x) ? cross_entropy<bf16> : cross_entropy<float>;
-  return run(x, weight, target, k, scale, smoothing, ignore_index, need_x, need_weight);
+  return run(x, weight, target, share, k, scale, smoothing, ignore_index, need_x, need_weight);
 }
 
 }  // namespace
 }  // namespace grassland
 
 // Inputs are checked and made contiguous by kernels/subspace/op.py: x and weight float32 or bfloat16 alike, grad float32,
-// targets int64 classes in range or float32. The loss and x's gradient are float32, the weight's is of its dtype.
+// targets int64 classes in range or float32. The loss and x's gradient are float32, the weight's is of its dtype;
+// the loss's gradients are times `share`.
 STABLE_TORCH_LIBRARY_FRAGMENT(grassland_cpp, m) {
   m.def("subspace_logits(Tensor x, Tensor weight, int k, float scale) -> Tensor");
   m.def(
       "subspace_logits_backward(Tensor grad, Tensor x, Tensor weight, int k, float scale, bool need_x, "
       "bool need_weight) -> (Tensor, Tensor)");
   m.def(
-      "subspace_cross_entropy(Tensor x, Tensor weight, Tensor target, int k, float scale, float smoothing, "
-      "int ignore_index, bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)");
+      "subspace_cross_entropy(Tensor x, Tensor weight, Tensor target, float share, int k, float scale, "
+      "float smoothing, int ignore_index, bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(grassland_cpp, CPU, m) {

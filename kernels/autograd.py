@@ -35,20 +35,22 @@ def differentiable(op: Any, backward: Callable[..., Any], setup_context: Callabl
 
 def differentiable_loss(op: Any, name: str) -> Callable[..., Any]:
     """`differentiable` for a loss that computes its gradients by its first two inputs in the forward: its outputs are
-    the loss and these, in whatever dtype does not lose by it. `name` is what a second derivative's error calls it."""
+    the loss and these, in whatever dtype does not lose by it and times the op's fourth argument, the factor that the
+    backward will most likely be asked for. `name` is what a second derivative's error calls it."""
 
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
         # Without this, autograd would write zeros of the weight's size for the two outputs that nobody uses.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:])
         # Not among the saved ones: their values, which may change before the backward, do not matter to it.
-        ctx.sources = inputs[:2]
+        ctx.sources, ctx.share = inputs[:2], inputs[3]
 
     def backward(ctx: Any, grad: Tensor | None, *_: object) -> tuple:
         found: list[Tensor | None] = [None, None]
         if grad is not None:
             saved = zip(ctx.saved_tensors, ctx.sources, ctx.needs_input_grad[:2], strict=True)
-            found = [scaled(gradient, grad, source.dtype) if needed else None for gradient, source, needed in saved]
+            factor = grad if ctx.share == 1 else grad / ctx.share
+            found = [scaled(gradient, factor, source.dtype) if needed else None for gradient, source, needed in saved]
             if torch.is_grad_enabled():
                 found = once(name, found, (grad, *ctx.sources))
             if not _C._autograd._get_current_graph_task_keep_graph():
@@ -64,8 +66,8 @@ def scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     An op with float16 inputs saves float32: the factor holds the loss scale and 1 / rows, without which a float16
     gradient underflows. The factor is not rounded to bfloat16: a CPU, where gradients are saved in it, multiplies by a
     float32 scalar. In place where autograd frees the graph afterwards, which spares a tensor of the weight's size: on a
-    CPU, most of such a pass is the first touch of fresh memory. With `retain_graph` or `create_graph` the saved one
-    stays as it is.
+    CPU, most of such a pass is the first touch of fresh memory; and not at all where a CPU's factor is 1. With
+    `retain_graph` or `create_graph` the saved one stays as it is.
     """
     factor = factor.to(torch.promote_types(saved.dtype, torch.float32))
     wide = torch.promote_types(saved.dtype, dtype)
@@ -76,7 +78,9 @@ def scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     traced, many = type(saved) is not Tensor, batched(factor)
     if traced or many or _C._autograd._get_current_graph_task_keep_graph():
         return (saved * factor).to(dtype)
-    return saved.mul_(factor).to(dtype)
+    if factor.device.type != "cpu" or factor.item() != 1:
+        saved.mul_(factor)
+    return saved.to(dtype)
 
 
 def batched(x: Tensor) -> bool:

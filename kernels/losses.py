@@ -55,6 +55,14 @@ class Gradients:
         return (self.dx, dweight) if boost == 1 else (self.dx.div_(boost), dweight.div_(boost))
 
 
+def share(rows: Tensor, dtype: torch.dtype) -> float:
+    """What a loss's gradients are multiplied with in the forward: 1 / rows, as `mean` will ask for, where that is known
+    without waiting and outside of a trace, else 1; to the last bit of `dtype`."""
+    if rows.device.type != "cpu" or torch.compiler.is_compiling() or type(rows) is not Tensor or not rows.item():
+        return 1.0
+    return (torch.ones((), dtype=dtype) / rows).item()
+
+
 def mean(total: Tensor, rows: Tensor) -> Tensor:
     """total / rows. Of no rows, NaN with gradients of 0, as in PyTorch; a quotient's would be 0 times infinity."""
     return total.masked_fill(rows == 0, torch.nan) / rows

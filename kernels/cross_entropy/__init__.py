@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..launch import autocast_dtype, without_autocast
-from ..losses import check_loss, mean
+from ..losses import check_loss, mean, share
+from ..precision import accumulation
 from . import op, reference
 
 __all__ = ["linear_cross_entropy"]
@@ -53,6 +54,7 @@ def linear_cross_entropy(
     rows, flat = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1)
     dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device.type) or x.dtype
     chosen = dispatch.requested(backend)
+    counted = (flat != ignore_index).sum()
     smoothing = float(label_smoothing)
     if chosen == "reference":
         with without_autocast(x.device.type):
@@ -60,8 +62,9 @@ def linear_cross_entropy(
     else:
         enabled = torch.is_grad_enabled()
         mask = [enabled and rows.requires_grad, enabled and weight.requires_grad]
-        total = op.loss(rows, weight, flat, smoothing, ignore_index, dtype, mask, chosen)[0]
-    return total if reduction == "sum" else mean(total, (flat != ignore_index).sum())
+        expected = share(counted, accumulation(dtype)) if reduction == "mean" and any(mask) else 1.0
+        total = op.loss(rows, weight, flat, expected, smoothing, ignore_index, dtype, mask, chosen)[0]
+    return total if reduction == "sum" else mean(total, counted)
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

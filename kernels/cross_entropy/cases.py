@@ -54,7 +54,7 @@ CASES = [
 
 def registered(tensors: Tensors, options: dict[str, Any], backend: str) -> list[tuple[Any, tuple]]:
     x, weight, target = (tensors[name] for name in ("x", "weight", "target"))
-    settings = (options.get("label_smoothing", 0.0), -100, x.dtype, [True, True], backend)
+    settings = (1.0, options.get("label_smoothing", 0.0), -100, x.dtype, [True, True], backend)
     return [(op.linear_cross_entropy, (x, weight, target, *settings))]
 
 

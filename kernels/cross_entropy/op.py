@@ -37,20 +37,21 @@ def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
     target: Tensor,
+    share: float,
     smoothing: float,
     ignore_index: int,
     dtype: torch.dtype,
     mask: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss, and its gradients by x (N, D) and weight, of the dtypes that `planned` says: empty (0,) where
-    `mask` says that they are not needed. dtype: of the products."""
+    """The summed loss, and its gradients by x (N, D) and weight, times `share` and of the dtypes that `planned` says:
+    empty (0,) where `mask` says that they are not needed. dtype: of the products."""
     check_labels(target, weight.shape[0], ignore_index)
     backend, dtype, (_, saved) = planned(weight, dtype, backend)
     x, weight, target = x.to(dtype), weight.to(dtype), target.contiguous()
     if backend != "cpp":
-        return chunked(rows_of(backend), x, weight, target, smoothing, ignore_index, mask)
-    arguments = x.contiguous(), weight.contiguous(), target, smoothing, ignore_index, *mask, saved != dtype
+        return chunked(rows_of(backend), x, weight, target, share, smoothing, ignore_index, mask)
+    arguments = x.contiguous(), weight.contiguous(), target, share, smoothing, ignore_index, *mask, saved != dtype
     return torch.ops.grassland_cpp.linear_cross_entropy(*arguments)
 
 
@@ -73,6 +74,7 @@ def chunked(
     x: Tensor,
     weight: Tensor,
     target: Tensor,
+    share: float,
     smoothing: float,
     ignore_index: int,
     mask: Sequence[bool],
@@ -88,7 +90,7 @@ def chunked(
         options = (vocab, smoothing, ignore_index, larger, any(mask))
         losses[rows], dlogits = row_losses(logits, target[rows], *options)
         gradients.add(rows, dlogits)
-    dx, dweight = gradients.result(larger)
+    dx, dweight = gradients.result(larger / share)
     return losses.sum(), dx, dweight.resize_(vocab, x.shape[1]) if mask[1] else dweight  # without the padding
 
 
@@ -112,6 +114,7 @@ def _(
     x: Tensor,
     weight: Tensor,
     target: Tensor,
+    share: float,
     smoothing: float,
     ignore_index: int,
     dtype: torch.dtype,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..launch import autocast_dtype, without_autocast
-from ..losses import check_loss, mean
-from ..precision import HALVES
+from ..losses import check_loss, mean, share
+from ..precision import HALVES, accumulation
 from . import op, reference
 from .op import MODES
 
@@ -88,6 +88,7 @@ def subspace_cross_entropy(
     rows = x.reshape(-1, x.shape[-1])
     soft = target.is_floating_point()
     flat = target.reshape(rows.shape[0], weight.shape[0] // k) if soft else target.reshape(-1)
+    counted = torch.full((), rows.shape[0], device=x.device) if soft else (flat != ignore_index).sum()
     chosen = dispatch.requested(backend)
     if chosen == "reference":
         options = (k, float(scale), float(label_smoothing), ignore_index)
@@ -96,11 +97,10 @@ def subspace_cross_entropy(
     else:
         enabled = torch.is_grad_enabled()
         mask = [enabled and rows.requires_grad, enabled and weight.requires_grad]
-        options = (k, float(scale), float(label_smoothing), ignore_index, mask, chosen)
+        expected = share(counted, accumulation(x.dtype)) if reduction == "mean" and any(mask) else 1.0
+        options = (expected, k, float(scale), float(label_smoothing), ignore_index, mask, chosen)
         total = op.cross_entropy(rows, weight, flat, *options)[0]
-    if reduction == "sum":
-        return total
-    return mean(total, total.new_full((), rows.shape[0]) if soft else (flat != ignore_index).sum())
+    return total if reduction == "sum" else mean(total, counted)
 
 
 def grassmann_step(

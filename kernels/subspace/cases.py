@@ -132,7 +132,7 @@ def logits_registered(tensors: Tensors, options: dict[str, Any], backend: str) -
 
 def loss_registered(tensors: Tensors, options: dict[str, Any], backend: str) -> list[tuple[Any, tuple]]:
     scale, smoothing = options.get("scale", SCALE), options.get("label_smoothing", 0.0)
-    settings = (options["k"], scale, smoothing, -100, [True, True], backend)
+    settings = (1.0, options["k"], scale, smoothing, -100, [True, True], backend)
     return [(op.subspace_cross_entropy, (tensors["x"], tensors["weight"], tensors["target"], *settings))]
 
 

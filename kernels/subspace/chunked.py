@@ -91,9 +91,17 @@ def logits_backward(
 
 
 def cross_entropy(
-    kernels: Rows, x: Tensor, weight: Tensor, target: Tensor, k: int, settings: Loss, mask: Sequence[bool]
+    kernels: Rows,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    share: float,
+    k: int,
+    settings: Loss,
+    mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss, and dx and dweight, float32 or wider (empty where `mask` says that it is not wanted)."""
+    """The summed loss, and dx and dweight times `share`, float32 or wider (empty where `mask` says that it is not
+    wanted)."""
     settings = settings._replace(boost=boost(x.dtype, 2 * settings.scale))
     hats = unit(kernels, x)
     gradients = Gradients(hats.hat, weight, mask)
@@ -101,5 +109,5 @@ def cross_entropy(
     for rows in slices(x.shape[0], weight.shape[0]):
         losses[rows], dz = kernels.loss(hats.hat[rows] @ weight.T, target[rows], k, settings)
         gradients.add(rows, dz)
-    dhat, dweight = gradients.result(settings.boost)
+    dhat, dweight = gradients.result(settings.boost / share)
     return losses.sum(), hats.backward(dhat) if mask[0] else dhat, dweight

@@ -105,6 +105,7 @@ def subspace_cross_entropy(
     x: Tensor,
     weight: Tensor,
     target: Tensor,
+    share: float,
     k: int,
     scale: float,
     smoothing: float,
@@ -112,16 +113,16 @@ def subspace_cross_entropy(
     mask: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss, and its gradients by x and weight, (0,) where `mask` says that they are not needed: float32
-    or wider, but for the weight's where C++ multiplies in bfloat16."""
+    """The summed loss, and its gradients by x and weight times `share`: float32 or wider, but for the weight's where
+    C++ multiplies in bfloat16; (0,) where `mask` says that they are not needed."""
     backend = dispatch.pick(CROSS_ENTROPY, weight, backend)
     check_labels(target, weight.shape[0] // k, ignore_index)
     if backend != "cpp":
         settings = chunked.Loss(scale, smoothing, ignore_index)
-        return chunked.cross_entropy(rows_of(backend), x, weight, target, k, settings, mask)
+        return chunked.cross_entropy(rows_of(backend), x, weight, target, share, k, settings, mask)
     target = target.float().contiguous() if target.is_floating_point() else target.contiguous()
     return torch.ops.grassland_cpp.subspace_cross_entropy(
-        *operands(x, weight), target, k, scale, smoothing, ignore_index, *mask
+        *operands(x, weight), target, share, k, scale, smoothing, ignore_index, *mask
     )
 
 
@@ -130,6 +131,7 @@ def _(
     x: Tensor,
     weight: Tensor,
     target: Tensor,
+    share: float,
     k: int,
     scale: float,
     smoothing: float,

@@ -59,7 +59,7 @@ def test_a_frozen_input_gets_no_gradient_and_costs_no_product(frozen, backend):
     for leaf, expected in zip((x, weight), both, strict=True):
         assert leaf.grad is None if not leaf.requires_grad else torch.equal(leaf.grad, expected)
     mask = [x.requires_grad, weight.requires_grad]
-    found = op.linear_cross_entropy(x, weight, target, 0.0, -100, torch.float32, mask, backend)
+    found = op.linear_cross_entropy(x, weight, target, 1.0, 0.0, -100, torch.float32, mask, backend)
     assert [t.shape == (0,) for t in found[1:]] == [not needed for needed in mask]
 
 
@@ -196,7 +196,7 @@ def test_rows_of_a_class_that_there_is_not_are_nan_in_eager():
 def test_a_gradient_is_kept_as_its_weight_where_products_are_bfloat16(master):
     """Half the memory between forward and backward; a float32 weight under autocast keeps its float32 sum."""
     x, weight, target = head((9,), 40, 16).values()
-    arguments = (x, weight.to(master), target, 0.0, -100, torch.bfloat16, [True, True], "cpp")
+    arguments = (x, weight.to(master), target, 1.0, 0.0, -100, torch.bfloat16, [True, True], "cpp")
     kept = [t.dtype for t in op.linear_cross_entropy(*arguments)[1:]]
     expected = [torch.bfloat16, master] if multiplies_halves() else [torch.float32] * 2
     assert kept == expected

@@ -272,3 +272,39 @@ def test_gpu_representative(spec, dtype):
     check_backend(spec, spec.representative, "triton", dtype, "cuda")
     runs = [run(spec, spec.representative.tensors(dtype, "cuda"), spec.representative.options, "triton") for _ in "ab"]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=needs_extension)])
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "subspace_cross_entropy"])
+def test_a_mean_loss_has_its_gradients_ready(name, backend):
+    """On a CPU backward() hands over what the forward saved; another factor passes over it, and is right."""
+    spec = next(spec for spec in specs() if spec.name == name)
+    case = first(spec)
+
+    def gradients(factor):
+        tensors = {key: t.detach().float() if t.is_floating_point() else t for key, t in case.tensors().items()}
+        leaves = [tensors[key].requires_grad_() for key in ("x", "weight")]
+        loss = factor * spec.call(**tensors, **case.options, backend=backend)
+        with Shapes() as written:
+            loss.backward()
+        return [leaf.grad for leaf in leaves], [tuple(leaf.shape) in written.of_products for leaf in leaves]
+
+    plain, passed = gradients(1)
+    assert passed == [False, False]
+    third, passed = gradients(1 / 3)
+    assert passed == [True, True]
+    torch.testing.assert_close([3 * g for g in third], plain)
+
+
+class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Of the tensors that element-wise products write."""
+
+    def __init__(self):
+        super().__init__()
+        self.of_products = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mul, torch.ops.aten.mul_):
+            self.of_products.add(tuple(out.shape))
+        return out

@@ -384,7 +384,7 @@ def test_bfloat16_over_several_chunks(monkeypatch):
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)])
 def test_a_gradient_is_kept_as_its_weight_where_products_are_bfloat16(dtypes):
     x, weight = torch.randn(5, 8).to(dtypes[0]), torch.randn(12, 8).to(dtypes[1])
-    arguments = (x, weight, torch.zeros(5, dtype=torch.int64), 2, 1.0, 0.0, -100, [True, True], "cpp")
+    arguments = (x, weight, torch.zeros(5, dtype=torch.int64), 1.0, 2, 1.0, 0.0, -100, [True, True], "cpp")
     half = multiplies_halves() and dtypes[0] == torch.bfloat16
     expected = [torch.float32, torch.bfloat16 if half else torch.float32]
     assert [t.dtype for t in op.subspace_cross_entropy(*arguments)[1:]] == expected
