@@ -40,31 +40,6 @@ bool use_onednn(ScalarType dtype, int64_t multiplications) {
 #endif
 }
 
-// A weight whose rows or columns lie side by side: others oneDNN multiplies a thousand times slower.
-Tensor dense(const Tensor& w) {
-  const bool along = w.stride(1) == 1 && w.stride(0) == w.size(1), across = w.stride(0) == 1 && w.stride(1) == w.size(0);
-  return along || across ? w : torch::stable::contiguous(w);
-}
-
-#ifdef GRASSLAND_HAS_ONEDNN
-Tensor onednn(const Tensor& x, const Tensor& w, const Tensor* bias) {
-  AtenTensorHandle out, added = bias == nullptr ? nullptr : bias->get();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
-      x.get(), dense(w).get(), bias == nullptr ? nullptr : &added, "none", nullptr, 0, nullptr, &out));
-  return Tensor(out);
-}
-
-Tensor onednn_plus(const Tensor& sum, const Tensor& x, const Tensor& w) {
-  AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu__linear_pointwise_binary(x.get(), sum.get(), dense(w).get(), nullptr, "add", &out));
-  return Tensor(out);
-}
-#else
-Tensor onednn(const Tensor& x, const Tensor&, const Tensor*) { return x; }
-Tensor onednn_plus(const Tensor& sum, const Tensor&, const Tensor&) { return sum; }
-#endif
-
 template <typename T>
 struct Matrix {
   T* at;
@@ -138,6 +113,36 @@ void put_as(const Tensor& from, const Tensor& to, bool add) {
 }
 
 bool is_half(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
+
+// A weight whose rows or columns lie side by side: others oneDNN multiplies a thousand times slower, and ATen copies columns
+// number by number.
+Tensor dense(const Tensor& w) {
+  if (w.stride(0) == 1 && w.stride(1) != 1) return flipped(dense(flipped(w)));
+  if (w.stride(1) != 1) return torch::stable::contiguous(w);
+  if (w.stride(0) == w.size(1)) return w;
+  const Tensor out = empty(w, {w.size(0), w.size(1)}, w.scalar_type());
+  put(w, out);
+  return out;
+}
+
+#ifdef GRASSLAND_HAS_ONEDNN
+Tensor onednn(const Tensor& x, const Tensor& w, const Tensor* bias) {
+  AtenTensorHandle out, added = bias == nullptr ? nullptr : bias->get();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
+      x.get(), dense(w).get(), bias == nullptr ? nullptr : &added, "none", nullptr, 0, nullptr, &out));
+  return Tensor(out);
+}
+
+Tensor onednn_plus(const Tensor& sum, const Tensor& x, const Tensor& w) {
+  AtenTensorHandle out;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu__linear_pointwise_binary(x.get(), sum.get(), dense(w).get(), nullptr, "add", &out));
+  return Tensor(out);
+}
+#else
+Tensor onednn(const Tensor& x, const Tensor&, const Tensor*) { return x; }
+Tensor onednn_plus(const Tensor& sum, const Tensor&, const Tensor&) { return sum; }
+#endif
 
 void turn_into(const Tensor& to, const Tensor& from, bool add) {
   const int64_t blocks = (from.size(1) + kColumns - 1) / kColumns;
