@@ -25,15 +25,28 @@ GRASSLAND_INLINE Vec load_full(const float* p) {
 
 GRASSLAND_INLINE void store_full(const Vec& v, float* p) { __builtin_memcpy(p, &v, sizeof(v)); }
 
+// memcpy of up to 64 bytes, an even number of them, without a call.
+GRASSLAND_INLINE void copy_few(void* to, const void* from, int64_t bytes) {
+  if (__builtin_constant_p(bytes)) {
+    std::memcpy(to, from, bytes);
+    return;
+  }
+  int64_t at = 0;
+#pragma GCC unroll 6
+  for (int64_t part = 64; part >= 2; part /= 2)
+    if (bytes & part) {
+      std::memcpy(static_cast<char*>(to) + at, static_cast<const char*>(from) + at, part);
+      at += part;
+    }
+}
+
 GRASSLAND_INLINE Vec load(const float* p, int64_t live) {
   Vec v = {};
-  std::memcpy(&v, p, live * sizeof(float));
+  copy_few(&v, p, live * sizeof(float));
   return v;
 }
 
-GRASSLAND_INLINE void store(const Vec& v, float* p, int64_t live) {
-  std::memcpy(p, &v, live * sizeof(float));
-}
+GRASSLAND_INLINE void store(const Vec& v, float* p, int64_t live) { copy_few(p, &v, live * sizeof(float)); }
 
 GRASSLAND_INLINE Vec widen(const VecHalves& halves) {
   const VecBits bits = __builtin_convertvector(halves, VecBits) << 16;
@@ -53,13 +66,13 @@ GRASSLAND_INLINE VecHalves narrow_halves(const Vec& v) {
 
 GRASSLAND_INLINE Vec load(const bf16* p, int64_t live) {
   VecHalves halves = {};
-  std::memcpy(&halves, p, live * sizeof(bf16));
+  copy_few(&halves, p, live * sizeof(bf16));
   return widen(halves);
 }
 
 GRASSLAND_INLINE void store(const Vec& v, bf16* p, int64_t live) {
   const VecHalves halves = narrow_halves(v);
-  std::memcpy(p, &halves, live * sizeof(bf16));
+  copy_few(p, &halves, live * sizeof(bf16));
 }
 
 // Lanes of low and high side by side, by their index in 0 .. 31.
@@ -80,12 +93,23 @@ GRASSLAND_INLINE void for_each_vector(int64_t size, F&& f) {
   if (c < size) f(c, size - c);
 }
 
+template <size_t step, size_t... lane>
+GRASSLAND_INLINE Vec across(const Vec& v, std::index_sequence<lane...>) {
+  return shuffled<(lane ^ step)...>(v, v);
+}
+
+// All lanes by a commutative function of two vectors.
+template <typename F>
+GRASSLAND_INLINE float reduced(Vec v, const F& f) {
+  constexpr auto lanes = std::make_index_sequence<kLanes>{};
+  v = f(v, across<8>(v, lanes));
+  v = f(v, across<4>(v, lanes));
+  v = f(v, across<2>(v, lanes));
+  return f(v, across<1>(v, lanes))[0];
+}
+
 GRASSLAND_INLINE float total(const Vec& v) {
-  float part[kLanes];
-  __builtin_memcpy(part, &v, sizeof(part));
-  for (int64_t half = kLanes / 2; half >= 1; half /= 2)
-    for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
-  return part[0];
+  return reduced(v, [](const Vec& a, const Vec& b) GRASSLAND_INLINE_LAMBDA { return a + b; });
 }
 
 // x where `mask` has all bits of a lane, 0 where it has none.
@@ -107,9 +131,7 @@ GRASSLAND_INLINE float largest(const T* x, int64_t n) {
     for (int64_t i = live; i < kLanes; ++i) v[i] = peak[i];
     peak = v > peak ? v : peak;
   });
-  float part[kLanes];
-  __builtin_memcpy(part, &peak, sizeof(part));
-  return *std::max_element(part, part + kLanes);
+  return reduced(peak, [](const Vec& a, const Vec& b) GRASSLAND_INLINE_LAMBDA { return a > b ? a : b; });
 }
 
 // As exp_approx of common.h for |v| <= 87: adding and taking away 1.5 x 2^23 rounds to an integer.
