@@ -11,10 +11,13 @@ struct Shape {
 };
 
 GRASSLAND_INLINE void softmax(const float* logits, int64_t n, float* out) {
-  float top = logits[0], sum = 0;
+  float top = logits[0];
+  // One float32 term behind the other, hundreds of experts lose digits.
+  double sum = 0;
   for (int64_t e = 1; e < n; ++e) top = std::max(top, logits[e]);
   for (int64_t e = 0; e < n; ++e) sum += out[e] = std::exp(logits[e] - top);
-  for (int64_t e = 0; e < n; ++e) out[e] /= sum;
+  const float total = static_cast<float>(sum);
+  for (int64_t e = 0; e < n; ++e) out[e] /= total;
 }
 
 // As where PyTorch sorts: a NaN is the largest.
@@ -108,7 +111,8 @@ Tensor moe_route_backward_cpu(const Tensor& grad_gates, const Tensor& grad_balan
   for (int64_t t = 0; t < s.tokens; ++t) {
     const float *p = data<float>(probabilities) + t * s.experts, *g = data<float>(grad_gates) + t * s.top_k;
     const int64_t* c = data<int64_t>(experts) + t * s.top_k;
-    float total = 1, mean = 0, inner = 0;
+    float total = 1, mean = 0;
+    double inner = 0;
     if (renormalize) {
       total = 0;
       for (int64_t k = 0; k < s.top_k; ++k) total += p[c[k]];
@@ -117,7 +121,8 @@ Tensor moe_route_backward_cpu(const Tensor& grad_gates, const Tensor& grad_balan
     for (int64_t e = 0; e < s.experts; ++e) dp[e] = live == nullptr || live[t] ? slope[e] : 0.0f;
     for (int64_t k = 0; k < s.top_k; ++k) dp[c[k]] += (g[k] - mean) / total;
     for (int64_t e = 0; e < s.experts; ++e) inner += dp[e] * p[e];
-    for (int64_t e = 0; e < s.experts; ++e) data<float>(out)[t * s.experts + e] = p[e] * (dp[e] - inner);
+    const float common = static_cast<float>(inner);
+    for (int64_t e = 0; e < s.experts; ++e) data<float>(out)[t * s.experts + e] = p[e] * (dp[e] - common);
   }
   return out;
 }

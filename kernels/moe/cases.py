@@ -116,6 +116,7 @@ ROUTE_CASES = [
     Case("one-token", lambda: {"logits": normal(1, 7)}),
     Case("empty-batch", lambda: {"logits": normal(0, 4)}),
     Case("many-blocks", lambda: {"logits": normal(300, 6)}, {"top_k": 3, "capacity": 100}),
+    Case("many-experts", lambda: {"logits": normal(150, 200)}, {"top_k": 4, "capacity": 3}),
     Case("strided", lambda: {"logits": normal(5, 9).mT}),
 ]
 
