@@ -440,6 +440,7 @@ template <typename T>
 Tensor forward(const Tensor& z, const Tensor& weight, const std::optional<Tensor>& bias,
                const std::vector<int64_t>& offsets, double eps) {
   const Problem p = problem(z, weight, offsets, eps);
+  if (p.tokens == 0 || p.dim == 0) return empty(z, {z.size(0), z.size(1), p.dim}, kDtype<T>);
   Tensor out = empty(z, {p.tokens, p.dim}, kDtype<T>);
   const Tensor wedges = empty(z, {std::min(kChunk, p.tokens), p.pairs}, kDtype<T>), y = averages(p, z);
   for (int64_t base = 0; base < p.tokens; base += kChunk) {
@@ -449,7 +450,7 @@ Tensor forward(const Tensor& z, const Tensor& weight, const std::optional<Tensor
     if (bias) addmm(o, *bias, tile, w);
     else mm(o, tile, w);
   }
-  if (bias && p.tokens > 0) {
+  if (bias) {
     // Tokens without a pair get no bias either.
     const int64_t first = std::min(p.length, *std::min_element(offsets.begin(), offsets.end()));
     const size_t token = p.dim * sizeof(T);
@@ -463,6 +464,7 @@ template <typename T>
 void add_weight_gradient(const Tensor& total, const Tensor& part, const Tensor& grad, const Tensor& wedges, bool first) {
   mm(part, torch::stable::transpose(grad, 0, 1), wedges);
   const int64_t numel = total.numel();
+  if (numel == 0) return;
   add_kernel<T><<<blocks(numel, 256), 256, 0, stream(total)>>>(data<float>(total), data<T>(part), numel, first);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -473,10 +475,15 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& z, const T
   const Problem p = problem(z, weight, offsets, eps);
   const Tensor flat = torch::stable::view(grad, {p.tokens, p.dim});
   const int64_t chunk = std::min(kChunk, p.tokens);
-  Tensor dz = empty(z, {z.size(0), z.size(1), p.rank}, ScalarType::Float);
-  const Tensor y = averages(p, z), dy = empty(z, {p.tokens, p.rank}, ScalarType::Float);
-  const Tensor dweight = torch::stable::new_zeros(z, std::vector<int64_t>{p.dim, p.pairs}, ScalarType::Float);
-  const Tensor part = empty(z, {p.dim, p.pairs}, kDtype<T>);
+  const auto room = [&](bool needed, std::vector<int64_t> sizes, ScalarType dtype) {
+    return empty(z, needed ? sizes : std::vector<int64_t>{0}, dtype);
+  };
+  const Tensor dz = room(need_z, {z.size(0), z.size(1), p.rank}, ScalarType::Float);
+  const Tensor y = averages(p, z), dy = room(need_z, {p.tokens, p.rank}, ScalarType::Float);
+  Tensor dweight = room(need_weight, {p.dim, p.pairs}, ScalarType::Float);
+  // The first chunk's product is written, not added.
+  if (p.tokens == 0) torch::stable::zero_(dweight);
+  const Tensor part = room(need_weight, {p.dim, p.pairs}, kDtype<T>);
   const Tensor wedges = empty(z, {chunk, p.pairs}, kDtype<T>);
   for (int64_t base = 0; base < p.tokens; base += kChunk) {
     const int64_t stop = std::min(base + kChunk, p.tokens);

@@ -40,6 +40,7 @@ CASES = [
     Case("small", lambda: make(2, 7, 4, 3), {"offsets": [1, 2]}),
     Case("one-token", lambda: make(3, 1, 4, 3), {"offsets": [1]}),
     Case("empty-batch", lambda: make(0, 5, 4, 3), {"offsets": [1]}),
+    Case("no-width", lambda: make(2, 5, 4, 0), {"offsets": [1]}),
     Case("offset-beyond-length", lambda: make(2, 5, 6, 4), {"offsets": [2, 50]}),
     Case("offset-repeated", lambda: make(1, 12, 6, 4), {"offsets": [3, 3, 1]}),
     Case("no-bias", lambda: make(2, 9, 5, 7, bias=False), {"offsets": [1, 4]}),
