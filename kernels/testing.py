@@ -188,7 +188,7 @@ def argument_type(value: Any) -> str:
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, LOCAL (both spills), SHARED… of the kernel in a cubin, by the cuobjdump inside triton."""
+    """REG, STACK and LOCAL (spills are in either), SHARED… of the kernel in a cubin, by the cuobjdump inside triton."""
     import triton
 
     tool = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

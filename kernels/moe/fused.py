@@ -310,7 +310,7 @@ GROUPED = {
         tile(32, 32, 128, 4, num_stages=4),
     ],
 }
-WEIGHT_GRADIENT = {True: tile(64, 64, 32, 4), False: tile(128, 128, 64, 4)}
+WEIGHT_GRADIENT = {True: tile(64, 64, 16, 4), False: tile(128, 128, 64, 4)}
 # The kernels with a row a program.
 ROW = {"BN": 1024, "num_warps": 4}
 # Programs that fill a GPU, two a multiprocessor.

@@ -318,7 +318,7 @@ def products_backward(
     block = rows_block(rank)
     y, packed, rows = average(z, offsets, eps).flatten(0, 1), pack(weight, rank), z.flatten(0, 1)
     direct, dy, total = torch.empty_like(y), torch.empty_like(y), None
-    narrow = block | {"BM": max(8, block["BM"] // 2)}
+    block["BM"] = max(8, block["BM"] // 2)
     for chunk in chunks(tokens, weight):
         g = grad[chunk]
         if mask[1]:
@@ -327,8 +327,8 @@ def products_backward(
             total = part if total is None else total.float().add_(part)
         if mask[0]:
             dp = g @ packed.T
-            wedge_backward_kernel[(cdiv(len(g), narrow["BM"]),)](
-                dp, rows[chunk], y[chunk], direct[chunk], dy[chunk], len(g), PAIRS=pairs, **narrow
+            wedge_backward_kernel[(cdiv(len(g), block["BM"]),)](
+                dp, rows[chunk], y[chunk], direct[chunk], dy[chunk], len(g), PAIRS=pairs, **block
             )
     dz = None
     if mask[0]:

@@ -46,4 +46,4 @@ def test_later_chips_have_code_to_compile(usage):
 def test_no_spills(usage):
     spilled = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert len(spilled) >= 7 * len(EXPECTED)
-    assert [name for name, stack, local in spilled if int(local) > 0] == []
+    assert [name for name, stack, local in spilled if int(stack) > 0 or int(local) > 0] == []
