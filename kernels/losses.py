@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .precision import accumulation
-from .products import product
+from .products import add_product, product
 
 # The class that does not count, as in PyTorch.
 IGNORE = -100
@@ -20,6 +20,12 @@ def chunks(rows: int, limit: int) -> list[slice]:
     count = max(1, -(-rows // limit))
     step = max(1, -(-rows // count))
     return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def chunk_rows(weight: Tensor, elements: int, least: int = 1) -> int:
+    """Rows of a chunk whose product with weight (V, D) has as many numbers as `elements`, or as the weight, to whose
+    gradient every chunk adds a matrix of that size."""
+    return max(least, elements // weight.shape[0], weight.shape[1])
 
 
 class Gradients:
@@ -42,10 +48,8 @@ class Gradients:
             x = self.x[rows]
             if self.dweight is None:
                 self.dweight = product(dz.T, x).to(self.dtype)
-            elif whole:
-                self.dweight.addmm_(dz.T, x)
             else:
-                self.dweight += product(dz.T, x)
+                add_product(self.dweight, dz.T, x)
 
     def result(self, boost: float = 1.0) -> tuple[Tensor, Tensor]:
         """dx and dW from dz that were multiplied with `boost`; empty (0,) where not wanted."""

@@ -13,10 +13,24 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, of half operands in float32 where cuBLAS can write it; of float16 in float32 in any case."""
     if a.dtype not in (torch.bfloat16, torch.float16):
         return a @ b
-    cublas = a.is_cuda and torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
-    if cublas:
+    if widens(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float() if a.dtype == torch.float16 else a @ b
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += product(a, b), float32 or wider; in one product, without a matrix beside it, where one can."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif widens(a):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += product(a, b)
+
+
+def widens(a: Tensor) -> bool:
+    """Whether there are products of half operands like `a` with a float32 result: cuBLAS has them."""
+    return a.is_cuda and torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
 
 
 @functools.cache

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from .. import dispatch
 from ..autograd import differentiable_loss
-from ..losses import Gradients, check_labels, chunks
+from ..losses import Gradients, check_labels, chunk_rows, chunks
 from ..precision import HALVES, accumulation
 from ..products import boost, multiplies_halves
 from . import eager
 
 # Logits alive at a time: as many bytes as malloc gives back without asking the system for new pages, and enough rows of
-# a vocabulary of 30 k for an efficient product. A GPU has more to fill.
+# a vocabulary of 30 k for an efficient product. A GPU has more to fill. As many as the weight has where that is more.
 CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 31 << 18, 1 << 26
 # For rows of 30,522 numbers cuBLAS took kernels of an older chip on an H200, at a quarter of its rate.
 ALIGNMENT = 64
@@ -85,7 +85,7 @@ def chunked(
     elements = CHUNK_ELEMENTS if x.device.type == "cpu" else GPU_CHUNK_ELEMENTS
     gradients = Gradients(x, weight, mask)
     losses = x.new_empty(x.shape[0], dtype=accumulation(x.dtype))
-    for rows in chunks(x.shape[0], max(1, elements // weight.shape[0])):
+    for rows in chunks(x.shape[0], chunk_rows(weight, elements)):
         logits = x[rows] @ weight.T
         options = (vocab, smoothing, ignore_index, larger, any(mask))
         losses[rows], dlogits = row_losses(logits, target[rows], *options)

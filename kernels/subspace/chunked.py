@@ -14,12 +14,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..losses import Gradients, chunks
+from ..losses import Gradients, chunk_rows, chunks
 from ..precision import accumulation, full_precision
 from ..products import boost
 from .reference import EPS
 
-# Projections alive at a time: 2^24 float32 are 64 MiB, or more where that is less than an efficient product's rows.
+# Projections alive at a time: 2^24 float32 are 64 MiB, or more where that is less than an efficient product's rows or,
+# with gradients, than the weight.
 CHUNK_ELEMENTS = 1 << 24
 CHUNK_ROWS = 128
 
@@ -43,8 +44,8 @@ class Rows(Protocol):
     def loss(self, z: Tensor, target: Tensor, k: int, settings: Loss) -> tuple[Tensor, Tensor]: ...
 
 
-def slices(rows: int, width: int) -> list[slice]:
-    return chunks(rows, max(CHUNK_ROWS, CHUNK_ELEMENTS // width))
+def slices(rows: int, weight: Tensor) -> list[slice]:
+    return chunks(rows, chunk_rows(weight, CHUNK_ELEMENTS, CHUNK_ROWS))
 
 
 class Unit:
@@ -69,7 +70,7 @@ def unit(kernels: Rows, x: Tensor) -> Unit:
 
 def logits(kernels: Rows, x: Tensor, weight: Tensor, k: int, scale: float) -> Tensor:
     hat = unit(kernels, x).hat
-    parts = slices(x.shape[0], weight.shape[0])
+    parts = chunks(x.shape[0], max(CHUNK_ROWS, CHUNK_ELEMENTS // weight.shape[0]))
     if len(parts) == 1:
         return kernels.logits(hat @ weight.T, k, scale)
     out = x.new_empty(x.shape[0], weight.shape[0] // k, dtype=accumulation(x.dtype))
@@ -83,7 +84,7 @@ def logits_backward(
 ) -> tuple[Tensor, Tensor]:
     hats = unit(kernels, x)
     gradients = Gradients(hats.hat, weight, mask)
-    for rows in slices(x.shape[0], weight.shape[0]):
+    for rows in slices(x.shape[0], weight):
         gradients.add(rows, kernels.logits_backward(hats.hat[rows] @ weight.T, grad[rows], k, scale))
     dhat, dweight = gradients.result()
     dx = hats.backward(dhat) if mask[0] else dhat
@@ -106,7 +107,7 @@ def cross_entropy(
     hats = unit(kernels, x)
     gradients = Gradients(hats.hat, weight, mask)
     losses = x.new_empty(x.shape[0], dtype=accumulation(x.dtype))
-    for rows in slices(x.shape[0], weight.shape[0]):
+    for rows in slices(x.shape[0], weight):
         losses[rows], dz = kernels.loss(hats.hat[rows] @ weight.T, target[rows], k, settings)
         gradients.add(rows, dz)
     dhat, dweight = gradients.result(settings.boost / share)

@@ -7,12 +7,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grassland.kernels import dispatch
 from grassland.kernels.cross_entropy import eager, linear_cross_entropy, op
 from grassland.kernels.cross_entropy.cases import head
-from grassland.kernels.products import multiplies_halves
-from grassland.kernels.testing import record_launches, resource_usage
+from grassland.kernels.losses import Gradients, chunk_rows, chunks
+from grassland.kernels.products import add_product, multiplies_halves
+from grassland.kernels.testing import normal, record_launches, resource_usage
 
 needs_extension = pytest.mark.skipif(dispatch.extension_error() is not None, reason=str(dispatch.extension_error()))
 
@@ -101,6 +103,52 @@ def test_bfloat16_gradients_of_a_mean_are_divided_by_the_number_of_rows():
         for reduction in ("sum", "mean")
     )
     assert abs(900 * (mean * summed).sum() / summed.square().sum() - 1) < 1e-3
+
+
+def test_a_chunk_has_at_least_as_many_logits_as_the_weight_has_numbers():
+    """Each adds a matrix of the weight's size to its gradient: a GPU's 8192 rows of Llama's width were 16 chunks."""
+    wide, narrow = (torch.empty(*size, device="meta") for size in ((128256, 4096), (50304, 256)))
+    assert chunk_rows(wide, op.GPU_CHUNK_ELEMENTS) == 4096
+    assert chunk_rows(narrow, op.GPU_CHUNK_ELEMENTS) == op.GPU_CHUNK_ELEMENTS // 50304
+    assert chunk_rows(narrow, 1, least=300) == 300
+
+
+class Cublas(TorchDispatchMode):
+    """The products of halves with a float32 result, which only a GPU has, on the CPU."""
+
+    added = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.dtype:
+            return args[0].to(args[2]) @ args[1].to(args[2])
+        if func is torch.ops.aten.addmm.dtype_out:
+            total, a, b, dtype = args
+            assert kwargs["out"].data_ptr() == total.data_ptr() and total.dtype is dtype is torch.float32
+            self.added += 1
+            return total.add_(a.to(dtype) @ b.to(dtype))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gpu_adds_a_chunks_product_to_the_weights_gradient_in_place(dtype, monkeypatch):
+    x, weight, dz = (normal(*size, seed=k).to(dtype) for k, size in enumerate(((9, 4), (7, 4), (9, 7))))
+    monkeypatch.setattr("grassland.kernels.products.widens", lambda _: True)
+    gradients = Gradients(x, weight, [False, True])
+    with Cublas() as mode:
+        for rows in chunks(9, 3):
+            gradients.add(rows, dz[rows])
+    assert mode.added == 2
+    torch.testing.assert_close(gradients.result()[1], dz.float().T @ x.float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_product_is_added_in_float32_on_a_gpu(dtype):
+    a, b = (normal(*size, seed=k).to("cuda", dtype) for k, size in enumerate(((70, 300), (300, 90))))
+    total = normal(70, 90, seed=2).float().cuda()
+    exact = total.double() + a.double() @ b.double()
+    add_product(total, a, b)
+    torch.testing.assert_close(total.double(), exact, atol=1e-4, rtol=1e-5)
 
 
 def test_second_derivatives_are_refused():
