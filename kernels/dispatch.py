@@ -18,6 +18,8 @@ from torch.autograd import forward_ad
 BACKENDS = ("reference", "eager", "cpp", "triton", "cuda")
 # The compiled ones of a device, the fastest first.
 FASTEST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+# The first compute capability that the kernels are made for.
+OLDEST = (8, 0)
 ENVIRONMENT = "GRASSLAND_BACKEND"
 # Of the ops. A copy of the kernels under another package name has its own, so that both live in one process.
 NAMESPACE = "grassland" if __package__ == "grassland.kernels" else re.sub(r"\W", "_", __package__ or "grassland")
@@ -77,15 +79,26 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def missing(op: Op, backend: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why `op` cannot run on `backend` with tensors of this device type and dtype, or None."""
+@functools.cache
+def too_old(device: torch.device) -> str | None:
+    """Why no kernel is chosen on this GPU, or None. CUDA C++ has no code for it, and Triton's kernels spill."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_capability(device)
+    if found >= OLDEST:
+        return None
+    return "this GPU's compute capability is {}.{}, the kernels are made for {}.{} and later".format(*found, *OLDEST)
+
+
+def missing(op: Op, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `op` cannot run on `backend` with tensors of this device and dtype, or None."""
     if backend not in op.backends:
         return f"{op.name} has no {backend} kernel; it has {', '.join(op.backends)}"
     if backend in ("reference", "eager"):
         return None
     home = "cpu" if backend == "cpp" or (backend == "triton" and interpreted()) else "cuda"
-    if device != home:
-        return f"the {backend} backend takes {home} tensors, got {device}"
+    if device.type != home:
+        return f"the {backend} backend takes {home} tensors, got {device.type}"
     if dtype not in op.dtypes[backend]:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in op.dtypes[backend])
         return f"the {backend} backend of {op.name} takes {allowed}, got {str(dtype).removeprefix('torch.')}"
@@ -93,15 +106,16 @@ def missing(op: Op, backend: str, device: str, dtype: torch.dtype) -> str | None
         return triton_error()
     if backend == "cuda" and not has_cuda_kernels():
         return extension_error() or "the extension was built without CUDA: reinstall where nvcc and a CUDA torch are"
-    return extension_error()
+    return extension_error() or (too_old(device) if backend == "cuda" else None)
 
 
-def fastest(op: Op, device: str, dtype: torch.dtype, unfit: Collection[str] = ()) -> str:
+def fastest(op: Op, device: torch.device, dtype: torch.dtype, unfit: Collection[str] = ()) -> str:
     """The backend that runs `op` there if none is asked for; where none can, the one that would with its needs met.
 
     unfit: backends that cannot take the sizes at hand.
     """
-    choices = [name for name in FASTEST.get(device, ()) if name in op.backends and name not in unfit]
+    offered = () if too_old(device) else FASTEST.get(device.type, ())
+    choices = [name for name in offered if name in op.backends and name not in unfit]
     ready = (name for name in choices if missing(op, name, device, dtype) is None)
     return next(ready, choices[-1] if choices else "eager")
 
@@ -149,7 +163,7 @@ def requested(backend: str | None) -> str:
 
 
 @functools.cache
-def implicit(op: Op, device: str, dtype: torch.dtype, unfit: tuple[str, ...]) -> str:
+def implicit(op: Op, device: torch.device, dtype: torch.dtype, unfit: tuple[str, ...]) -> str:
     """The backend where none is asked for. What it depends on does not change in a process."""
     choice = fastest(op, device, dtype, unfit)
     return choice if missing(op, choice, device, dtype) is None else "eager"
@@ -160,10 +174,9 @@ def pick(op: Op, tensor: Tensor, backend: str = "", unfit: Collection[str] = ())
 
     A request that cannot be met raises BackendError; without one, eager is the fallback. Called inside the opaque op.
     """
-    device = tensor.device.type
     if not backend:
-        return implicit(op, device, tensor.dtype, tuple(unfit))
-    reason = missing(op, backend, device, tensor.dtype)
+        return implicit(op, tensor.device, tensor.dtype, tuple(unfit))
+    reason = missing(op, backend, tensor.device, tensor.dtype)
     if reason is not None:
         raise BackendError(f"{op.name}: backend {backend!r} is not available: {reason}")
     return backend
@@ -176,8 +189,8 @@ def describe() -> dict[str, dict[str, str]]:
     report: dict[str, dict[str, str]] = {}
     for op in OPS.values():
         report[op.name] = {}
-        for device in ("cpu", "cuda"):
+        for device in map(torch.device, ("cpu", "cuda")):
             choice = fastest(op, device, torch.float32)
-            reason = missing(op, choice, device, torch.float32)
-            report[op.name][device] = choice if reason is None else f"eager ({reason})"
+            reason = too_old(device) or missing(op, choice, device, torch.float32)
+            report[op.name][device.type] = choice if reason is None else f"eager ({reason})"
     return report

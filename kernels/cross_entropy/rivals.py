@@ -55,7 +55,7 @@ def whole(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def ours(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return linear_cross_entropy(x, weight, target, backend=dispatch.fastest(OP, weight.device.type, weight.dtype))
+    return linear_cross_entropy(x, weight, target, backend=dispatch.fastest(OP, weight.device, weight.dtype))
 
 
 def chunked(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:

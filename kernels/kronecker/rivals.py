@@ -102,7 +102,7 @@ def stages(v: Values) -> int:
 def build_ours(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
     if v["kind"] == "model":
         return training(v, dtype, device, residual="kromhc", init="identity")
-    backend = dispatch.fastest(dispatch.OPS["kronecker_pre"], device.type, dtype)
+    backend = dispatch.fastest(dispatch.OPS["kronecker_pre"], device, dtype)
 
     def run(x: Tensor, *weights: Tensor, backend: str = backend) -> Tensor:
         x, u, h = kronecker_open(x, *fold(x, *weights), backend=backend)
@@ -138,7 +138,7 @@ def training(v: Values, dtype: torch.dtype, device: torch.device, **options: Any
 
 def build_fused(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
     """A sublayer inside a deep network: its end and the beginning of the next in one kernel."""
-    backend = dispatch.fastest(dispatch.OPS["kronecker_pre"], device.type, dtype)
+    backend = dispatch.fastest(dispatch.OPS["kronecker_pre"], device, dtype)
     x, *weights = inputs(v, dtype, device, 2 * stages(v))
     with torch.no_grad():
         y, h = kronecker_pre(x, *fold(x, *weights), backend=backend)

@@ -88,7 +88,7 @@ def choice(x: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def build_ours(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-    backend = dispatch.fastest(dispatch.OPS["moe_ffn"], device.type, dtype)
+    backend = dispatch.fastest(dispatch.OPS["moe_ffn"], device, dtype)
 
     def layer(x: Tensor, router: Tensor, *weights: Tensor) -> Tensor:
         r: Routing = moe_route(F.linear(x, router), top_k=v["top_k"], backend=backend)

@@ -67,11 +67,11 @@ def fused_mix(backend: str) -> Mixer:
 
 
 def fused_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return gated_blend(x, g, weight, bias, backend=dispatch.fastest(BLEND, x.device.type, g.dtype))
+    return gated_blend(x, g, weight, bias, backend=dispatch.fastest(BLEND, x.device, g.dtype))
 
 
 def build_ours(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-    mix = fused_mix(dispatch.fastest(OP, device.type, dtype))
+    mix = fused_mix(dispatch.fastest(OP, device, dtype))
     return with_gradients(mixer(mix, fused_blend, v), inputs(v, dtype, device))
 
 

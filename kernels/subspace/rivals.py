@@ -66,7 +66,7 @@ def step_rival(step: Callable[[Tensor, Tensor, Tensor, int], None], comparable: 
 
 
 def our_step(weight: Tensor, buffer: Tensor, grad: Tensor, k: int) -> None:
-    backend = dispatch.fastest(STEP, weight.device.type, weight.dtype)
+    backend = dispatch.fastest(STEP, weight.device, weight.dtype)
     grassmann_step_(weight, buffer, grad, k, LR, MOMENTUM, backend=backend)
 
 
@@ -161,7 +161,7 @@ def head_rival(loss: Callable[[Tensor, Tensor, Tensor, int], Tensor], comparable
 
 
 def our_loss(x: Tensor, weight: Tensor, labels: Tensor, k: int) -> Tensor:
-    backend = dispatch.fastest(CROSS_ENTROPY, weight.device.type, weight.dtype)
+    backend = dispatch.fastest(CROSS_ENTROPY, weight.device, weight.dtype)
     return subspace_cross_entropy(x, weight, labels, k, SCALE, backend=backend)
 
 

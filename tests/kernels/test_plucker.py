@@ -207,7 +207,8 @@ def test_cuda_is_the_first_choice_for_the_sizes_it_takes(monkeypatch):
     monkeypatch.setattr(dispatch, "missing", lambda *_: None)
 
     def chosen(rank, offsets):
-        return dispatch.fastest(op.OP, "cuda", torch.float32, op.unfit(torch.empty(1, 1, rank), list(offsets)))
+        unfit = op.unfit(torch.empty(1, 1, rank), list(offsets))
+        return dispatch.fastest(op.OP, torch.device("cuda"), torch.float32, unfit)
 
     assert chosen(128, range(1, 65)) == "cuda"
     assert chosen(129, [1]) == chosen(2, range(1, 66)) == "triton"
