@@ -131,9 +131,10 @@ class Trainer:
         self._set_learning_rates()
         buffers = Buffers(self.task.model) if config.on_nan == "skip" else None
         total = torch.zeros((), device=self.task.device)
+        batches = self.task.step_batches(self.stream, config.grad_accum)
         for index in range(config.grad_accum):
             with self.spread.backward_of(last=index == config.grad_accum - 1):
-                total += self._gradients(next(self.stream))
+                total += self._gradients(next(batches))
         norm = self._clip() if self._update is None else self._update()
         bad = self.watch.skips(total, norm)
         if bad is None:

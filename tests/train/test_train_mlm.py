@@ -48,6 +48,10 @@ def originals(batch):
     return ids
 
 
+def tensors(batch):
+    return [part for part in batch if part is not None]
+
+
 def test_marks_are_the_words_and_lines_of_the_tokeniser(tmp_path, wordpiece):
     path = tmp_path / "t.txt"
     path.write_text("The cat sees.\ndogs running\n" * 60)
@@ -104,14 +108,17 @@ def test_hidden_words_follow_from_seed_and_place_and_change_every_epoch(text_fil
     text = masked(corpus(text_file), sentence_order=True)
     rows = np.arange(6)
     same = [text.training(rows, 12, seed=3) for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*same, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*map(tensors, same), strict=True))
     part = text.training(rows[2:4], 14, seed=3)
-    assert all(torch.equal(a[2:4], b) for a, b in zip(same[0], part, strict=True)), "it depends on the batch"
+    assert all(torch.equal(a[2:4], b) for a, b in zip(*map(tensors, (same[0], part)), strict=True)), (
+        "it depends on the batch"
+    )
     for start, seed in ((12 + len(text), 3), (12, 4)):
         other = text.training(rows, start, seed)
         assert not torch.equal(other.ids, same[0].ids)
     first, second = (list(text.evaluation(4)) for _ in range(2))
-    assert all(torch.equal(a, b) for x, y in zip(first, second, strict=True) for a, b in zip(x, y, strict=True))
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
 def test_sequences_cover_the_text_once_and_end_with_sentences(text_file):
@@ -210,6 +217,22 @@ def test_loss_is_masked_words_and_order_and_balance(mlm):
     torch.testing.assert_close(task.loss(model, batch), words + order + sum(balance))
 
 
+def test_micro_batches_make_the_step_of_one_batch(mlm, tmp_path):
+    """The words of all of them count alike, however many of them each has."""
+    exact = ("dropout=0", "noise=False", "capacity_factor=None", "balance_weight=0.0")
+    settings = mlm(set=(*mlm().set, *exact), steps=4, log_every=1, samples=0)
+    task = MaskedLanguageModeling(replace(settings, batch_size=2), torch.device("cpu"))
+    counts = {(batch.labels != -100).sum().item() for _, batch in zip(range(4), task.batches(0), strict=False)}
+    assert len(counts) > 1
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(MaskedLanguageModeling, replace(settings, batch_size=8, out=str(whole))) == 0
+    assert run(MaskedLanguageModeling, replace(settings, batch_size=2, grad_accum=4, out=str(parts))) == 0
+    steps = [[e for e in read_metrics(folder) if e["event"] == "train"] for folder in (whole, parts)]
+    for one, several in zip(*steps, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert several[name] == pytest.approx(one[name], rel=1e-4), name
+
+
 def test_training_learns(mlm, tmp_path):
     folder = tmp_path / "run"
     run(MaskedLanguageModeling, mlm(out=str(folder), steps=80, eval_every=40, log_every=40, samples=0))
@@ -282,8 +305,8 @@ def test_bert_vocabulary_on_real_text(shared, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_two_processes_train_and_judge_as_one(text_file, tmp_path, mode, numbers):
+@pytest.mark.parametrize(("mode", "parts"), [("ddp", 1), ("ddp", 2), ("fsdp", 2)])
+def test_two_processes_train_and_judge_as_one(text_file, tmp_path, mode, parts, numbers):
     exact = ["dropout=0", "noise=False", "capacity_factor=None", "balance_weight=0.0"]
     sizes = ["dim=16", "depth=2", "ffn_dim=16", "embed_dim=8", "num_heads=2"]
     settings = ["--model", "widenet_albert_4e", "--set", *sizes, *exact, "--data", str(text_file)]
@@ -292,6 +315,7 @@ def test_two_processes_train_and_judge_as_one(text_file, tmp_path, mode, numbers
     assert main(["mlm", *settings, "--out", str(tmp_path / "one")]) == 0
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*start, "-m", "grassland.train", "mlm", *settings, "--parallel", mode, "--out", str(tmp_path / "two")]
+    command += ["--batch-size", str(8 // parts), "--grad-accum", str(parts)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")

@@ -28,7 +28,7 @@ SENTENCE_END = re.compile(r"[.!?][\"')\]]*$")
 class MaskedBatch(NamedTuple):
     """ids, types (B, L) int64 and mask (B, L) bool, False for padding; of what is to be told, positions (B, P) int64
     and labels (B, P) int64, −100 where nothing is; order (B,) int64, 1 where the segments are exchanged, −100 for
-    padding, or None without sentence order."""
+    padding, or None without sentence order; weight, a scalar by which the words' mean loss is multiplied, or None."""
 
     ids: Tensor
     types: Tensor
@@ -36,6 +36,7 @@ class MaskedBatch(NamedTuple):
     positions: Tensor
     labels: Tensor
     order: Tensor | None
+    weight: Tensor | None = None
 
 
 def assemble(segments: Sequence[NDArray], special: SpecialTokens, length: int) -> tuple[NDArray, NDArray, NDArray]:

@@ -58,10 +58,16 @@ class Task(ABC):
         A process gets its rows of each: together they are those that one process would get.
         """
 
+    def step_batches(self, stream: Iterator[Any], count: int) -> Iterator[Any]:
+        """The next `count` micro-batches of a stream of `batches`, which make one optimiser step, each when it is asked
+        for. A task whose micro-batches do not count alike in the step's mean looks at all of them first."""
+        return islice(stream, count)
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss, a scalar, of `model` (the task's own, perhaps compiled or wrapped) on a micro-batch; with
-        several processes, one whose mean over them is that of the whole micro-batch."""
+        several processes, one whose mean over them is that of the whole micro-batch. Of the `step_batches` of an
+        optimiser step the mean, over micro-batches and processes, is that of the whole step."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -95,8 +96,13 @@ class MaskedLanguageModeling(LanguageModeling):
             yield self._moved(text.training(sequences, position * size + mine.start, self.config.seed))
             position += 1
 
+    def step_batches(self, stream: Iterator[MaskedBatch], count: int) -> Iterator[MaskedBatch]:
+        batches = list(islice(stream, count))
+        return iter(batches if count * processes() == 1 else _weighted(batches))
+
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        return model(batch.ids, labels=batch.labels, classes=batch.order, label_weight=_share(batch), **_inputs(batch))
+        told = {"labels": batch.labels, "label_weight": batch.weight}
+        return model(batch.ids, **told, classes=batch.order, **_inputs(batch))
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
@@ -144,13 +150,12 @@ def _inputs(batch: MaskedBatch) -> dict[str, Tensor]:
     return {"mask": batch.mask, "token_types": batch.types, "positions": batch.positions}
 
 
-def _share(batch: MaskedBatch) -> Tensor | None:
-    """By what the words' mean loss counts, so that its mean over the processes, whose rows have not equally many words
-    to tell, is that of all words; None for one process."""
-    if processes() == 1:
-        return None
-    told = (batch.labels != IGNORE).sum().float()
-    return told * processes() / total(told).clamp_min(1)
+def _weighted(batches: list[MaskedBatch]) -> list[MaskedBatch]:
+    """The batches with such weights that the mean over them and all processes, which have not equally many words to
+    tell, is the mean over all words."""
+    told = torch.stack([(batch.labels != IGNORE).sum() for batch in batches]).float()
+    weights = told * len(batches) * processes() / total(told.sum()).clamp_min(1)
+    return [batch._replace(weight=weight) for batch, weight in zip(batches, weights, strict=True)]
 
 
 class Hits:
