@@ -5,11 +5,13 @@ import signal
 from dataclasses import replace
 
 import pytest
+import torch
 
 from grassland.train.log import read_metrics
 from grassland.train.loop import Trainer
 from grassland.train.start import run
 from grassland.train.tasks import LanguageModeling
+from grassland.train.tasks.mlm import MaskedLanguageModeling, MLMConfig
 from grassland.train.tasks.vision import ImageClassification
 
 SMALL = ("dim=16", "depth=2", "ffn_dim=16", "rank=4", "offsets=1,2", "dropout=0")
@@ -64,4 +66,9 @@ def test_where_nothing_can_be_recorded(variant, vision, tmp_path):
         run(LanguageModeling, variant(out=str(tmp_path / "run"), cuda_graph=True, device="cpu"))
     with pytest.raises(ValueError, match=r"not for train vision on cpu"):
         run(ImageClassification, vision(out=str(tmp_path / "run"), cuda_graph=True, device="cpu"))
+    masked = MLMConfig(data=variant().data, tokenizer="bpe:280", seq_len=24, steps=1, cuda_graph=True)
+    task = MaskedLanguageModeling(masked, torch.device("cpu"))
+    task.device = torch.device("cuda")
+    with pytest.raises(ValueError, match=r"not for train mlm on cuda with 1 processes"):
+        Trainer(task, masked, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -57,6 +57,7 @@ class MaskedLanguageModeling(LanguageModeling):
     """
 
     name = "mlm"
+    recordable = False  # batches have parts that may be missing
     config: MLMConfig
 
     def __init__(self, config: MLMConfig, device: torch.device) -> None:
