@@ -192,7 +192,11 @@ def _sgd(model: str, head: str, k: int, schedule: str = "cosine") -> VisionConfi
 
 
 def _rsb(head: str, k: int, **settings: Any) -> VisionConfig:
-    """LAMB, batches of 2048, mixup and cutmix; cross entropy for a Grassmann head, whose logits are no log-odds."""
+    """LAMB, batches of 2048, mixup and cutmix; cross entropy for a Grassmann head, whose logits are no log-odds.
+
+    The gradient's norm is at most 1, as timm's and mmpretrain's LAMB has it by default, and the rate ends at 1e-6.
+    """
     loss = {"loss": "ce"} if head == "grassmann" else {"loss": "bce", "bce_threshold": 0.2}
     settings |= {"batch_size": 2048, "warmup_epochs": 5.0, "cutmix": 1.0, "crop_pct": 0.95, **loss}
+    settings |= {"clip": 1.0, "floor": 1e-6 / settings["lr"]}
     return _recipe("timm/resnet50d", head, k, optimizer="lamb", head_lr=0.3, **settings)

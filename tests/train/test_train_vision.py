@@ -273,6 +273,8 @@ def test_recipes_have_the_papers_values():
         config, baseline = got[name], recipe(name, head="linear")
         assert (config.loss, baseline.loss, baseline.bce_threshold) == ("ce", "bce", 0.2)
         assert (config.img_size, config.cutmix, config.betas, config.warmup_epochs) == (crop, 1.0, (0.9, 0.999), 5)
+        # The defaults of timm's and mmpretrain's LAMB and the end of their schedules.
+        assert (config.clip, baseline.clip) == (1, 1) and config.floor * config.lr == pytest.approx(1e-6)
         # arXiv 2110.00476, table 2: all three are judged at 224 pixels.
         assert (config.eval_size or config.img_size, config.crop_pct) == (224, 0.95)
     assert (got["vgg13_bn"].head_dropout, recipe("vgg13_bn", head="linear").head_dropout) == (False, True)

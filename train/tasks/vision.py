@@ -64,7 +64,10 @@ class ImageClassification(Task):
 
     @cached_property
     def binary_loss(self) -> Any:
-        """Binary cross entropy summed over the classes, as timm has it."""
+        """Binary cross entropy, the mean over the images of the sum over the classes.
+
+        mmpretrain, with which arXiv 2308.01547 trained, has this sum; timm's default is the mean over the classes, too.
+        """
         timm_loss: Any = importlib.import_module("timm.loss")
         smoothing, threshold = self.config.label_smoothing, self.config.bce_threshold
         return timm_loss.BinaryCrossEntropy(smoothing, target_threshold=threshold, sum_classes=True)
