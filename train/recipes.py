@@ -75,7 +75,7 @@ def vgg13_bn(head: str = "grassmann", k: int = 8) -> VisionConfig:
 
 
 def swin_t(head: str = "grassmann", k: int = 8) -> VisionConfig:
-    """Swin-T, arXiv 2308.01547; augmentation, warm-up and clipping as in arXiv 2103.14030."""
+    """Swin-T, arXiv 2308.01547; augmentation, warm-up, clipping and the last rate, 1e-5, as in arXiv 2103.14030."""
     return _recipe(
         "timm/swin_tiny_patch4_window7_224",
         head,
@@ -87,6 +87,7 @@ def swin_t(head: str = "grassmann", k: int = 8) -> VisionConfig:
         batch_size=1024,
         epochs=300,
         warmup_epochs=20.0,
+        floor=0.01,
         clip=5.0,
         set=("drop_path_rate=0.2",),
         auto_augment="rand-m9-mstd0.5-inc1",
