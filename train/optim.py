@@ -141,10 +141,9 @@ def _euclidean(
     if name == "lamb":
         return [_lamb(settings, lr, betas)]
     # Measured on 2 cores, 4 M parameters: fused 2 ms, one by one 10 ms, foreach 24 ms.
-    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(settings, lr=lr, betas=betas, eps=eps, fused=True)]
-    if name == "muon" and matrices:
-        parts.insert(0, _muon(matrices, lr, weight_decay))
-    return parts
+    muon = [_muon(matrices, lr, weight_decay)] if name == "muon" and matrices else []
+    rest = [torch.optim.AdamW(settings, lr=lr, betas=betas, eps=eps, fused=True)] if settings or not muon else []
+    return [*muon, *rest]
 
 
 def _muon(matrices: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.Optimizer:

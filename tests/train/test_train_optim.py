@@ -167,6 +167,18 @@ def test_muon_steps_hidden_matrices_along_a_nearly_orthogonal_matrix():
         torch.testing.assert_close(change, torch.full_like(change, 0.01), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(6, 96), (96, 6), (48, 48)], ids=str)
+def test_muons_updates_have_the_size_of_adamws(shape):
+    """0.2 of the rate an entry, in the root mean square, whatever the shape."""
+    torch.manual_seed(3)
+    model = nn.Linear(*shape, bias=False)
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.randn_like(before)
+    build_optimizer(model, "muon", lr=0.01, weight_decay=0.0).step()
+    size = (model.weight.detach() - before).square().mean().sqrt().item()
+    assert size == pytest.approx(0.2 * 0.01, rel=0.2)
+
+
 def test_lambs_first_step_has_the_length_of_the_weight_times_the_rate():
     pytest.importorskip("timm")
     torch.manual_seed(2)
