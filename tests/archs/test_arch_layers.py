@@ -37,7 +37,7 @@ def literal_mixer(mixer, h, offsets):
             for delta in (delta for delta in offsets if delta <= t):
                 a, s = z[b, t], z[b, t - delta]
                 p = torch.stack([a[i] * s[j] - a[j] * s[i] for i in range(len(a)) for j in range(i + 1, len(a))])
-                terms.append(mixer.plucker.weight @ (p / p.norm().clamp_min(mixer.eps)) + mixer.plucker.bias)
+                terms.append(mixer.plucker.weight @ (p / p.norm().clamp_min(1e-6)) + mixer.plucker.bias)
             if terms:
                 g[b, t] = torch.stack(terms).mean(0)
     if mixer.out_proj is not None:
@@ -51,6 +51,16 @@ def test_grassmann_mixer_is_the_papers_table(out_proj):
     mixer = randomised(CausalGrassmannMixer(6, rank=4, offsets=(1, 2, 4), out_proj=out_proj, **FLOAT64))
     h = torch.randn(2, 7, 6, **FLOAT64)
     torch.testing.assert_close(mixer(h), literal_mixer(mixer, h, (1, 2, 4)), atol=1e-13, rtol=0)
+
+
+def test_the_smallest_norm_that_a_grassmann_mixer_divides_by_is_a_millionth():
+    mixer = randomised(CausalGrassmannMixer(6, rank=4, offsets=(1, 2), **FLOAT64))
+    h = 5e-4 * torch.randn(2, 7, 6, **FLOAT64)
+    mixer.reduce.bias = None
+    z = mixer.reduce(h)
+    areas = (z[0, :-1].square().sum(-1) * z[0, 1:].square().sum(-1) - (z[0, :-1] * z[0, 1:]).sum(-1) ** 2).sqrt()
+    assert areas.min() < 1e-6 < areas.max(), "the bound must count for some of the pairs"
+    torch.testing.assert_close(mixer(h), literal_mixer(mixer, h, (1, 2)), atol=1e-13, rtol=0)
 
 
 def test_attention_is_softmax_over_the_past():

@@ -133,6 +133,13 @@ def test_float32_tokens_beside_a_half_weight(backend):
     assert (out - exact).norm() / exact.norm() < 2**-7
 
 
+def test_the_smallest_norm_that_is_divided_by_is_a_millionth():
+    z, weight = 1e-4 * torch.randn(1, 5, 4, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    wedges = plucker_coordinates(z[:, 1:], z[:, :-1])
+    assert (wedges.norm(dim=-1) < 1e-6).all()
+    torch.testing.assert_close(plucker_mix(z, weight, offsets=(1,))[:, 1:], wedges / 1e-6 @ weight.T)
+
+
 def test_the_reference_multiplies_halves_in_float32():
     """As the transforms of torch.func get it: the coordinates of these tokens are no float16."""
     z, weight = 400 * normal(1, 6, 4).half(), normal(5, 6, seed=1).half()
