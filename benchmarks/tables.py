@@ -318,10 +318,12 @@ def compare_tables(*presets):
 
 
 def compare_summary(preset):
-    """One row an arm: size, test metric, difference to the first arm."""
+    """One row an arm: size, test metric, difference to the first arm, what else is told of the test."""
     parts = []
     for records in comparisons(preset).values():
         rows = report.arm_rows(records)
+        if further := report.further_rows(records):
+            rows = [[*row, *more[1:]] for row, more in zip(rows, further, strict=True)]
         kept = [place for place, head in enumerate(rows[0]) if head.startswith(SUMMARY)]
         heads, *cells = [[row[place] for place in kept] for row in rows]
         chosen = [record for record in done(records) if record["chosen"]]

@@ -51,6 +51,11 @@ def test_comparisons_in_short_and_in_full(tables, tmp_path):
     assert whole.startswith("#### Two arms") and whole.endswith(picture)
     assert "c (v), 1 thread, float32, torch 2, 2026-01-01, commit abc." in whole
     assert tables.TABLES["compare_smoke"]() == tables.NONE
+    for r in records:
+        r["test"]["bits_per_byte"] = r["test"]["perplexity"] / 10
+    (folder / "report.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    lines = tables.TABLES["text"]().splitlines()
+    assert lines[2].endswith("| p (Holm) | test bits per byte |") and lines[4].endswith("|  |  | 1.100 ± 0.141 |")
 
 
 def test_what_is_missing_is_found_by_its_files(tables, tmp_path):

@@ -5,6 +5,7 @@ import math
 import multiprocessing.connection
 import os
 import signal
+import statistics
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -106,8 +107,16 @@ def test_grid_then_seeds_then_nothing_is_run_twice(config, tmp_path, capsys):
         assert record["flops_per_unit"] == 3 * LanguageModeling(
             replace(config, set=record["differs"]["set"]), torch.device("cpu")
         ).model.flops_per_token(16)
+        (start, *_) = events
+        words = {split: counts["words"] for split, counts in start["splits"].items()}
+        assert (record["tokenizer"], record["vocab_size"], record["words"]) == ("bpe:280", start["vocab_size"], words)
     report = (out / "report.md").read_text()
     assert "| attention | 0.01* |" in report and section(records) in report
+    text, test = records[-1], [r["test"]["bits_per_byte"] for r in records if r["chosen"] and r["arm"] == "grassmann"]
+    assert f"{text['words']['train']:,} + {text['words']['valid']:,} + {text['words']['test']:,} words" in report
+    assert f"Tokeniser: bpe:280 of {text['vocab_size']} tokens (hash with the text {start['data'][:8]})." in report
+    assert "| arm | valid word perplexity | test word perplexity | valid bits per byte | test bits per byte |" in report
+    assert f"| {statistics.mean(test):.3f} ± {statistics.stdev(test):.3f} |\n\nWords are" in report
 
     logs = {log: log.stat().st_mtime_ns for log in out.glob("tiny/*/*.log")}
     assert run(path, out, "--widen", "0") == 0
@@ -575,6 +584,22 @@ def test_table_says_what_the_records_say():
     table = arm_table([r | {"task": "lm"} for r in records]).splitlines()
     assert table[2] == "| base | 0.1 | 1,000 | 3e+06 | 50 | 2 MiB | 11.00 ± 1.41 | 11.00 ± 1.41 |  |  |  |"
     assert table[3].startswith("| new | 0.1 |") and "| -1.50 [-7.85, +4.85] | 0.205 | 0.205 |" in table[3]
+
+
+def test_what_only_some_records_have_is_told_of_these(plan, tmp_path):
+    words = {"word_perplexity": 1234.56, "bits_per_byte": 1.5}
+    store_run(plan, tmp_path, "a", 0.01, 0, 2.0)
+    store_run(plan, tmp_path, "b", 0.01, 0, 2.0)
+    records = Runner(replace(plan, seeds=(0,)), tmp_path, None).records()
+    assert "Tokeniser" not in section(records) and "word perplexity" not in section(records)
+    records[1]["test"] |= words
+    records[1] |= {"tokenizer": "bert/vocab.txt", "vocab_size": 30522, "key": "0123456789", "words": {"train": 2000}}
+    told = section(records)
+    assert (
+        "| arm | test word perplexity | test bits per byte |\n|---|---|---|\n| a |  |  |\n| b | 1,234.6 | 1.500 |"
+        in told
+    )
+    assert "Data: text.txt, text.txt (2,000 words in train). Tokeniser: bert/vocab.txt of 30,522 tokens (hash" in told
 
 
 def test_a_test_on_the_validation_split_is_told(plan, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..env import hardware, on_gpu
-from .results import SHOWN, Record, done
+from .results import FURTHER, SHOWN, Record, done
 from .statistics import Difference, holm, paired, spread
 
 FILE = "report.jsonl"
@@ -48,13 +48,15 @@ def read_records(path: Path) -> list[Record]:
 
 
 def section(records: Sequence[Record]) -> str:
-    """Markdown of one comparison: note, table of arms, grid of learning rates, what differs, what failed, footnote."""
+    """Markdown of one comparison: note, table of arms, what else is told of them, grid of learning rates, what differs,
+    what failed, footnote."""
     finished = done(records)
     note = [records[0]["note"]] if records[0]["note"] else []
     if not finished:
         return "\n\n".join([*note, *failures(records)])
-    parts = [*note, arm_table(records), explanation(finished), grid_table(records), differing(records)]
-    return "\n\n".join(part for part in [*parts, *failures(records), footnote(finished)] if part)
+    parts = [*note, arm_table(records), explanation(finished), further_table(records), grid_table(records)]
+    parts += [differing(records), *failures(records), footnote(finished)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def arm_table(records: Sequence[Record]) -> str:
@@ -86,8 +88,41 @@ def row(arm: str, records: Sequence[Record], gap: Difference | None, adjusted: f
     cells = [arm, f"{first['lr']:g}{'*' if first['edge'] else ''}", f"{first['parameters']:,}"]
     cells += [f"{first['flops_per_unit']:.3g}", f"{statistics.median(rates):,.0f}" if rates else ""]
     cells += [f"{max(record['peak_bytes'] for record in chosen) / 2**20:,.0f} MiB"]
-    cells += [mean_text(values(chosen, split), first["task"]) for split in ("valid", "test")]
+    cells += [mean_text(values(chosen, split), SHOWN[first["task"]][3]) for split in ("valid", "test")]
     return [*cells, gap_text(gap, first["task"]), p_text(gap and gap.p), p_text(adjusted)]
+
+
+def further_table(records: Sequence[Record]) -> str:
+    """The cells of `further_rows`, folded; nothing where there are none."""
+    if not (rows := further_rows(records)):
+        return ""
+    names = " and ".join(name for _, _, name in FURTHER[records[0]["task"]]).capitalize()
+    counted = "Words are separated by white space, bytes are UTF-8; both are counted on the text before tokenisation."
+    return f"<details>\n<summary>{names}</summary>\n\n{markdown(rows[0], rows[1:])}\n\n{counted}\n\n</details>"
+
+
+def further_rows(records: Sequence[Record]) -> list[list[str]]:
+    """One row an arm, the heads first: what is told beside the metric that is compared, as far as the records have it,
+    so that models with other tokenisers can be compared."""
+    arms = {arm: [record for record in done(part) if record["chosen"]] for arm, part in by(records, "arm").items()}
+    columns = [
+        (split, key, form, name)
+        for key, form, name in FURTHER.get(records[0]["task"], ())
+        for split in ("valid", "test")
+        if any(key in record[split] for chosen in arms.values() for record in chosen)
+    ]
+    if not columns:
+        return []
+    heads = ["arm", *(f"{split} {name}" for split, _, _, name in columns)]
+    cells = {
+        arm: [further_cell(chosen, split, key, form) for split, key, form, _ in columns] for arm, chosen in arms.items()
+    }
+    return [heads, *([arm, *found] for arm, found in cells.items())]
+
+
+def further_cell(chosen: Sequence[Record], split: str, key: str, form: str) -> str:
+    found = {record["seed"]: record[split][key] for record in chosen if key in record[split]}
+    return mean_text(found, form) if found and len(found) == len(chosen) else ""
 
 
 def difference(records: Sequence[Record], arm: str) -> Difference | None:
@@ -179,7 +214,7 @@ def speed_text(chosen: Sequence[Record]) -> str:
 
 
 def footnote(finished: Sequence[Record]) -> str:
-    """Data, machine, versions. A table may be of runs of different machines, code and precision."""
+    """Data, tokeniser, machine, versions. A table may be of runs of different machines, code and precision."""
     trained = [part for record in finished for part in (record, *record.get("resumed", ()))]
     # An older throughput of an arm alone has no date.
     parts = [part for part in (*trained, *(record.get("alone", {}) for record in finished)) if "date" in part]
@@ -187,9 +222,21 @@ def footnote(finished: Sequence[Record]) -> str:
     # Older records do not say.
     leak = any(record.get("tested_on", "test") != "test" for record in finished)
     tested = "; it has no test split, test is the validation split, which picked checkpoints and learning rates"
-    data = f"{distinct(finished, 'data')}{tested if leak else ''}"
+    data = f"{', '.join(dict.fromkeys(map(data_text, finished)))}{tested if leak else ''}."
+    tokenisers = "; ".join(dict.fromkeys(tokenizer_text(record) for record in finished if "tokenizer" in record))
+    data += f" Tokeniser: {tokenisers}." if tokenisers else ""
     machines = "; ".join(dict.fromkeys(map(hardware, trained)))
-    return f"Data: {data}. {machines}, {distinct(finished, 'dtype')}, torch {distinct(parts, 'torch')}, {when}."
+    return f"Data: {data} {machines}, {distinct(finished, 'dtype')}, torch {distinct(parts, 'torch')}, {when}."
+
+
+def data_text(record: Record) -> str:
+    """The data's name and, of a text, what tells its releases apart; older records do not say."""
+    words = " + ".join(f"{count:,}" for count in record.get("words", {}).values())
+    return f"{record['data']} ({words} words in {' + '.join(record['words'])})" if words else record["data"]
+
+
+def tokenizer_text(record: Record) -> str:
+    return f"{record['tokenizer']} of {record['vocab_size']:,} tokens (hash with the text {record['key'][:8]})"
 
 
 def distinct(records: Sequence[Record], key: str) -> str:
@@ -205,9 +252,8 @@ def by(records: Sequence[Record], key: str) -> dict[Any, list[Record]]:
     return parts
 
 
-def mean_text(found: dict[int, float], task: str) -> str:
+def mean_text(found: dict[int, float], form: str) -> str:
     mean, deviation = spread(list(found.values()))
-    form = SHOWN[task][3]
     return f"{mean:{form}}" + ("" if deviation is None else f" ± {deviation:{form}}")
 
 

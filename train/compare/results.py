@@ -12,6 +12,8 @@ from ..log import read_metrics
 Record = dict[str, Any]
 # For each task: what validation picks by (the smaller the better), what tables show, its factor, format and name.
 SHOWN = {"lm": ("loss", "perplexity", 1, ".2f", "perplexity"), "vision": ("error", "top1", 100, ".2f", "top-1, %")}
+# What is told of a text beside that: entry, format and name.
+FURTHER = {"lm": (("word_perplexity", ",.1f", "word perplexity"), ("bits_per_byte", ".3f", "bits per byte"))}
 UNITS = {"lm": "tokens", "vision": "images"}
 
 
@@ -79,6 +81,7 @@ def outcome(folder: Path, task: str) -> Record:
         "tested_on": start.get("tested_on", "test"),
         "parameters": start["parameters"],
         "dtype": config["dtype"],
+        **_text(start),
         "resumed": [_origin({**start, **e}) for e in events if e["event"] == "resume"],
         **_origin(start),
     }
@@ -137,6 +140,15 @@ def _origin(start: Record) -> Record:
     machine = {key: start["machine"][key] for key in keys if key in start["machine"]}
     about = {"commit": start["commit"], "date": start["date"], "torch": start["versions"]["torch"]}
     return {**about, "device": start["config"]["device"], **machine}
+
+
+def _text(start: Record) -> Record:
+    """Which text a language model saw, and in which tokens; older logs do not say."""
+    if "vocab_size" not in start or "splits" not in start:
+        return {}
+    tokenizer = "/".join(Path(start["config"]["tokenizer"]).parts[-2:])
+    words = {split: counts["words"] for split, counts in start["splits"].items()}
+    return {"tokenizer": tokenizer, "vocab_size": start["vocab_size"], "words": words, "key": start["data"]}
 
 
 def _metrics(event: Record) -> dict[str, float]:
