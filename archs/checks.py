@@ -10,17 +10,17 @@ from ..kernels.launch import autocast_dtype
 
 
 def check_input(
-    x: Tensor, dim: int, layer: nn.Module | None = None, *, sequence: bool = False, name: str = "x"
+    x: Tensor, dim: int, layer: nn.Module | Tensor | None = None, *, sequence: bool = False, name: str = "x"
 ) -> None:
     """ValueError unless x is (…, dim), or (B, T, dim) for a sequence; TypeError unless it is floating-point and,
-    without autocast, of the dtype of `layer.weight`. layer: the one that reads x first. name: what the caller
-    calls x."""
+    without autocast, of the dtype of `layer.weight`. layer: the one that reads x first, or its weight. name: what
+    the caller calls x."""
     if x.dim() == 0 or x.shape[-1] != dim or (sequence and x.dim() != 3):
         raise ValueError(f"{name} must be ({'B, T' if sequence else '…'}, {dim}), got {tuple(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
     # Whoever replaces a layer need not give the new one a weight, and one of single bytes is stored for another dtype.
-    weight = getattr(layer, "weight", None)
+    weight = layer if isinstance(layer, Tensor) else getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or x.dtype == weight.dtype or weight.dtype.itemsize == 1:
         return
     if autocast_dtype(x.device.type) is None:
@@ -31,6 +31,22 @@ def check_eps(norm_eps: float) -> None:
     """ValueError unless a LayerNorm can add it to a variance."""
     if not 0 <= norm_eps < math.inf:
         raise ValueError(f"norm_eps must be at least 0 and finite, got {norm_eps!r}")
+
+
+def check_positive(**values: Any) -> None:
+    """ValueError unless all are positive integers."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def branch_output(out: Any) -> Tensor:
+    """What joins the stream of what a branch returns, which is a tensor or a tuple that begins with one; TypeError for
+    anything else."""
+    y = out[0] if isinstance(out, tuple) and out else out
+    if not isinstance(y, Tensor):
+        raise TypeError(f"a branch must return a tensor, or a tuple whose first entry is one, got {type(y).__name__}")
+    return y
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_input
+from ..checks import check_input, check_positive
 from ..init import init_weights
 from ..registry import register_slot
 
@@ -23,6 +23,7 @@ class MLP(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        check_positive(dim=dim, hidden_dim=hidden_dim)
         self.dim = dim
         self.up = nn.Linear(dim, hidden_dim, **dd)
         self.down = nn.Linear(hidden_dim, dim, **dd)

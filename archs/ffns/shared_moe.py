@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from ...kernels.launch import without_autocast
 from ...kernels.moe import Routing, expert_capacity, moe_ffn, moe_route
-from ..checks import check_input
+from ..checks import check_input, check_positive
 from ..init import INIT_STD
 from ..registry import register_slot
 
@@ -66,6 +66,7 @@ class SharedMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_positive(dim=dim, hidden_dim=hidden_dim, num_experts=num_experts, top_k=top_k)
         _check_options(num_experts, top_k, capacity_factor, balance_weight, out_act, dropout)
         dd = {"device": device, "dtype": dtype}
         self.num_experts, self.top_k, self.capacity_factor = num_experts, top_k, capacity_factor
@@ -95,7 +96,7 @@ class SharedMoE(nn.Module):
         mask (…) bool: False for padding, which is not routed and gets y = 0. ValueError for wrong shapes, a mask
         without a token (seen on the CPU only) and a capacity of no places.
         """
-        check_input(x, self.router.shape[1])
+        check_input(x, self.router.shape[1], self.w_up)
         rows = x.reshape(-1, x.shape[-1])
         logits, live = self._logits(rows), None if mask is None else _flat(mask, x)
         routing = moe_route(
@@ -208,9 +209,6 @@ def _check_options(
     out_act: str | None,
     dropout: float,
 ) -> None:
-    for name, value in (("num_experts", num_experts), ("top_k", top_k)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
     if top_k > num_experts:
         raise ValueError(f"top_k must be at most num_experts={num_experts}, got {top_k}")
     if capacity_factor is not None and not 0 < capacity_factor < math.inf:

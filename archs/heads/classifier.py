@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_input
+from ..checks import check_input, check_positive
 from ..init import init_weights
 from ..registry import register_slot
 
@@ -43,6 +43,7 @@ class ClassifierHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_positive(dim=dim, num_classes=num_classes)
         self.dim = dim
         self.proj = nn.Linear(dim, num_classes, device=device, dtype=dtype)
         self.apply(init_weights)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.cross_entropy import linear_cross_entropy
-from ..checks import check_input
+from ..checks import check_input, check_positive
 from ..registry import register_slot
 from .classifier import cross_entropy
 
@@ -35,6 +35,7 @@ class CosineHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_positive(dim=dim, num_classes=num_classes)
         if isinstance(scale, bool) or not (isinstance(scale, int | float) and 0 < scale < math.inf):
             raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
         self.in_features, self.out_features, self.scale = dim, num_classes, float(scale)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.subspace import subspace_cross_entropy, subspace_logits
+from ..checks import check_positive
 from ..registry import register_slot
 
 # Deviation from orthonormal rows above which a checkpoint holds something else than class subspaces.
@@ -45,9 +46,7 @@ class GrassmannHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("in_features", in_features), ("num_classes", num_classes), ("subspace_dim", subspace_dim)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        check_positive(in_features=in_features, num_classes=num_classes, subspace_dim=subspace_dim)
         if subspace_dim > in_features:
             raise ValueError(f"subspace_dim must be at most in_features = {in_features}, got {subspace_dim}")
         if not (isinstance(scale, int | float) and 0 < scale < math.inf):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.cross_entropy import linear_cross_entropy
-from ..checks import check_input, is_plain
+from ..checks import check_input, check_positive, is_plain
 from ..init import init_weights
 from ..registry import register_slot
 from ..sharing import Reference
@@ -31,6 +31,7 @@ class LinearHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_positive(dim=dim, num_classes=num_classes)
         self.dim = dim
         self.proj = nn.Linear(dim, num_classes, bias=False, device=device, dtype=dtype)
         self.apply(init_weights)
@@ -83,6 +84,7 @@ class TiedHead(LinearHead):
         nn.Module.__init__(self)
         if embedding is None:
             raise ValueError("head='tied' needs a model with a token embedding; use head='linear'")
+        check_positive(dim=dim, num_classes=num_classes)
         self.dim = dim
         self.tied = Reference(embedding, "weight")
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_input
+from ..checks import check_input, check_positive
 from ..ffns import MLP
 from ..init import init_weights
 from ..mixers import BidirectionalAttention
@@ -46,9 +46,7 @@ class NLIHead(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"in_features": in_features, "num_classes": num_classes, "d_model": d_model, "d_ff": d_ff}
-        for name, value in {**sizes, "num_layers": num_layers}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        check_positive(**sizes, num_layers=num_layers)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
         self.in_features, self.num_classes = in_features, num_classes

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_input
+from ..checks import check_input, check_positive
 from ..init import init_weights
 from ..registry import register_slot
 from .grassmann import ReducedHistory, blended, checked_offsets
@@ -48,6 +48,7 @@ class Control(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_positive(dim=dim)
         for name, value, least in (("rank", rank, 2), ("width", width, 1)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.plucker import gated_blend, plucker_coordinates, plucker_mix
-from ..checks import check_input, is_plain
+from ..checks import check_input, check_positive, is_plain
 from ..init import init_weights
 from ..registry import register_slot
 from .state import MixerState
@@ -79,6 +79,7 @@ class CausalGrassmannMixer(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        check_positive(dim=dim)
         if not isinstance(rank, int) or rank < 2:
             raise ValueError(f"rank must be an integer of at least 2, got {rank!r}")
         if not 0 < eps < math.inf:

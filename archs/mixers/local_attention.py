@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_positive
 from ..registry import register_slot
 from .controls import Control
 
@@ -31,8 +32,7 @@ class LocalAttention(Control):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(num_heads, int) or num_heads < 1:
-            raise ValueError(f"num_heads must be a positive integer, got {num_heads!r}")
+        check_positive(num_heads=num_heads)
         if isinstance(width, int) and width % num_heads:
             raise ValueError(f"width must be a multiple of num_heads={num_heads}, got {width}")
         self.num_heads = num_heads

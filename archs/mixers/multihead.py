@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_input
+from ..checks import check_input, check_positive
 from ..init import init_weights
 
 
@@ -26,6 +26,7 @@ class MultiHead(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        check_positive(dim=dim)
         if not isinstance(num_heads, int) or num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must be a positive divisor of dim={dim}, got {num_heads!r}")
         self.dim, self.num_heads = dim, num_heads

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_input
+from ..checks import check_input, check_positive
 from ..init import init_weights
 from .grassmann import blended, mean_coordinates
 
@@ -42,6 +42,7 @@ class WindowGrassmannMixer(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        check_positive(dim=dim)
         if not isinstance(num_heads, int) or num_heads < 1 or rank % num_heads or rank // num_heads < 2:
             raise ValueError(f"num_heads must divide rank={rank} into groups of at least 2, got {num_heads!r}")
         if not isinstance(window, int) or window < 2:

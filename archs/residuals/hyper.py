@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.launch import without_autocast
-from ..checks import check_eps, check_input
+from ..checks import branch_output, check_eps, check_input, check_positive
 from ..registry import register_slot
 
 INITS = ("paper", "identity")
@@ -95,9 +95,7 @@ class Hyper(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("num_streams", num_streams), ("dim", dim)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        check_positive(num_streams=num_streams, dim=dim)
         if isinstance(layer_index, bool) or not isinstance(layer_index, int) or layer_index < 0:
             raise ValueError(f"layer_index must be an integer of at least 0, got {layer_index!r}")
         reduce = reduce or ("sum" if init == "paper" else "mean")
@@ -151,14 +149,13 @@ class Hyper(nn.Module):
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The streams after the branch, or `(streams, *rest)` if the branch returns a tuple. ValueError for x without
-        the streams' dimension."""
+        the streams' dimension, TypeError for a branch that returns no tensor."""
         u, join = self.open(x)
         if self.branch is None:
             return self.branch_norm(u), lambda y: join(self.dropout(y))
         out = self.branch(self.branch_norm(u), *args, **kwargs)
-        if isinstance(out, tuple):
-            return (join(self.dropout(out[0])), *out[1:])
-        return join(self.dropout(out))
+        x = join(self.dropout(branch_output(out)))
+        return (x, *out[1:]) if isinstance(out, tuple) else x
 
     def open(self, x: Any) -> Opened:
         """The branch's input, and the function that takes the branch's output to the new streams."""

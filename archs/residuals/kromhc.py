@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...kernels.kronecker import kronecker_factors, kronecker_matrix, kronecker_pre, kronecker_projection, reference
 from ...kernels.launch import without_autocast
+from ..checks import check_positive
 from ..registry import register_slot
 from .hyper import Opened, wide
 from .manifold import CLOSED, Manifold
@@ -55,8 +56,7 @@ class KromHC(Manifold):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(keep_streams, bool) or not isinstance(keep_streams, int) or keep_streams < 1:
-            raise ValueError(f"keep_streams must be a positive integer, got {keep_streams!r}")
+        check_positive(keep_streams=keep_streams)
         if factors is not None and not isinstance(factors, Sequence):
             raise ValueError(f"factors must be a sequence of 2, 3 or 4, or None, got {factors!r}")
         self.factors = kronecker_factors(num_streams, factors)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_eps, check_input
+from ..checks import branch_output, check_eps, check_input, check_positive
 from ..registry import register_slot
 
 
@@ -37,6 +37,7 @@ class PlainResidual(nn.Module):
         super().__init__()
         if norm not in ("pre", "post"):
             raise ValueError(f"norm must be 'pre' or 'post', got {norm!r}")
+        check_positive(dim=dim)
         check_eps(norm_eps)
         self.dim, self.branch = dim, branch
         self.norm_first = norm == "pre"
@@ -47,9 +48,8 @@ class PlainResidual(nn.Module):
         """The stream after the branch, or `(stream, *rest)` if the branch returns a tuple."""
         check_input(x, self.dim)
         out = self.branch(self.norm(x) if self.norm_first else x, *args, **kwargs)
-        if isinstance(out, tuple):
-            return (self._join(x, out[0]), *out[1:])
-        return self._join(x, out)
+        x = self._join(x, branch_output(out))
+        return (x, *out[1:]) if isinstance(out, tuple) else x
 
     def _join(self, x: Tensor, y: Tensor) -> Tensor:
         if self.norm_first:

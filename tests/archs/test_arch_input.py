@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from grassland.archs import (
+    MHC,
     MLP,
     BidirectionalAttention,
     CausalAttention,
@@ -14,8 +15,11 @@ from grassland.archs import (
     ConcatenationMixer,
     CosineHead,
     HadamardMixer,
+    HyperConnection,
+    KromHC,
     LinearHead,
     LocalAttention,
+    PlainResidual,
     SharedMoE,
     TiedHead,
     create_model,
@@ -27,6 +31,7 @@ HISTORY = [CausalConvolution, CausalGrassmannMixer, ConcatenationMixer, Hadamard
 MIXERS = [*HISTORY, BidirectionalAttention, CausalAttention, WindowGrassmannMixer]
 FFNS = [MLP, SharedMoE]
 HEADS = [ClassifierHead, CosineHead, LinearHead, TiedHead]
+RESIDUALS = [HyperConnection, KromHC, MHC, PlainResidual]
 
 
 def layer(cls):
@@ -56,6 +61,34 @@ def test_a_mixer_takes_a_batch_of_sequences_alone(cls, shape):
 def test_a_wrong_dtype_is_named(cls, dtype):
     with pytest.raises(TypeError, match=r"must (have the dtype|be a floating-point)"):
         layer(cls)(torch.ones(2, 7, 16, dtype=dtype))
+
+
+def test_experts_of_another_dtype_are_no_fault_of_theirs():
+    with pytest.raises(TypeError, match=r"x must have the dtype of .* torch\.float32, got torch\.bfloat16"):
+        SharedMoE(16, 8)(torch.randn(3, 16, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("cls", [*MIXERS, *FFNS, *HEADS, *RESIDUALS])
+@pytest.mark.parametrize("wrong", [0, -4, "8", 8.0, True])
+def test_a_wrong_size_is_named(cls, wrong):
+    rest = () if cls in MIXERS else (8, nn.Embedding(8, 16)) if cls in HEADS else (8,)
+    make = (lambda dim: cls(None, dim)) if cls in RESIDUALS else lambda dim: cls(dim, *rest)
+    with pytest.raises(ValueError, match=f"dim must be a positive integer, got {wrong!r}"):
+        make(wrong)
+    if cls in FFNS:
+        with pytest.raises(ValueError, match=f"hidden_dim must be a positive integer, got {wrong!r}"):
+            cls(16, wrong)
+    if cls in HEADS:
+        with pytest.raises(ValueError, match=f"num_classes must be a positive integer, got {wrong!r}"):
+            cls(16, wrong, nn.Embedding(8, 16))
+
+
+@pytest.mark.parametrize("cls", RESIDUALS)
+@pytest.mark.parametrize("wrong", [None, [1.0], ()])
+def test_a_branch_without_a_tensor_is_named(cls, wrong):
+    residual = cls(lambda x: wrong, 16)
+    with pytest.raises(TypeError, match=f"a branch must return a tensor.*got {type(wrong).__name__}"):
+        residual(residual.expand(torch.randn(2, 16)))
 
 
 @pytest.mark.parametrize("cls", [*MIXERS, *FFNS, *HEADS])
