@@ -72,28 +72,37 @@ def mean(total: Tensor, rows: Tensor) -> Tensor:
     return total.masked_fill(rows == 0, torch.nan) / rows
 
 
-def check_labels(target: Tensor, classes: int, ignore_index: int) -> None:
+def check_labels(target: Tensor, classes: int, ignore_index: int, name: str = "target") -> None:
     """ValueError for a class that there is not. On a GPU, where looking would mean waiting, it makes the loss NaN."""
     if target.is_floating_point() or target.device.type != "cpu" or target.numel() == 0:
         return
     wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
     if wrong.numel():
-        raise ValueError(f"target must be in [0, {classes}) or {ignore_index} (ignored), got {int(wrong[0])}")
+        raise ValueError(f"{name} must be in [0, {classes}) or {ignore_index} (ignored), got {int(wrong[0])}")
 
 
-def check_loss(x: Tensor, classes: int, target: Tensor, label_smoothing: float, reduction: str, soft: bool) -> None:
-    """ValueError or TypeError for what no cross entropy of x (…, n) takes; soft: whether probabilities are a target."""
+def check_loss(
+    x: Tensor,
+    classes: int,
+    target: Tensor,
+    label_smoothing: float,
+    reduction: str,
+    soft: bool,
+    name: str = "target",
+) -> None:
+    """ValueError or TypeError for what no cross entropy of x (…, n) takes; soft: whether probabilities are a target,
+    which the caller calls `name`."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
     if not (isinstance(label_smoothing, Real) and 0 <= label_smoothing <= 1):
         raise ValueError(f"label_smoothing must be a number in [0, 1], got {label_smoothing!r}")
     if target.dtype != torch.int64 and not (soft and target.is_floating_point()):
         allowed = "int64 classes or floating-point probabilities" if soft else "int64 classes"
-        raise TypeError(f"target must be {allowed}, got {target.dtype}")
+        raise TypeError(f"{name} must be {allowed}, got {target.dtype}")
     expected = (*x.shape[:-1], classes) if target.is_floating_point() else x.shape[:-1]
     if target.shape != expected:
-        raise ValueError(f"target must be {tuple(expected)} for x {tuple(x.shape)}, got {tuple(target.shape)}")
+        raise ValueError(f"{name} must be {tuple(expected)} for x {tuple(x.shape)}, got {tuple(target.shape)}")
     if target.device != x.device:
-        raise ValueError(f"target must be on the device of x ({x.device}), got {target.device}")
+        raise ValueError(f"{name} must be on the device of x ({x.device}), got {target.device}")
     if target.requires_grad:
-        raise ValueError("target must not require a gradient: none flows to it; detach it")
+        raise ValueError(f"{name} must not require a gradient: none flows to it; detach it")

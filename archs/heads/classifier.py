@@ -6,21 +6,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.dispatch import transformed
+from ...kernels.losses import IGNORE, check_labels, check_loss
 from ..checks import check_input, check_positive
 from ..init import init_weights
 from ..registry import register_slot
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, reduction: str, label_smoothing: float) -> Tensor:
-    """`F.cross_entropy`, in at least float32, of logits (…, C) against labels (…) int64 or probabilities (…, C).
+def checked_labels(
+    x: Tensor, labels: Tensor, classes: int, reduction: str, label_smoothing: float, ignore_index: int = IGNORE
+) -> Tensor:
+    """The labels of x (…, n), by whose name the kernels do not know them; ValueError or TypeError for what they would
+    refuse, in eager calls for a class that there is not, too."""
+    check_loss(x, classes, labels, label_smoothing, reduction, soft=True, name="labels")
+    if not (torch.compiler.is_compiling() or transformed()):
+        check_labels(labels, classes, ignore_index, "labels")
+    return labels
 
-    ValueError for labels of another shape, TypeError for those of another dtype.
-    """
-    if labels.dtype != torch.int64 and not labels.is_floating_point():
-        raise TypeError(f"labels must be int64 classes or floating-point probabilities, got {labels.dtype}")
-    wanted = logits.shape if labels.is_floating_point() else logits.shape[:-1]
-    if labels.shape != wanted:
-        raise ValueError(f"labels must be {labels.dtype} {tuple(wanted)}, got {tuple(labels.shape)}")
+
+def cross_entropy(logits: Tensor, labels: Tensor, reduction: str, label_smoothing: float) -> Tensor:
+    """`F.cross_entropy`, in at least float32, of logits (…, C) against labels (…) int64 or probabilities (…, C); a
+    gradient flows to these. Raises what `checked_labels` does."""
+    checked_labels(logits, labels.detach(), logits.shape[-1], reduction, label_smoothing)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(-1, logits.shape[-1])
     labels = labels.reshape(-1, *labels.shape[logits.dim() - 1 :])
     return F.cross_entropy(wide, labels, reduction=reduction, label_smoothing=label_smoothing)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...kernels.cross_entropy import linear_cross_entropy
 from ..checks import check_input, check_positive
 from ..registry import register_slot
-from .classifier import cross_entropy
+from .classifier import checked_labels, cross_entropy
 
 
 @register_slot("head", "cosine")
@@ -63,6 +63,7 @@ class CosineHead(nn.Module):
         probabilities (…, num_classes); at least float32. reduction: "mean" or "sum"."""
         if labels.is_floating_point():
             return cross_entropy(self(x), labels, reduction, label_smoothing)
+        labels = checked_labels(x, labels, self.out_features, reduction, label_smoothing)
         options: Any = {"reduction": reduction, "label_smoothing": label_smoothing}
         return linear_cross_entropy(*self._normalised(x), labels, **options)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...kernels.subspace import subspace_cross_entropy, subspace_logits
 from ..checks import check_positive
 from ..registry import register_slot
+from .classifier import checked_labels
 
 # Deviation from orthonormal rows above which a checkpoint holds something else than class subspaces.
 TOLERANCE = 1e-2
@@ -118,6 +119,7 @@ class GrassmannHead(nn.Module):
 
         labels: (…) int64, `ignore_index` not counting, or (…, num_classes) probabilities. reduction: "mean" or "sum".
         """
+        labels = checked_labels(x, labels, self.num_classes, reduction, label_smoothing, ignore_index)
         options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": reduction}
         return subspace_cross_entropy(
             x, self.weight, labels, self.subspace_dim, self.scale, **options, backend=self.backend

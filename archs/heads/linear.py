@@ -11,7 +11,7 @@ from ..checks import check_input, check_positive, is_plain
 from ..init import init_weights
 from ..registry import register_slot
 from ..sharing import Reference
-from .classifier import cross_entropy
+from .classifier import checked_labels, cross_entropy
 
 
 @register_slot("head", "linear")
@@ -58,6 +58,7 @@ class LinearHead(nn.Module):
         """
         if labels.is_floating_point() or not self._reads_weight():
             return cross_entropy(self.logits(x), labels, reduction, label_smoothing)
+        labels = checked_labels(x, labels, len(self.weight), reduction, label_smoothing)
         return linear_cross_entropy(x, self.weight, labels, reduction=reduction, label_smoothing=label_smoothing)
 
     def _reads_weight(self) -> bool:

@@ -14,6 +14,7 @@ from grassland.archs import (
     ClassifierHead,
     ConcatenationMixer,
     CosineHead,
+    GrassmannHead,
     HadamardMixer,
     HyperConnection,
     KromHC,
@@ -141,6 +142,23 @@ def test_labels_of_a_wrong_dtype_are_named(cls):
         layer(cls).loss(torch.randn(3, 16), torch.tensor([0, 1, 2], dtype=torch.int32))
 
 
+@pytest.mark.parametrize("head", [*map(layer, HEADS), GrassmannHead(16, 5, 2)], ids=lambda head: type(head).__name__)
+def test_a_heads_labels_are_named_as_it_calls_them(head):
+    x, labels, soft = torch.randn(3, 16), torch.tensor([0, 4, -100]), torch.full((3, 5), 0.2)
+    for wrong in (torch.tensor([0, 5, 1]), torch.tensor([0, -1, 1])):
+        with pytest.raises(ValueError, match=r"labels must be in \[0, 5\) or -100 \(ignored\), got (5|-1)"):
+            head.loss(x, wrong)
+    with pytest.raises(ValueError, match=r"labels must be \(3,\) .*, got \(2,\)"):
+        head.loss(x, labels[:2])
+    with pytest.raises(ValueError, match=r"labels must be \(3, 5\) .*, got \(3, 4\)"):
+        head.loss(x, soft[:, :4])
+    for targets in (labels, soft):
+        with pytest.raises(ValueError, match=r"label_smoothing must be a number in \[0, 1\], got 2"):
+            head.loss(x, targets, label_smoothing=2)
+        with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', got 'none'"):
+            head.loss(x, targets, "none")
+
+
 @pytest.mark.parametrize("cls", HEADS)
 def test_a_head_is_called_for_its_logits(cls):
     head, x = layer(cls), torch.randn(2, 7, 16)
@@ -155,6 +173,8 @@ def test_a_wrong_dtype_of_a_models_input_is_named():
             model(ids.float())
         with pytest.raises(TypeError, match=r"labels must be int64, got torch\.float32"):
             model(ids, labels=ids.float())
+    with pytest.raises(TypeError, match=r"labels must be int64 classes .*, got torch\.int32"):
+        create_model("lm", vocab_size=5, **sizes)(ids, labels=ids.int())
     vision = create_model("vision", image_size=8, patch_size=4, num_classes=3, **sizes)
     with pytest.raises(TypeError, match=r"images must be floating-point, got torch\.uint8"):
         vision(images.byte())

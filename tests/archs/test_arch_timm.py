@@ -142,7 +142,7 @@ def test_an_error_in_the_body_leaves_the_head_as_it_was():
     with pytest.raises(AssertionError):
         model(torch.randn(2, 3, 20, 20), labels=torch.arange(2))
     assert model(images()).shape == (6, CLASSES)
-    with pytest.raises(ValueError, match=r"target must be in \[0, 7\)"):
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 7\)"):
         model(images(), labels=torch.full((6,), CLASSES))
 
 
