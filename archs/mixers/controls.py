@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.plucker import checked_offsets
 from ..checks import check_input, check_positive
 from ..init import init_weights
 from ..registry import register_slot
-from .grassmann import ReducedHistory, blended, checked_offsets
+from .grassmann import ReducedHistory, blended
 
 
 class Control(nn.Module, ABC):
@@ -40,7 +41,7 @@ class Control(nn.Module, ABC):
         dim: int,
         *,
         rank: int = 32,
-        offsets: Sequence[int] = (1, 2, 4, 8, 12, 16),
+        offsets: Iterable[int] = (1, 2, 4, 8, 12, 16),
         out_proj: bool = True,
         width: int | None = None,
         backend: str | None = None,
@@ -99,7 +100,7 @@ class Control(nn.Module, ABC):
         x: Tensor,
         state: ReducedHistory | None = None,
         lengths: Tensor | None = None,
-        offsets: Sequence[int] | None = None,
+        offsets: Iterable[int] | None = None,
     ) -> Tensor:
         """Mix (B, T, dim); with a state, continue the sequences it has seen (see `grassland.archs.mixers`)."""
         check_input(x, self.dim, self.gate, sequence=True)
@@ -124,13 +125,13 @@ class Control(nn.Module, ABC):
         max_len: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        offsets: Sequence[int] | None = None,
+        offsets: Iterable[int] | None = None,
     ) -> ReducedHistory:
         """An empty history of max Δ vectors a row; its size does not depend on `max_len`."""
         span, weight = max(self.offsets if offsets is None else checked_offsets(offsets)), self.gate.weight
         return ReducedHistory(batch_size, span, self.kept, device or weight.device, dtype or weight.dtype)
 
-    def flops_per_token(self, seq_len: int, offsets: Sequence[int] | None = None) -> int:
+    def flops_per_token(self, seq_len: int, offsets: Iterable[int] | None = None) -> int:
         """Forward FLOPs a token: the matrices, and what the pairing does for each offset below `seq_len`."""
         matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
         deltas = self.offsets if offsets is None else offsets

@@ -1,14 +1,14 @@
 """Causal Grassmann Plücker mixing (arXiv 2512.19428, §3.2)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.plucker import gated_blend, plucker_coordinates, plucker_mix
+from ...kernels.plucker import checked_offsets, gated_blend, plucker_coordinates, plucker_mix
 from ..checks import check_input, check_positive, is_plain
 from ..init import init_weights
 from ..registry import register_slot
@@ -57,8 +57,8 @@ class CausalGrassmannMixer(nn.Module):
     layer pairs t with t − Δ. The paper's text has no W_out, but its parameter counts do.
 
     rank: r ≥ 2; K = r(r−1)/2 coordinates, the columns of `plucker.weight` (dim, K) in the order (0,1), (0,2), ….
-    offsets: the Δs, positive integers. A model also takes one entry a layer, `((1,), (2,), (4,))`, of which layer i
-    has entry i modulo their number. eps: lower bound of ‖p‖. backend: of the kernels; None chooses by device.
+    offsets: the Δs, positive integers, any iterable of them. A model also takes one entry a layer, `((1,), (2,), (4,))`,
+    of which layer i has entry i modulo their number. eps: lower bound of ‖p‖. backend: of the kernels; None chooses by device.
     ValueError names a bad argument.
     """
 
@@ -70,7 +70,7 @@ class CausalGrassmannMixer(nn.Module):
         dim: int,
         *,
         rank: int = 32,
-        offsets: Sequence[int] = (1, 2, 4, 8, 12, 16),
+        offsets: Iterable[int] = (1, 2, 4, 8, 12, 16),
         out_proj: bool = True,
         eps: float = 1e-6,
         backend: str | None = None,
@@ -96,7 +96,7 @@ class CausalGrassmannMixer(nn.Module):
         x: Tensor,
         state: ReducedHistory | None = None,
         lengths: Tensor | None = None,
-        offsets: Sequence[int] | None = None,
+        offsets: Iterable[int] | None = None,
     ) -> Tensor:
         """Mix (B, T, dim); with a state, continue the sequences it has seen (see `grassland.archs.mixers`)."""
         check_input(x, self.dim, self.reduce, sequence=True)
@@ -147,14 +147,14 @@ class CausalGrassmannMixer(nn.Module):
         max_len: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        offsets: Sequence[int] | None = None,
+        offsets: Iterable[int] | None = None,
     ) -> ReducedHistory:
         """An empty history of max Δ reduced vectors a row; its size does not depend on `max_len`."""
         span = max(self.offsets if offsets is None else checked_offsets(offsets))
         weight = self.reduce.weight
         return ReducedHistory(batch_size, span, self.rank, device or weight.device, dtype or weight.dtype)
 
-    def flops_per_token(self, seq_len: int, offsets: Sequence[int] | None = None) -> int:
+    def flops_per_token(self, seq_len: int, offsets: Iterable[int] | None = None) -> int:
         """Forward FLOPs a token of the collapsed form: the projections, one wedge, and 8·rank for each offset."""
         deltas = self.offsets if offsets is None else offsets
         matrices = [self.reduce, self.plucker, self.gate, *([] if self.out_proj is None else [self.out_proj])]
@@ -190,10 +190,3 @@ def mean_coordinates(z: Tensor, past: Tensor, valid: Tensor, eps: float) -> Tens
     weight = valid.to(z.dtype) / valid.sum(-1, keepdim=True).clamp_min(1)
     y = (delta * (weight[..., None] / norm.clamp_min(eps))).sum(-2)
     return plucker_coordinates(z, y)
-
-
-def checked_offsets(offsets: Sequence[int]) -> tuple[int, ...]:
-    values = tuple(offsets) if isinstance(offsets, Sequence) and not isinstance(offsets, str) else ()
-    if not values or not all(isinstance(delta, int) and not isinstance(delta, bool) and delta > 0 for delta in values):
-        raise ValueError(f"offsets must be a non-empty sequence of positive integers, got {offsets!r}")
-    return values

@@ -1,6 +1,6 @@
 """Causal attention within a window, as a control for Grassmann mixing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class LocalAttention(Control):
         *,
         num_heads: int = 4,
         rank: int = 32,
-        offsets: Sequence[int] = (1, 2, 4, 8, 12, 16),
+        offsets: Iterable[int] = (1, 2, 4, 8, 12, 16),
         out_proj: bool = True,
         width: int | None = None,
         backend: str | None = None,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from operator import index
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ..launch import autocast_dtype, without_autocast
 from ..precision import HALVES
 from . import blend, op, reference
 
-__all__ = ["gated_blend", "plucker_coordinates", "plucker_mix"]
+__all__ = ["checked_offsets", "gated_blend", "plucker_coordinates", "plucker_mix"]
 
 
 def plucker_coordinates(a: Tensor, b: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def plucker_mix(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    offsets: Sequence[int],
+    offsets: Iterable[int],
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> Tensor:
@@ -57,7 +58,7 @@ def plucker_mix(
         weight: (d, r(r-1)/2), columns in the order of `plucker_coordinates`; the dtype of z, or a half dtype beside
             a float32 z. Under autocast, half of the autocast dtype.
         bias: (d,) of the weight's dtype, or None.
-        offsets: positive distances, in tokens; one that occurs twice counts twice.
+        offsets: positive distances, in tokens, any iterable of integers; one that occurs twice counts twice.
         eps: smallest norm that is divided by, > 0.
         backend: "reference", "eager", "cpp", "triton" or "cuda"; None picks by $GRASSLAND_BACKEND, then by device.
 
@@ -125,7 +126,7 @@ def _check_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise TypeError(f"g must have the dtype of x ({x.dtype}) or be half beside float32, got {g.dtype}")
 
 
-def _check(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], eps: float) -> list[int]:
+def _check(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Iterable[int], eps: float) -> list[int]:
     if z.dim() != 3 or z.shape[-1] < 2:
         raise ValueError(f"z must be (B, T, r) with r >= 2, got {tuple(z.shape)}")
     pairs = z.shape[-1] * (z.shape[-1] - 1) // 2
@@ -144,11 +145,15 @@ def _check(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int
             raise ValueError(f"{name} must be on the device of z ({z.device}), got {tensor.device}")
     if not eps > 0:
         raise ValueError(f"eps must be > 0, got {eps}")
-    return _check_offsets(offsets)
+    return list(checked_offsets(offsets))
 
 
-def _check_offsets(offsets: Sequence[int]) -> list[int]:
-    steps = list(offsets)
-    if not steps or any(isinstance(o, bool) or not isinstance(o, int) or o < 1 for o in steps):
+def checked_offsets(offsets: Iterable[int]) -> tuple[int, ...]:
+    """One or more positive integers, of any type that Python takes as an index; ValueError for anything else."""
+    try:
+        steps = tuple(0 if isinstance(delta, bool) else index(delta) for delta in offsets)
+    except TypeError:
+        steps = ()
+    if not steps or min(steps) < 1:
         raise ValueError(f"offsets must be one or more positive integers, got {offsets!r}")
     return steps

@@ -101,7 +101,7 @@ def test_flops_count_the_matrices_and_the_offsets_within_the_length(cls):
     [
         (HadamardMixer, {"rank": 1}, "rank must be an integer of at least 2, got 1"),
         (CausalConvolution, {"width": 0}, "width must be an integer of at least 1, got 0"),
-        (ConcatenationMixer, {"offsets": ()}, "offsets must be a non-empty sequence of positive integers"),
+        (ConcatenationMixer, {"offsets": ()}, "offsets must be one or more positive integers"),
         (LocalAttention, {"num_heads": 0}, "num_heads must be a positive integer, got 0"),
         (LocalAttention, {"num_heads": 4, "width": 6}, "width must be a multiple of num_heads=4, got 6"),
     ],

@@ -1,5 +1,6 @@
 """Inputs that a layer cannot take are named, with what is wanted instead."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -125,6 +126,24 @@ def test_offsets_beyond_the_state_are_refused(cls):
     with pytest.raises(ValueError, match=r"offsets must be .* positive integers, got 3"):
         mixer.init_state(3, 9, offsets=3)
     assert state.extent == 2
+
+
+@pytest.mark.parametrize(
+    "given", [np.array([1, 2]), torch.tensor([1, 2]), {1, 2}, (np.int64(1), np.int64(2)), range(1, 3)]
+)
+def test_any_integers_are_offsets(given):
+    mixer = CausalGrassmannMixer(16, rank=4, offsets=given)
+    assert mixer.offsets == (1, 2) and all(type(delta) is int for delta in mixer.offsets)
+    x = torch.randn(2, 5, 16)
+    assert torch.equal(mixer(x, None, None, given), mixer(x))
+
+
+@pytest.mark.parametrize(
+    "wrong", ["12", [True], [1.0], torch.tensor([1.0]), np.array([[1, 2]]), [(1,), (2,)], [], None]
+)
+def test_what_is_no_offsets_is_named(wrong):
+    with pytest.raises(ValueError, match="offsets must be one or more positive integers, got"):
+        CausalGrassmannMixer(16, rank=4, offsets=wrong)
 
 
 @pytest.mark.parametrize("cls", [*HISTORY, CausalAttention])
