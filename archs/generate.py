@@ -87,7 +87,7 @@ def checked_lengths(prompt: Tensor, prompt_lengths: Tensor | None) -> Tensor:
         raise ValueError(f"input_ids must be (B, T) with T ≥ 1, got {tuple(prompt.shape)}")
     if prompt_lengths is None:
         return prompt.new_full((prompt.shape[0],), prompt.shape[1], dtype=torch.int64)
-    lengths = prompt_lengths.to(device=prompt.device, dtype=torch.int64)
+    lengths = torch.as_tensor(prompt_lengths).to(device=prompt.device, dtype=torch.int64)
     if lengths.shape != prompt.shape[:1] or bool(((lengths < 1) | (lengths > prompt.shape[1])).any()):
         wanted = f"{prompt.shape[0]} integers in [1, {prompt.shape[1]}]"
         raise ValueError(f"prompt_lengths must be {wanted}, got {lengths.tolist()}")

@@ -111,6 +111,7 @@ class LanguageModel(nn.Module):
         lengths (B,): row b has so many tokens, then padding, which changes no token's features.
         """
         x = self._embed(ids, state)
+        mixers.check_lengths(lengths, *ids.shape)
         mask = None if lengths is None else torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         auxiliary = []
         x = self.blocks[0].mixer.expand(x)

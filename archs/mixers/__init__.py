@@ -20,7 +20,7 @@ from .bidirectional import BidirectionalAttention
 from .controls import CausalConvolution, ConcatenationMixer, HadamardMixer
 from .grassmann import CausalGrassmannMixer
 from .local_attention import LocalAttention
-from .state import MixerState
+from .state import MixerState, check_lengths
 
 __all__ = [
     "BidirectionalAttention",
@@ -31,4 +31,5 @@ __all__ = [
     "HadamardMixer",
     "LocalAttention",
     "MixerState",
+    "check_lengths",
 ]

@@ -68,7 +68,7 @@ class CausalAttention(MultiHead):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, state: KVCache, lengths: Tensor | None) -> Tensor:
-        state.check_rows(q)
+        state.check(q, lengths)
         fresh, length = state.fresh, q.shape[2]
         positions = state.write(k, v, lengths)
         state.advance(length, lengths)

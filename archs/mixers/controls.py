@@ -110,7 +110,7 @@ class Control(nn.Module, ABC):
             positions = torch.arange(length, device=x.device)[None]
             window = F.pad(kept, (0, 0, max(chosen), 0))
         else:
-            state.check(x, chosen)
+            state.check_reach(x, chosen, lengths)
             positions = state.positions(length)
             window = state.extend(kept, lengths)
             state.advance(length, lengths)

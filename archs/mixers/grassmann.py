@@ -24,9 +24,9 @@ class ReducedHistory(MixerState):
         super().__init__(batch_size, device)
         self.z = torch.zeros(batch_size, span, rank, device=device, dtype=dtype)
 
-    def check(self, x: Tensor, offsets: Sequence[int]) -> None:
-        """ValueError unless x (B, …) has the state's rows and the history reaches back to all offsets."""
-        self.check_rows(x)
+    def check_reach(self, x: Tensor, offsets: Sequence[int], lengths: Tensor | None) -> None:
+        """As `check`; ValueError, too, unless the history reaches back to all offsets."""
+        self.check(x, lengths)
         if max(offsets) > self.z.shape[1]:
             raise ValueError(f"offsets must be at most {self.z.shape[1]}, the span of the state, got {tuple(offsets)}")
 
@@ -57,9 +57,9 @@ class CausalGrassmannMixer(nn.Module):
     layer pairs t with t − Δ. The paper's text has no W_out, but its parameter counts do.
 
     rank: r ≥ 2; K = r(r−1)/2 coordinates, the columns of `plucker.weight` (dim, K) in the order (0,1), (0,2), ….
-    offsets: the Δs, positive integers, any iterable of them. A model also takes one entry a layer, `((1,), (2,), (4,))`,
-    of which layer i has entry i modulo their number. eps: lower bound of ‖p‖. backend: of the kernels; None chooses by device.
-    ValueError names a bad argument.
+    offsets: the Δs, positive integers, any iterable of them. A model also takes one entry a layer, such as
+    `((1,), (2,), (4,))`, of which layer i has entry i modulo their number. eps: lower bound of ‖p‖. backend: of the
+    kernels; None chooses by device. ValueError names a bad argument.
     """
 
     carries_input = True
@@ -115,7 +115,7 @@ class CausalGrassmannMixer(nn.Module):
         return self._project(z, F.pad(z, (0, 0, max(offsets), 0)), positions, offsets)
 
     def _continue(self, z: Tensor, state: ReducedHistory, lengths: Tensor | None, offsets: Sequence[int]) -> Tensor:
-        state.check(z, offsets)
+        state.check_reach(z, offsets, lengths)
         length, seen, fresh, least = z.shape[1], state.seen, state.fresh, state.least
         window = state.extend(z, lengths)
         state.advance(length, lengths)

@@ -155,6 +155,28 @@ def test_a_state_of_another_batch_is_refused(cls):
     assert state.fresh
 
 
+WRONG_LENGTHS = [
+    ([2, 3], TypeError, r"lengths must be an int64 tensor \(2,\), got list"),
+    (torch.tensor([2.0, 3.0]), TypeError, r"lengths must be .*, got torch\.float32"),
+    (torch.tensor([2]), ValueError, r"lengths must be \(2,\), one a row, got \(1,\)"),
+    (torch.tensor([2, 19]), ValueError, r"lengths must be in \[0, 4\], got values from 2 to 19"),
+    (torch.tensor([-1, 4]), ValueError, r"lengths must be in \[0, 4\], got values from -1 to 4"),
+]
+
+
+@pytest.mark.parametrize(("lengths", "error", "message"), WRONG_LENGTHS)
+def test_wrong_lengths_are_named(lengths, error, message):
+    for cls in [*HISTORY, CausalAttention]:
+        mixer = layer(cls)
+        state = mixer.init_state(2, 9)
+        with pytest.raises(error, match=message):
+            mixer(torch.randn(2, 4, 16), state, lengths)
+        assert state.fresh
+    model = create_model("lm", vocab_size=5, dim=8, depth=1, ffn_dim=8)
+    with pytest.raises(error, match=message):
+        model.decode(torch.zeros(2, 4, dtype=torch.int64), model.init_state(2), lengths)
+
+
 @pytest.mark.parametrize("cls", HEADS)
 def test_labels_of_a_wrong_dtype_are_named(cls):
     with pytest.raises(TypeError, match=r"must be int64 classes.*, got torch\.int32"):
