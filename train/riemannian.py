@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..archs.heads.grassmann import TOLERANCE
 from ..kernels.subspace import MODES, grassmann_step_
 
 
@@ -21,7 +22,8 @@ class GrassmannSGD(torch.optim.Optimizer):
     part in parallel transport. weight_decay must be 0: a decayed basis is not orthonormal. backend: of
     `grassmann_step`. Parameters are float32 or float64; use autocast for half precision.
 
-    Raises ValueError or TypeError that names the setting or the parameter's shape.
+    Raises ValueError or TypeError that names the setting or the parameter's shape, ValueError also for bases that are
+    not orthonormal at the start.
     """
 
     def __init__(
@@ -113,3 +115,10 @@ def _check_parameter(parameter: nn.Parameter, k: int) -> None:
         raise ValueError(f"subspace_dim must be a positive integer, got {k!r}")
     if parameter.dim() != 2 or shape[0] % k or shape[1] < k:
         raise ValueError(f"a manifold parameter must be (K k, n) with n >= k = {k}, got {shape}")
+    bases = parameter.detach().unflatten(0, (-1, k))
+    error = (bases @ bases.mT - torch.eye(k, dtype=bases.dtype, device=bases.device)).abs().max()
+    if not (parameter.is_meta or float(error) <= TOLERANCE):
+        raise ValueError(
+            f"a manifold parameter must hold orthonormal bases of subspace_dim = {k} rows each, got {shape} with "
+            f"max |S^T S - I| = {float(error):.1e}"
+        )

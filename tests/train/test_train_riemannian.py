@@ -181,6 +181,10 @@ def test_bad_parameters_name_themselves():
         GrassmannSGD([nn.Parameter(torch.eye(4))], lr=0.1)
     with pytest.raises(ValueError, match="n >= k = 5"):
         GrassmannSGD([nn.Parameter(torch.eye(5)[:, :4])], lr=0.1, subspace_dim=5)
+    with pytest.raises(
+        ValueError, match=r"orthonormal bases of subspace_dim = 2 rows each, got \(4, 4\) with .* 3.0e\+00"
+    ):
+        GrassmannSGD([nn.Parameter(2 * torch.eye(4))], lr=0.1, subspace_dim=2)
     with pytest.raises(TypeError, match="bfloat16"):
         GrassmannSGD(GrassmannHead(8, 2, 2).bfloat16().parameters(), lr=0.1)
     optimizer = GrassmannSGD([nn.Parameter(torch.eye(4))], lr=0.1, subspace_dim=2)
