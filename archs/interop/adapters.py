@@ -226,7 +226,8 @@ class MoEMlp(nn.Module):
 
 
 def moe_mlp(share: bool = False, **options: Any) -> Callable[[Any, nn.Module], MoEMlp]:
-    """A factory for `swap`: an MLP with linear layers fc1 and fc2, such as timm's, to `SharedMoE` experts of its size.
+    """A factory for `swap`: an MLP with linear layers fc1 and fc2, such as timm's, to `SharedMoE` experts of its size;
+    ValueError for any other.
 
     share: one router and one set of experts for all places of a model, as in WideNet. options: of `SharedMoE`.
     """
@@ -235,6 +236,11 @@ def moe_mlp(share: bool = False, **options: Any) -> Callable[[Any, nn.Module], M
     def make(old: Any, model: nn.Module) -> MoEMlp:
         experts = shared.get(model) if share else None
         if experts is None:
+            if not all(isinstance(getattr(old, name, None), nn.Linear) for name in ("fc1", "fc2")):
+                raise ValueError(
+                    f"moe_mlp takes an MLP with linear layers fc1 and fc2, got {type(old).__name__}: give swap a "
+                    "factory of your own, lambda old: MoEMlp(SharedMoE(dim, hidden_dim))"
+                )
             experts = shared[model] = SharedMoE(old.fc1.in_features, old.fc1.out_features, **options)
         return MoEMlp(experts)
 

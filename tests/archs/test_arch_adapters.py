@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from grassland.archs import GrassmannHead, HyperConnection, KromHC, swap
+from grassland.archs import GrassmannHead, HyperConnection, KromHC, SharedMoE, swap
 from grassland.archs.interop.adapters import (
     GrassmannAttention,
     HyperBlock,
@@ -77,6 +77,12 @@ def gradients(model):
 
 
 IDS = torch.tensor([[3, 7, 1, 9, 4, 4], [2, 2, 8, 30, 1, 6]])
+
+
+def test_experts_for_another_mlp_are_made_by_hand(llama):
+    with pytest.raises(ValueError, match=r"moe_mlp takes .* fc1 and fc2, got LlamaMLP: .* MoEMlp\(SharedMoE\("):
+        swap(llama, {"model.layers.*.mlp": moe_mlp()})
+    swap(llama, {"model.layers.*.mlp": lambda old: MoEMlp(SharedMoE(16, 32))}, example=IDS)
 
 
 def test_grassmann_mixing_in_gpt2(gpt2):
