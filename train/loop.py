@@ -246,6 +246,9 @@ class Trainer:
         facts = {"task": self.task.name, "steps": self.steps, **self.task.describe()}
         log.write("start", 0, **facts, **_origin(), config=self.config.to_dict())
         self.log = log
+        if (epoch := self.task.batches_per_epoch) < 1:
+            size, rows = self.config.batch_size, round(epoch * self.config.batch_size)
+            self.line.say(f"batch_size {size} is more than the {rows} rows of training data: a batch repeats some")
         # From here on there is always a model to load and a state to resume, and a full disk shows at once.
         self._save_model()
         self.save()

@@ -94,10 +94,12 @@ def own_folder(config: RunConfig) -> Iterator[Path]:
 
 
 def check_out(config: RunConfig) -> None:
-    """ValueError if the folder that a new run is given has something in it."""
+    """ValueError if the folder that a new run is given is none, or has something in it."""
     if config.out is None or config.resume not in (None, AUTO):
         return
     folder = Path(config.out)
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file, and a run needs a folder; give another --out")
     if folder.exists() and not (folder.is_dir() and all(_is_early(config, path) for path in folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder; continue its run with --resume, or give another --out")
 

@@ -11,6 +11,7 @@ import torch
 from grassland.archs.registry import LISTED, unknown
 from grassland.train.__main__ import main, read_run_config
 from grassland.train.config import LMConfig, default_lm
+from grassland.train.data.sources import load_hub
 from grassland.train.env import newer_sources
 from grassland.train.loop import Trainer
 from grassland.train.start import run
@@ -128,6 +129,8 @@ def test_a_model_that_is_named_is_the_preset_and_not_the_small_default(fail, mon
     "arguments, named",
     [
         (["--data", "/nowhere/text.txt"], "/nowhere/text.txt: no such file"),
+        (["--data", "nowhere/"], "data nowhere/: no such file or folder\n"),
+        (["--data", "no where"], "data no where: no such file or folder\n"),
         (["--tokenizer", "/nowhere/vocab.txt"], "/nowhere/vocab.txt: no such file"),
         (["--tokenizer", "bpe:12"], "bpe:12"),
         (["--model", "grassman_lm_6l"], "'grassman_lm_6l'; did you mean 'grassmann_lm_6l'"),
@@ -160,13 +163,32 @@ def test_bad_settings_are_one_line_that_names_them_and_write_nothing(lm, fail, t
 
 @pytest.mark.parametrize(
     "content, named",
-    [(b"", "text is empty"), (b"  \n\n ", "text is empty"), (b"one", "empty"), (b"caf\xe9 au lait", "not UTF-8")],
+    [
+        (b"", "text is empty"),
+        (b"  \n\n ", "text is empty"),
+        (b"one", "valid text is empty: the last twentieth of so short a text"),
+        (b"caf\xe9 au lait", "not UTF-8"),
+    ],
     ids=["empty", "blank", "one-word", "latin-1"],
 )
 def test_unusable_text_is_one_line_that_names_the_file(lm, fail, text_file, content, named):
     text_file.write_bytes(content)
     error = fail(*lm)
     assert named in error and str(text_file) in error
+
+
+def test_a_batch_larger_than_the_data_is_said(lm, text_file, tmp_path, capsys):
+    text_file.write_text("the cat sees the moon. " * 40)
+    assert main([str(argument) for argument in [*lm, "--out", tmp_path / "run", "--batch-size", "999"]]) == 0
+    assert "batch_size 999 is more than the " in capsys.readouterr().out
+
+
+def test_the_hub_is_asked_with_a_word(monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+    said = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name: said.append(capsys.readouterr().err) or {})
+    load_hub("nodir")
+    assert said == ["data nodir: no such file or folder; asking the hub for it\n"]
 
 
 def test_unusable_files_are_one_line_that_names_them(lm, fail, tmp_path):
@@ -191,6 +213,8 @@ def test_a_folder_with_something_in_it_is_left_alone(lm, fail, trained):
     before = files(trained)
     assert f"{trained} is not an empty folder; continue its run with --resume" in fail(*lm, "--out", trained)
     assert files(trained) == before
+    (trained.parent / "file").touch()
+    assert "file is a file, and a run needs a folder" in fail(*lm, "--out", trained.parent / "file")
 
 
 def test_missing_packages_are_named_with_the_extra(lm, fail, monkeypatch):

@@ -3,6 +3,8 @@
 import hashlib
 import importlib
 import os
+import re
+import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ SPLITS = ("train", "valid", "test")
 # What the splits are called by those who publish data, in order of preference.
 ALIASES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 SUFFIXES = (".tokens", ".txt", ".raw", ".parquet")
+# "name" or "owner/name", perhaps with ":config".
+HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(:.+)?")
 # Every 20th piece of a text without splits is held out for validation, and another one for testing.
 HOLDOUT = 20
 
@@ -58,17 +62,21 @@ def content_hash(texts: dict[str, str]) -> str:
 
 def looks_local(source: str) -> bool:
     """Whether a source that is not there was meant as a path, not as a name on the hub."""
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith(SUFFIXES)
+    return source.endswith(SUFFIXES) or not HUB_NAME.fullmatch(source)
 
 
 def _complete(texts: dict[str, str], source: str) -> dict[str, str]:
     if not texts.get("train", "").strip():
         raise ValueError(f"data {source}: the training text is empty")
     for split in ("valid", "test"):
+        hint = ""
         if split not in texts:
             texts["train"], texts[split] = _hold_out(texts["train"])
+            hint = (
+                ": the last twentieth of so short a text is no word. Give more, or a folder with train, valid and test"
+            )
         if not texts[split].strip():
-            raise ValueError(f"data {source}: the {split} text is empty")
+            raise ValueError(f"data {source}: the {split} text is empty{hint}")
     return {split: texts[split] for split in SPLITS}
 
 
@@ -176,6 +184,8 @@ def load_hub(source: str) -> Any:
     except ImportError as error:
         hint = "no such file or folder, and hub data needs datasets: pip install 'grassland[train]'"
         raise FileNotFoundError(f"data {source}: {hint}") from error
+    # The client tries for half a minute where there is no network.
+    print(f"data {source}: no such file or folder; asking the hub for it", file=sys.stderr, flush=True)
     name, _, config = source.partition(":")
     try:
         return datasets.load_dataset(name, config or None)
