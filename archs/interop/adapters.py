@@ -1,6 +1,7 @@
 """Layers of this library in the shape that other libraries' models call; made for `swap`.
 
     swap(gpt2, {GPT2Attention: grassmann_attention(rank=16)})
+    swap(encoder, {nn.MultiheadAttention: grassmann_multihead(rank=16)})
     swap(llama, {LlamaDecoderLayer: hyper_blocks(llama_branches, dim=64, depth=4)})
     swap(vit, {"blocks.*.mlp": moe_mlp(num_experts=4)})
 
@@ -100,6 +101,72 @@ def grassmann_attention(**options: Any) -> Callable[[Any], GrassmannAttention]:
         return GrassmannAttention(old.config.hidden_size, old.layer_idx, **options)
 
     return make
+
+
+class GrassmannMultihead(nn.Module):
+    """`CausalGrassmannMixer` in the place of a causal `nn.MultiheadAttention`, such as that of a
+    `TransformerEncoderLayer`: (query, key, value) → (mixed, None), whatever `need_weights` says.
+
+    ValueError unless query, key and value are one tensor; unless the call is causal, by `is_causal` or an `attn_mask`
+    that hides the later tokens and no other; and for a `key_padding_mask` that hides anything but the end of a row,
+    which needs no mask, since the mixing is causal. Masks are looked at in eager calls.
+    """
+
+    # What torch asks of its own attention before it takes a path around `forward`: this one has none.
+    in_proj_weight = in_proj_bias = None
+    _qkv_same_embed_dim = False
+
+    def __init__(self, dim: int, *, batch_first: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.mixer = CausalGrassmannMixer(dim, **options)
+
+    @property
+    def out_proj(self) -> nn.Module:
+        """A layer with a weight and a bias, which torch's encoder looks at."""
+        return self.mixer.gate
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        if key is not query or value is not query:
+            raise ValueError("query, key and value must be one tensor: Grassmann mixing is no cross-attention")
+        if not (is_causal or (attn_mask is not None and _is_causal(attn_mask))):
+            raise ValueError("attn_mask must be causal, or is_causal be True: Grassmann mixing sees the past alone")
+        if key_padding_mask is not None and not _is_right_padding(key_padding_mask):
+            raise ValueError(
+                "key_padding_mask must hide the end of a row alone: Grassmann mixing pairs all that is before"
+            )
+        if self.batch_first:
+            return self.mixer(query), None
+        return self.mixer(query.transpose(0, 1)).transpose(0, 1), None
+
+
+# In torch's masks, True hides; of those that are added to scores, 0 shows.
+
+
+def _is_causal(mask: Tensor) -> bool:
+    later = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
+    return torch.compiler.is_compiling() or bool((mask.bool() == later).all())
+
+
+def _is_right_padding(mask: Tensor) -> bool:
+    hidden = mask.bool()
+    return torch.compiler.is_compiling() or not bool((hidden[..., :-1] & ~hidden[..., 1:]).any())
+
+
+def grassmann_multihead(**options: Any) -> Callable[[Any], GrassmannMultihead]:
+    """A factory for `swap`: a causal `nn.MultiheadAttention` to `GrassmannMultihead` with `CausalGrassmannMixer`'s
+    options."""
+    return lambda old: GrassmannMultihead(old.embed_dim, batch_first=old.batch_first, **options)
 
 
 class HyperBlock(nn.Module):

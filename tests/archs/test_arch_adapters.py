@@ -14,6 +14,7 @@ from grassland.archs.interop.adapters import (
     MoEMlp,
     balance_loss,
     grassmann_attention,
+    grassmann_multihead,
     hyper_blocks,
     llama_branches,
     moe_mlp,
@@ -77,6 +78,69 @@ def gradients(model):
 
 
 IDS = torch.tensor([[3, 7, 1, 9, 4, 4], [2, 2, 8, 30, 1, 6]])
+
+
+def encoder(batch_first=True, norm_first=False):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=batch_first, norm_first=norm_first)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first and batch_first)
+
+
+CAUSAL = nn.Transformer.generate_square_subsequent_mask(6)
+RIGHT = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_grassmann_mixing_in_torchs_encoder(batch_first, training):
+    model, x = encoder(batch_first), torch.randn(2, 6, 16)
+    swap(model, {nn.MultiheadAttention: grassmann_multihead(rank=4, offsets=(1, 2))})
+    model.train(training)
+
+    def run(x, **masks):
+        y = model(x if batch_first else x.transpose(0, 1), **masks)
+        return y if batch_first else y.transpose(0, 1)
+
+    y = run(x, mask=CAUSAL)
+    y.sum().backward()
+    assert all(gradients(model).values())
+    expected = x
+    for block in model.layers:
+        expected = block.norm1(expected + block.self_attn.mixer(expected))
+        expected = block.norm2(expected + block.linear2(block.linear1(expected).relu()))
+    torch.testing.assert_close(y, expected)
+    # Without gradients torch has faster paths of its own, which must not be taken.
+    with torch.no_grad():
+        assert torch.equal(run(x, mask=CAUSAL, is_causal=True), y)
+        assert torch.equal(run(x, mask=CAUSAL.isinf(), src_key_padding_mask=RIGHT), y)
+        changed = run(torch.where(RIGHT[..., None], 9.0, x), mask=CAUSAL, src_key_padding_mask=RIGHT)
+        assert torch.equal(changed[~RIGHT], y[~RIGHT])
+        with pytest.raises(ValueError, match="attn_mask must be causal"):
+            run(x)
+        with pytest.raises(ValueError, match="attn_mask must be causal"):
+            run(x, src_key_padding_mask=RIGHT)
+        with pytest.raises(ValueError, match="attn_mask must be causal"):
+            run(x, mask=torch.zeros(6, 6))
+        with pytest.raises(ValueError, match="key_padding_mask must hide the end"):
+            run(x, mask=CAUSAL, src_key_padding_mask=RIGHT.flip(1))
+
+
+def test_grassmann_mixing_in_torchs_layers():
+    make, x = grassmann_multihead(rank=4, offsets=(1, 2)), torch.randn(2, 6, 16)
+    block = encoder(norm_first=True).layers[0].eval()
+    swap(block, {"self_attn": make}, example={"src": x, "src_mask": CAUSAL})
+    with torch.no_grad():
+        expected = x + block.self_attn.mixer(block.norm1(x))
+        expected = expected + block.linear2(block.linear1(block.norm2(expected)).relu())
+        torch.testing.assert_close(block(x, CAUSAL), expected)
+        stacked = nn.TransformerEncoder(block, 1, enable_nested_tensor=False)
+        assert torch.equal(stacked(x, CAUSAL), block(x, CAUSAL))
+        torch.testing.assert_close(torch.compile(block, backend="eager", fullgraph=True)(x, CAUSAL), expected)
+    decoder = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True).eval()
+    swap(decoder, {nn.MultiheadAttention: make}, "self_attn", example=(x, torch.randn(2, 5, 16), CAUSAL))
+    swap(decoder, {nn.MultiheadAttention: make})
+    with pytest.raises(ValueError, match="query, key and value must be one tensor"):
+        decoder(x, torch.randn(2, 5, 16), CAUSAL)
 
 
 def test_experts_for_another_mlp_are_made_by_hand(llama):
