@@ -80,7 +80,8 @@ class WindowGrassmannMixer(nn.Module):
         """(B, T, …) → (B, T, …, 2·window − 1): x at t − window + 1 … t + window − 1, zeros outside."""
         reach = self.window - 1
         padding = [0, 0] * (x.dim() - 2) + [reach, reach]
-        return F.pad(x, padding).unfold(1, 2 * reach + 1, 1)
+        # Of a view whose strides repeat, torch.export asks whether the text is longer than the windows.
+        return F.pad(x, padding).unfold(1, 2 * reach + 1, 1).contiguous()
 
     def _times(self, length: int, device: torch.device) -> Tensor:
         """How many windows t shares with each of `_neighbours`, (length, 2·window − 1) int64; none with itself.

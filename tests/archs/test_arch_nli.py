@@ -80,6 +80,17 @@ def test_the_mixers_gradients_are_right_and_finite_beside_zeros():
     assert all(t.grad.isfinite().all() for t in (zero, *layer.parameters()))
 
 
+def test_an_exported_head_takes_texts_shorter_than_its_windows_reach():
+    head, features, mask = PluckerNLIHead(8, d_model=8, d_ff=8).eval(), torch.randn(2, 20, 8), torch.ones(2, 20).bool()
+    length = torch.export.Dim("T", min=1, max=99)
+    exported = torch.export.export(
+        head, (features, mask), dynamic_shapes={"features": {1: length}, "mask": {1: length}}
+    )
+    for length in (1, 2, 9, 15, 20):
+        inputs = features[:, :length].contiguous(), mask[:, :length].contiguous()
+        torch.testing.assert_close(exported.module()(*inputs), head(*inputs))
+
+
 def test_windows_do_not_see_each_other_and_see_both_ways():
     layer = mixer()
     x = torch.randn(1, 8, 6, dtype=torch.float64)
