@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from ...kernels.dispatch import transformed
 from ...kernels.launch import without_autocast
 from ...kernels.moe import Routing, expert_capacity, moe_ffn, moe_route
 from ..checks import check_input, check_positive
@@ -32,9 +33,9 @@ class SharedMoE(nn.Module):
     drop_at_eval: capacity holds in evaluation too, where by default nothing is dropped, so that a token's output does
     not depend on its batch. out_act: None, or "gelu" on the experts' outputs. dropout: both rates, in [0, 1).
 
-    `routing` is that of the last call, and `load()` its statistics; calls under torch.compile leave both as they are.
-    `tally` (2, E) int64 counts the assignments and the kept pairs of all calls in training, on the device, compiled
-    ones too; who reads it may zero it. ValueError names a bad argument.
+    `routing` is that of the last call, and `load()` its statistics; calls under torch.compile and the transforms of
+    torch.func leave both as they are. `tally` (2, E) int64 counts the assignments and the kept pairs of all calls in
+    training, on the device, compiled ones too; who reads it may zero it. ValueError names a bad argument.
 
     With torch.distributed initialised, a call in training adds up the assignments of all processes (one all_reduce of
     E + 1 numbers) for the balance loss, so every process must make as many calls.
@@ -122,7 +123,7 @@ class SharedMoE(nn.Module):
             seed=seed,
             gelu_out=self.out_act == "gelu",
         )
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or transformed()):
             self.routing = Routing(*(t.detach() for t in routing))
         if self.training:
             self._count(routing)

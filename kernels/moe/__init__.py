@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import dispatch
 from ..launch import autocast_dtype, without_autocast
 from ..precision import accumulation
-from . import op, reference, routing, shared
+from . import eager, op, reference, routing, shared
 from .reference import Routing
 
 __all__ = ["Routing", "expert_capacity", "moe_ffn", "moe_route"]
@@ -54,6 +54,8 @@ def moe_route(
     chosen = dispatch.requested(backend)
     if chosen == "reference":
         with without_autocast(logits.device.type):
+            if dispatch.transformed():  # vmap has no single tokens to queue
+                return eager.route(logits, mask, top_k, -1 if capacity is None else capacity, renormalize)[0]
             return reference.route(logits, mask, top_k, capacity, renormalize)
     found = routing.route(logits, mask, top_k, -1 if capacity is None else capacity, renormalize, chosen)
     return Routing(*found[:7])

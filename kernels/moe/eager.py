@@ -22,7 +22,7 @@ def route(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renorm
     if renormalize:
         gates = gates / gates.sum(-1, keepdim=True)
     live = torch.ones(tokens, dtype=torch.bool, device=logits.device) if mask is None else mask
-    hot = torch.zeros(tokens, count, dtype=torch.int64, device=logits.device).scatter_(1, experts, 1) * live[:, None]
+    hot = experts.new_zeros(tokens, count).scatter(1, experts, 1) * live[:, None]
     rank = (hot.cumsum(0) - hot).gather(1, experts)
     counts = hot.sum(0)
     kept = counts if capacity < 0 else counts.clamp_max(capacity)
@@ -30,8 +30,8 @@ def route(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renorm
     fits = live[:, None] if capacity < 0 else live[:, None] & (rank < capacity)
     slots = torch.where(fits, offsets[experts] + rank, -1)
     pairs = tokens * top_k
-    order = torch.full((pairs + 1,), -1, dtype=torch.int64, device=logits.device)
-    order[torch.where(fits, slots, pairs).view(-1)] = torch.arange(pairs, device=logits.device)
+    order = experts.new_full((pairs + 1,), -1)
+    order[torch.where(fits, slots, pairs).flatten()] = torch.arange(pairs, device=logits.device)
     balance = (balance_slope(counts, live.sum(), top_k, gates.dtype) * (probabilities * live[:, None]).sum(0)).sum()
     return Routing(gates, balance, experts, slots, order[:pairs].clone(), offsets, counts), probabilities
 

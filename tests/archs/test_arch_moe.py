@@ -255,3 +255,15 @@ def test_bad_input_names_itself(arguments, words):
     with pytest.raises(ValueError) as caught:
         SharedMoE(8, 12).train()(*arguments)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_vmap_runs_an_ensemble(training):
+    torch.manual_seed(0)
+    layers = [SharedMoE(6, 5, num_experts=3, noise=False).train(training) for _ in range(4)]
+    weights, buffers = torch.func.stack_module_state(layers)
+    x = torch.randn(7, 6)
+    y, balance = torch.vmap(lambda w, b: torch.func.functional_call(layers[0], (w, b), (x,)))(weights, buffers)
+    assert layers[0].routing is None
+    for layer, one, loss in zip(layers, y, balance, strict=True):
+        torch.testing.assert_close((one, loss), layer(x))
