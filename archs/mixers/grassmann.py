@@ -59,7 +59,8 @@ class CausalGrassmannMixer(nn.Module):
     rank: r ≥ 2; K = r(r−1)/2 coordinates, the columns of `plucker.weight` (dim, K) in the order (0,1), (0,2), ….
     offsets: the Δs, positive integers, any iterable of them. A model also takes one entry a layer, such as
     `((1,), (2,), (4,))`, of which layer i has entry i modulo their number. eps: lower bound of ‖p‖. backend: of the
-    kernels; None chooses by device. ValueError names a bad argument.
+    kernels; None chooses by device; the mixer can be differentiated twice with "reference" alone. ValueError names a
+    bad argument.
     """
 
     carries_input = True

@@ -63,6 +63,16 @@ def test_the_smallest_norm_that_a_grassmann_mixer_divides_by_is_a_millionth():
     torch.testing.assert_close(mixer(h), literal_mixer(mixer, h, (1, 2)), atol=1e-13, rtol=0)
 
 
+def test_the_mixer_can_be_differentiated_twice_by_the_reference_alone():
+    x = torch.randn(1, 5, 6, requires_grad=True, **FLOAT64)
+    mixer = randomised(CausalGrassmannMixer(6, rank=3, offsets=(1, 2), backend="reference", **FLOAT64))
+    assert torch.autograd.gradgradcheck(mixer, x)
+    mixer.backend = None
+    (slope,) = torch.autograd.grad(mixer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="plucker_mix_backward"):
+        slope.sum().backward()
+
+
 def test_attention_is_softmax_over_the_past():
     mixer = randomised(CausalAttention(6, num_heads=2, **FLOAT64))
     x = torch.randn(2, 5, 6, **FLOAT64)
