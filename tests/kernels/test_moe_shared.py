@@ -27,7 +27,7 @@ def inputs(dtype=torch.float64, dim=6):
 
 
 def call(x, w, **options):
-    logits = torch.arange(1.0, len(x) * len(w["b_up"]) + 1).sin().view(len(x), -1)
+    logits = torch.arange(1.0, len(x) * len(w["b_up"]) + 1, dtype=x.dtype).sin().view(len(x), -1)
     r = moe_route(logits, capacity=5)
     return moe_ffn(x, r.gates.to(x.dtype), r.slots, r.order, r.offsets, **w, **options)
 
