@@ -183,9 +183,9 @@ struct Scratch {
   Matrix a, c, s, cross, h, squared, u, sinc, p, q, excess, spare, turned, turned_q;
   std::vector<float> top_x, top_y, bottom_x, bottom_y, moved, stored, horizontal;
   explicit Scratch(int64_t k)
-      : k(k), a(k * k), c(k * k), s(k * k), cross(k * k), h(k * k), squared(k * k), u(k * k), sinc(k * k), p(k * k), q(k * k), excess(k * k),
-        spare(k * k), turned(k * k), turned_q(k * k), top_x(k * k), top_y(k * k), bottom_x(k * k), bottom_y(k * k), moved(k * kColumns),
-        stored(k * kColumns) {}
+      : k(k), a(k * k), c(k * k), s(k * k), cross(k * k), h(k * k), squared(k * k), u(k * k), sinc(k * k), p(k * k),
+        q(k * k), excess(k * k), spare(k * k), turned(k * k), turned_q(k * k), top_x(k * k), top_y(k * k),
+        bottom_x(k * k), bottom_y(k * k), moved(k * kColumns), stored(k * kColumns) {}
 };
 
 // cross and c of the rows X, and s in the first pass, by as many columns at a time as stay in the first cache.

@@ -202,8 +202,11 @@ os._exit(code)
 def start(tmp_path):
     """Starts `main(arguments)` in a process; a function that waits for it. before: code it runs first.
 
-    The processes are forked from one that has imported everything, so that they start at once.
+    The processes are forked from one that has imported everything, so that they start at once. They have one thread,
+    and so has this one meanwhile: with more the last digits of a loss are others.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["grassland.train.start", "grassland.train.tasks.lm", "grassland.train.tasks.vision"]
@@ -223,6 +226,7 @@ def start(tmp_path):
         if process.is_alive():
             process.kill()
         process.join()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
