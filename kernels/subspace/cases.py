@@ -86,11 +86,11 @@ def motion(classes: int, k: int, n: int, angle: float = 0.5) -> Tensors:
     return {"weight": orthonormal(classes, k, n)} | {name: t * scale for name, t in tensors.items()}
 
 
-def radial(ratio: float) -> Tensors:
+def radial(ratio: float, classes: int = 5, k: int = 4, n: int = 24) -> Tensors:
     """A momentum that lies in the subspace, but for one part in `ratio`."""
-    tensors = motion(5, 4, 24)
-    w = tensors["weight"].view(5, 4, 24)
-    tensors["buffer"] += ratio * 0.1 * (normal(5, 4, 4, seed=5) @ w).view(20, 24)
+    tensors = motion(classes, k, n)
+    w = tensors["weight"].view(classes, k, n)
+    tensors["buffer"] += ratio * 0.1 * (normal(classes, k, k, seed=5) @ w).view(classes * k, n)
     return tensors
 
 
@@ -114,6 +114,9 @@ STEP_CASES = [
     Case("three", lambda: motion(5, 3, 33), moving("transport", k=3)),
     Case("sixteen", lambda: motion(3, 16, 130), moving("project", k=16)),
     Case("thirty-two", lambda: motion(2, 32, 65), moving(k=32)),
+    # More columns than the C++ kernel has in the first cache at a time.
+    Case("wide", lambda: motion(2, 32, 300), moving("transport", k=32)),
+    Case("wide-radial", lambda: radial(50.0, 2, 32, 300), moving(k=32)),
     Case("whole-space", lambda: motion(3, 4, 4), moving(k=4)),
     Case("no-step", lambda: motion(3, 4, 17), moving("transport", lr=0.0, k=4)),
     Case("at-rest", at_rest, moving(k=4)),
