@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch import batched
+
 _C: Any = torch._C
 
 
@@ -25,7 +27,7 @@ def differentiable(op: Any, backward: Callable[..., Any], setup_context: Callabl
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(op._name, (torch.autograd.Function,), methods)
+    function: Any = type(op.name, (torch.autograd.Function,), methods)
 
     def call(*inputs: Any) -> Any:
         return op(*inputs) if torch.compiler.is_compiling() else function.apply(*inputs)
@@ -81,11 +83,6 @@ def scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if factor.device.type != "cpu" or factor.item() != 1:
         saved.mul_(factor)
     return saved.to(dtype)
-
-
-def batched(x: Tensor) -> bool:
-    """Whether it stands for many: those of torch.vmap, or of autograd's is_grads_batched."""
-    return _C._functorch.is_batchedtensor(x) or _C._functorch.is_legacy_batchedtensor(x)
 
 
 def once(name: str, gradients: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+_C: Any = torch._C
 
 BACKENDS = ("reference", "eager", "cpp", "triton", "cuda")
 # The compiled ones of a device, the fastest first.
@@ -120,19 +123,45 @@ def fastest(op: Op, device: torch.device, dtype: torch.dtype, unfit: Collection[
     return next(ready, choices[-1] if choices else "eager")
 
 
-def opaque(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+class Opaque:
+    """A custom op that is called past PyTorch's dispatcher, which takes as long as a small kernel, where nobody listens
+    there: no derivative, no mode, nothing that traces or stands for other tensors."""
+
+    def __init__(self, op: Any, body: Callable[..., Any], writes: bool) -> None:
+        self.op, self.body, self.name = op, body, op._name
+        self.writes = writes  # to its inputs, of which the dispatcher tells autograd
+        self.register_fake, self.register_autograd = op.register_fake, op.register_autograd
+
+    def __call__(self, *args: Any) -> Any:
+        if self.writes or torch.compiler.is_compiling() or torch.is_grad_enabled() or _C._len_torch_dispatch_stack():
+            return self.op(*args)
+        return self.body(*args) if all(map(bare, args)) else self.op(*args)
+
+
+def bare(x: object) -> bool:
+    """Whether it is a tensor that holds its own numbers, or no tensor."""
+    return not isinstance(x, Tensor) or (type(x) in (Tensor, Parameter) and not x.is_meta and not batched(x))
+
+
+def batched(x: Tensor) -> bool:
+    """Whether it stands for many: those of torch.vmap, or of autograd's is_grads_batched."""
+    return _C._functorch.is_batchedtensor(x) or _C._functorch.is_legacy_batchedtensor(x)
+
+
+def opaque(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Opaque]:
     """Makes a custom op of a function, whose operations keep the dtypes of their inputs under autocast, too."""
 
     def register_op(function: Callable[..., Any]) -> Any:
         @functools.wraps(function)
         def body(*args: Any) -> Any:
-            if not torch._C._is_any_autocast_enabled():
+            if not _C._is_any_autocast_enabled():
                 return function(*args)
-            with torch._C._DisableAutocast():
+            with _C._DisableAutocast():
                 return function(*args)
 
         schema = torch.library.infer_schema(function, mutates_args=mutates_args)
-        return torch.library.custom_op(f"{NAMESPACE}::{name}", body, mutates_args=mutates_args, schema=schema)
+        op = torch.library.custom_op(f"{NAMESPACE}::{name}", body, mutates_args=mutates_args, schema=schema)
+        return Opaque(op, body, bool(mutates_args))
 
     return register_op
 
@@ -142,8 +171,7 @@ def transformed() -> bool:
     derivatives without a word, or fail."""
     if torch.compiler.is_compiling():  # the op's registered derivative is seen there, but a tangent is not
         return forward_ad._current_level >= 0
-    functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return _C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def requested(backend: str | None) -> str:

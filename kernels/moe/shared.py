@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import batched
+from ..dispatch import batched
 from . import eager, op
 
 

@@ -205,7 +205,7 @@ def test_cpp_accuracy(spec, case, dtype):
 @pytest.mark.parametrize(("spec", "case"), OPCHECKED)
 def test_opcheck(spec, case, backend):
     for operator, arguments in spec.registered(case.tensors(torch.float32), case.options, backend):
-        torch.library.opcheck(operator, arguments)
+        torch.library.opcheck(operator.op, arguments)
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=needs_extension)])

@@ -304,6 +304,16 @@ def test_in_place_and_functional_steps_agree():
     assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=False))
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_a_backward_after_a_step_in_place_is_refused(backend):
+    weight, buffer, grad = (t.float() for t in motion(5, 4, 24).values())
+    loss = (weight.requires_grad_() ** 2).sum()
+    with torch.no_grad():
+        grassmann_step_(weight, buffer, grad, 4, 0.3, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_autocast_takes_float32_weights():
     x, weight = normal(5, 12, seed=1).float(), orthonormal(4, 2, 12).float()
     with torch.autocast("cpu", torch.bfloat16):
