@@ -19,7 +19,7 @@ import griffe
 
 from grassland.archs import create_model, list_models, model_config
 from grassland.archs.registry import CONTEXT, SLOTS, slot_choices, slot_class
-from grassland.kernels import bench
+from grassland.kernels.bench.command import parse as parse_bench
 from grassland.train import __main__ as program
 from grassland.train.compare.presets import PRESETS
 from grassland.train.config import RunConfig
@@ -212,7 +212,7 @@ def bench_help() -> str:
     """What `python -m grassland.kernels.bench --help` prints."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        bench.parse(["--help"])
+        parse_bench(["--help"])
     return f"```text\n{text.getvalue().strip()}\n```"
 
 

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grassland.kernels import bench, bench_setup, bench_timing, dispatch
-from grassland.kernels.bench_report import regressions, uncompared
-from grassland.kernels.rival import Disagreement, Rival, Setting, Unavailable, with_gradients
+from grassland.kernels import dispatch
+from grassland.kernels.bench import command, setup, timing
+from grassland.kernels.bench.report import regressions, uncompared
+from grassland.kernels.bench.rival import Disagreement, Rival, Setting, Unavailable, with_gradients
 
 ROOT = Path(__file__).parents[1]
 TINY = Setting("tiny", {"batch": 1, "length": 24, "dim": 64, "rank": 8, "offsets": [1, 2]})
@@ -28,7 +29,7 @@ def missing(*_):
 @pytest.fixture
 def tiny(monkeypatch):
     """The plucker benchmark on a tiny setting, without the rivals that compile or are foreign, and an absent one."""
-    module = importlib.import_module("grassland.kernels.plucker.rivals")
+    module = importlib.import_module("grassland.kernels.bench.plucker")
     if dispatch.extension_error():
         pytest.skip(dispatch.extension_error())
     rivals = [r for r in module.BENCHMARK.rivals if "compile" not in r.name and not r.foreign]
@@ -39,7 +40,7 @@ def tiny(monkeypatch):
 
 
 def test_records_table_and_picture(tiny, tmp_path, capsys):
-    records = bench.main(["plucker", "--repeats", "2", "--out", str(tmp_path)])
+    records = command.main(["plucker", "--repeats", "2", "--out", str(tmp_path)])
     timed = [r for r in records if "error" not in r]
     names = {r.name for r in tiny.rivals} - {"absent", "grassland, Triton"}
     assert {(r["rival"], r["mode"]) for r in timed} == {(n, m) for n in names for m in ("forward", "forward+backward")}
@@ -55,7 +56,7 @@ def test_records_table_and_picture(tiny, tmp_path, capsys):
 
 
 def test_rivals_that_disagree_are_not_timed(tiny, monkeypatch):
-    module = importlib.import_module("grassland.kernels.plucker.rivals")
+    module = importlib.import_module("grassland.kernels.bench.plucker")
 
     def wrong(v, dtype, device):
         steps = module.build_collapsed(v, dtype, device)
@@ -63,7 +64,7 @@ def test_rivals_that_disagree_are_not_timed(tiny, monkeypatch):
 
     monkeypatch.setattr(module, "BENCHMARK", replace(tiny, rivals=[*tiny.rivals, Rival("wrong", wrong)]))
     with pytest.raises(SystemExit, match=r"wrong and grassland differ by 1\.0e\+00: nothing was timed"):
-        bench.main(["plucker", "--repeats", "1"])
+        command.main(["plucker", "--repeats", "1"])
 
 
 def test_a_gradient_that_is_not_a_number_is_a_disagreement():
@@ -74,16 +75,16 @@ def test_a_gradient_that_is_not_a_number_is_a_disagreement():
             rivals = [SimpleNamespace(name="ours", foreign=False), SimpleNamespace(name="other", foreign=foreign)]
             benchmark = SimpleNamespace(name="b", ours="ours", rivals=rivals, tolerance={torch.float32: 1e-4})
             if foreign:
-                assert bench_setup.agreement(benchmark, steps, torch.float32) == {"other": "differs from ours by nan"}
+                assert setup.agreement(benchmark, steps, torch.float32) == {"other": "differs from ours by nan"}
                 continue
             with pytest.raises(Disagreement, match="other and ours differ by nan"):
-                bench_setup.agreement(benchmark, steps, torch.float32)
+                setup.agreement(benchmark, steps, torch.float32)
 
 
 @pytest.mark.parametrize("op", dispatch.PACKAGES)
 def test_what_is_ours_is_never_a_fallback(op, monkeypatch):
     """Where the compiled kernels are missing or not asked for, nothing is timed under their name."""
-    module = importlib.import_module(f"grassland.kernels.{op}.rivals")
+    module = importlib.import_module(f"grassland.kernels.bench.{op}")
     first = module.BENCHMARK.settings[0]
     small = {"tokens": 24, "batch": 2, "length": 24, "classes": 3, "k": 2, "n": 8, "dim": 16, "rank": 4, "vocab": 30}
     values = {name: small.get(name, value) for name, value in first.values.items()}
@@ -94,21 +95,21 @@ def test_what_is_ours_is_never_a_fallback(op, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(dispatch, "extension_error", lambda: "it is not built")
         with pytest.raises(SystemExit, match="backend 'cpp' is not available: it is not built: nothing was timed"):
-            bench.main([op, "--device", "cpu", "--repeats", "1"])
+            command.main([op, "--device", "cpu", "--repeats", "1"])
     monkeypatch.setenv("GRASSLAND_BACKEND", "eager")
     with pytest.raises(SystemExit, match=r"unset \$GRASSLAND_BACKEND"):
-        bench.main([op, "--device", "cpu", "--repeats", "1"])
+        command.main([op, "--device", "cpu", "--repeats", "1"])
 
 
 def test_chosen_rivals(tiny):
-    records = bench.main(["plucker", "--repeats", "1", "--rival", "literal eager"])
+    records = command.main(["plucker", "--repeats", "1", "--rival", "literal eager"])
     assert {r["rival"] for r in records} == {"grassland", "literal eager"}
     with pytest.raises(SystemExit, match=r"--rival must be one of grassland, .*, got nobody"):
-        bench.main(["plucker", "--rival", "nobody"])
+        command.main(["plucker", "--rival", "nobody"])
 
 
 def test_what_is_measured_is_written_before_the_next_setting(tiny, tmp_path, monkeypatch):
-    first, measure, calls = tiny.settings[0], bench.measure, []
+    first, measure, calls = tiny.settings[0], command.measure, []
 
     def second_fails(benchmark, setting, options):
         calls.append(setting)
@@ -116,20 +117,20 @@ def test_what_is_measured_is_written_before_the_next_setting(tiny, tmp_path, mon
             raise KeyboardInterrupt
         return measure(benchmark, setting, options)
 
-    module = importlib.import_module("grassland.kernels.plucker.rivals")
+    module = importlib.import_module("grassland.kernels.bench.plucker")
     monkeypatch.setattr(module, "BENCHMARK", replace(tiny, settings=[first, replace(first, id="later")]))
-    monkeypatch.setattr(bench, "measure", second_fails)
+    monkeypatch.setattr(command, "measure", second_fails)
     with pytest.raises(KeyboardInterrupt):
-        bench.main(["plucker", "--repeats", "1", "--rival", "literal eager", "--out", str(tmp_path)])
+        command.main(["plucker", "--repeats", "1", "--rival", "literal eager", "--out", str(tmp_path)])
     written = (tmp_path / "plucker-cpu-float32.jsonl").read_text().splitlines()
     assert {json.loads(line)["setting"] for line in written} == {first.id}
 
 
 def test_a_slow_rival_repeats_no_more(monkeypatch):
     cpu = torch.device("cpu")
-    assert len(bench_timing.interleaved({"x": lambda: None}, cpu, 7)["x"]) == 7
-    monkeypatch.setattr(bench_timing, "PATIENCE", 0.0)
-    assert len(bench_timing.interleaved({"x": lambda: None}, cpu, 7)["x"]) == 1
+    assert len(timing.interleaved({"x": lambda: None}, cpu, 7)["x"]) == 7
+    monkeypatch.setattr(timing, "PATIENCE", 0.0)
+    assert len(timing.interleaved({"x": lambda: None}, cpu, 7)["x"]) == 1
 
 
 def test_kernels_of_a_call_are_added_up(monkeypatch):
@@ -155,24 +156,26 @@ def test_kernels_of_a_call_are_added_up(monkeypatch):
     steps = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.profiler, "profile", Profile)
-    assert bench_timing.by_kernel(lambda: steps.append(None), calls=2) == [("long", 1.0, 4.0), ("short", 2.0, 3.0)]
+    assert timing.by_kernel(lambda: steps.append(None), calls=2) == [("long", 1.0, 4.0), ("short", 2.0, 3.0)]
     assert len(steps) == 3  # one before the profile
 
 
 def test_unknown_setting_names_itself(tiny):
     with pytest.raises(SystemExit, match="--setting must be one of tiny, got huge"):
-        bench.main(["plucker", "--setting", "huge"])
+        command.main(["plucker", "--setting", "huge"])
 
 
 def test_all_ops_by_one_command_and_scaling(tiny, tmp_path, monkeypatch):
-    monkeypatch.setitem(bench.SCALING, "plucker", ("tiny", "length", (8, 16)))
-    records = bench.main(["all", "--repeats", "1", "--scaling", "--setting", "tiny, length 8", "--out", str(tmp_path)])
+    monkeypatch.setitem(command.SCALING, "plucker", ("tiny", "length", (8, 16)))
+    records = command.main(
+        ["all", "--repeats", "1", "--scaling", "--setting", "tiny, length 8", "--out", str(tmp_path)]
+    )
     assert {(r["bench"], r["setting"], r["length"]) for r in records} == {("plucker", "tiny, length 8", 8)}
     assert (tmp_path / "plucker-cpu-float32-scaling.png").stat().st_size > 1000
     for op in dispatch.PACKAGES:
-        benchmark = importlib.import_module(f"grassland.kernels.{op}.rivals").BENCHMARK
-        name = bench.SCALING[op][1]
-        sizes = [s.values[name] for s in bench.scaled(benchmark)]
+        benchmark = importlib.import_module(f"grassland.kernels.bench.{op}").BENCHMARK
+        name = command.SCALING[op][1]
+        sizes = [s.values[name] for s in command.scaled(benchmark)]
         assert sizes == sorted(set(sizes)) and name in benchmark.settings[0].values
 
 
@@ -215,16 +218,16 @@ def test_what_a_comparison_says_nothing_of_is_told():
 
 @pytest.mark.parametrize(("factor", "code"), [(1e-3, None), (1e3, 1)])
 def test_baseline_decides_the_exit_code(tiny, tmp_path, capsys, factor, code):
-    records = bench.main(["plucker", "--repeats", "1"])
+    records = command.main(["plucker", "--repeats", "1"])
     path = tmp_path / "baseline.jsonl"
     changed = [r | {"ratio": r["ratio"] * (factor if r["rival"] != tiny.ours else 1)} for r in records if "ratio" in r]
     path.write_text("".join(json.dumps(r) + "\n" for r in changed))
     if code is None:
-        bench.main(["plucker", "--repeats", "1", "--baseline", str(path)])
+        command.main(["plucker", "--repeats", "1", "--baseline", str(path)])
         assert "no regression" in capsys.readouterr().out
         return
     with pytest.raises(SystemExit) as stop:
-        bench.main(["plucker", "--repeats", "1", "--baseline", str(path)])
+        command.main(["plucker", "--repeats", "1", "--baseline", str(path)])
     assert stop.value.code == code and "regression: cpu | plucker | tiny" in capsys.readouterr().out
 
 
@@ -232,7 +235,7 @@ def test_an_unreadable_baseline_names_itself(tiny, tmp_path):
     path = tmp_path / "baseline.jsonl"
     path.write_text("{")
     with pytest.raises(SystemExit, match=r"baseline\.jsonl: not a benchmark's JSONL"):
-        bench.main(["plucker", "--baseline", str(path)])
+        command.main(["plucker", "--baseline", str(path)])
 
 
 def test_readme_tables_are_those_of_the_results():
@@ -269,7 +272,7 @@ def test_gpu_script_refuses_a_comparison_that_was_asked_for_and_has_no_data(tmp_
 
 def test_a_rival_is_held_to_its_own_truth(tiny, monkeypatch):
     """A rival of other mathematics is compared with that in float64, not with ours."""
-    module = importlib.import_module("grassland.kernels.plucker.rivals")
+    module = importlib.import_module("grassland.kernels.bench.plucker")
 
     def other(v, dtype, device):
         x = torch.randn(3, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -281,23 +284,23 @@ def test_a_rival_is_held_to_its_own_truth(tiny, monkeypatch):
         monkeypatch.setattr(module, "BENCHMARK", changed)
         if wrong:
             with pytest.raises(SystemExit, match="other and other in float64 differ by"):
-                bench.main(["plucker", "--repeats", "1"])
+                command.main(["plucker", "--repeats", "1"])
         else:
-            assert "other" in {r["rival"] for r in bench.main(["plucker", "--repeats", "1"])}
+            assert "other" in {r["rival"] for r in command.main(["plucker", "--repeats", "1"])}
 
 
 def test_the_truth_gets_the_same_gradients_wherever_it_is_asked_for(monkeypatch):
     """A benchmark on a GPU builds rivals with another default device, and other random numbers, than it checks with."""
     x = torch.randn(3, requires_grad=True)
     modes = with_gradients(lambda x: x.square(), [x], lambda x: x.square())
-    monkeypatch.setattr("grassland.kernels.rival.normal", lambda *shape, seed: torch.zeros(shape))
+    monkeypatch.setattr("grassland.kernels.bench.rival.normal", lambda *shape, seed: torch.zeros(shape))
     found, exact = modes["check"](), modes["truth"]()
     assert exact[1].abs().sum() > 0 and all(torch.allclose(a.double(), b) for a, b in zip(found, exact, strict=True))
 
 
 def test_a_foreign_rival_that_works_once_is_listed_with_the_reason(tiny, monkeypatch):
     """As a backward that overwrites what it has saved."""
-    module = importlib.import_module("grassland.kernels.plucker.rivals")
+    module = importlib.import_module("grassland.kernels.bench.plucker")
 
     def once(v, dtype, device):
         calls = iter([None])
@@ -310,14 +313,14 @@ def test_a_foreign_rival_that_works_once_is_listed_with_the_reason(tiny, monkeyp
 
     rivals = [*tiny.rivals, Rival("other", once, foreign=True)]
     monkeypatch.setattr(module, "BENCHMARK", replace(tiny, rivals=rivals))
-    found = [r for r in bench.main(["plucker", "--repeats", "1"]) if r["rival"] == "other"]
+    found = [r for r in command.main(["plucker", "--repeats", "1"]) if r["rival"] == "other"]
     assert [r["error"] for r in found] == ["fails with RuntimeError: modified by an inplace operation"]
 
 
 @pytest.mark.parametrize("wrapped", [None, True, False], ids=["raised", "wrapped", "swallowed"])
 def test_a_rival_that_takes_too_long_to_set_up_is_left_out(tiny, monkeypatch, wrapped):
     """Compilers raise something else in its place, or fall back."""
-    module = importlib.import_module("grassland.kernels.plucker.rivals")
+    module = importlib.import_module("grassland.kernels.bench.plucker")
 
     def slow(v, dtype, device):
         try:
@@ -331,7 +334,7 @@ def test_a_rival_that_takes_too_long_to_set_up_is_left_out(tiny, monkeypatch, wr
             return {"forward": lambda: None}
 
     monkeypatch.setattr(module, "BENCHMARK", replace(tiny, rivals=[*tiny.rivals, Rival("slow", slow)]))
-    found = bench.main(["plucker", "--repeats", "1", "--setup-limit", "0.5"])
+    found = command.main(["plucker", "--repeats", "1", "--setup-limit", "0.5"])
     assert [r["error"] for r in found if r["rival"] == "slow"] == ["not set up within 0.5 s"]
     assert "ms" in next(r for r in found if r["rival"] == "grassland")
 
@@ -341,15 +344,15 @@ def test_every_hyper_connection_rival_is_checked(dtype):
     """All but the copy: KromHC's against float64 and each other, every mHC against its own equations."""
     if dispatch.extension_error():
         pytest.skip(dispatch.extension_error())
-    module = importlib.import_module("grassland.kernels.kronecker.rivals")
+    module = importlib.import_module("grassland.kernels.bench.kronecker")
     setting = Setting("tiny", {"kind": "sublayer", "tokens": 24, "streams": 4, "dim": 40})
     rivals = [r for r in module.BENCHMARK.rivals if "compile" not in r.name]
     benchmark = replace(module.BENCHMARK, rivals=rivals)
-    steps, absent = bench_setup.build(benchmark, setting, getattr(torch, dtype), torch.device("cpu"))
+    steps, absent = setup.build(benchmark, setting, getattr(torch, dtype), torch.device("cpu"))
     unchecked = {name for name, modes in steps.items() if modes and "check" not in modes}
     assert unchecked == {"copy of the same bytes"} and set(absent) <= {r.name for r in rivals if r.foreign}
     assert {name for name, modes in steps.items() if "truth" in modes} >= {"grassland, boundary-fused", "mHC, eager"}
-    assert bench_setup.agreement(benchmark, steps, getattr(torch, dtype)) == {}
+    assert setup.agreement(benchmark, steps, getattr(torch, dtype)) == {}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -357,23 +360,23 @@ def test_every_mixture_of_experts_rival_is_checked(dtype):
     """Those that drop pairs beyond the capacity, too: against the same in float64."""
     if dispatch.extension_error():
         pytest.skip(dispatch.extension_error())
-    module = importlib.import_module("grassland.kernels.moe.rivals")
+    module = importlib.import_module("grassland.kernels.bench.moe")
     values = {"tokens": 40, "experts": 16, "calls": 1, "dim": 32, "inner": 64, "top_k": 2}
     chosen = module.choice(*module.inputs(values, getattr(torch, dtype), torch.device("cpu"))[:2], 2)[1]
     assert chosen.flatten().bincount().max() > module.expert_capacity(40, 16, 2, 1.2)  # else nothing is dropped
     rivals = [r for r in module.BENCHMARK.rivals if "compile" not in r.name]
     benchmark, cpu = replace(module.BENCHMARK, rivals=rivals), torch.device("cpu")
-    steps, _ = bench_setup.build(benchmark, Setting("tiny", values), getattr(torch, dtype), cpu)
+    steps, _ = setup.build(benchmark, Setting("tiny", values), getattr(torch, dtype), cpu)
     assert {name for name, modes in steps.items() if "check" not in modes} == {"dense FFN, equal FLOPs"}
     assert {name for name, modes in steps.items() if "truth" in modes} == {"padded baddbmm", "one-hot einsum"}
-    assert bench_setup.agreement(benchmark, steps, getattr(torch, dtype)) == {}
+    assert setup.agreement(benchmark, steps, getattr(torch, dtype)) == {}
 
 
 def test_compilers_are_given_whole_graphs():
     """A break, as at a bincount, is a form that nobody would compile."""
     dynamo = importlib.import_module("torch._dynamo")
     kronecker, plucker, subspace, cross_entropy, moe = (
-        importlib.import_module(f"grassland.kernels.{op}.rivals")
+        importlib.import_module(f"grassland.kernels.bench.{op}")
         for op in ("kronecker", "plucker", "subspace", "cross_entropy", "moe")
     )
     cpu, kind = torch.device("cpu"), torch.bfloat16
@@ -396,10 +399,10 @@ def test_compilers_are_given_whole_graphs():
 
 
 def test_training_step_begins_as_the_plain_network():
-    module = importlib.import_module("grassland.kernels.kronecker.rivals")
+    module = importlib.import_module("grassland.kernels.bench.kronecker")
     setting = Setting("tiny", {"kind": "model", "batch": 1, "length": 8, "depth": 6, "dim": 384})
     rivals = [r for r in module.BENCHMARK.rivals if "compile" not in r.name]
-    steps, _ = bench_setup.build(replace(module.BENCHMARK, rivals=rivals), setting, torch.float32, torch.device("cpu"))
+    steps, _ = setup.build(replace(module.BENCHMARK, rivals=rivals), setting, torch.float32, torch.device("cpu"))
     ours, plain = steps.pop("grassland"), steps.pop("plain residual")
     assert not any(steps.values())
     first = ours["check"]().item()
@@ -434,7 +437,7 @@ def test_peak_memory_on_the_cpu():
         return b + 1
 
     # Two of the three tensors at a time, and scalars.
-    assert 2 <= bench_timing.peak_bytes(step, torch.device("cpu")) / (4 << 20) < 2.01
+    assert 2 <= timing.peak_bytes(step, torch.device("cpu")) / (4 << 20) < 2.01
 
 
 def test_the_decoding_benchmark_tells_states_that_grow(tmp_path):

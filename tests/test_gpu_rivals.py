@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from grassland.kernels import bench, bench_setup, dispatch
-from grassland.kernels.kronecker import gpu_rivals as mhc
-from grassland.kernels.kronecker.rivals import mhc_layer
-from grassland.kernels.rival import Benchmark, Rival, Setting, Unavailable, package, tensors, with_gradients
+from grassland.kernels import dispatch
+from grassland.kernels.bench import command, setup
+from grassland.kernels.bench import kronecker_gpu as mhc
+from grassland.kernels.bench.kronecker import mhc_layer
+from grassland.kernels.bench.rival import Benchmark, Rival, Setting, Unavailable, package, tensors, with_gradients
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ON_A_GPU = {
@@ -29,7 +30,7 @@ PAIRS = {"tokens": 20, "experts": 4, "calls": 1, "dim": 32, "inner": 48, "top_k"
 
 
 def benchmark_of(op):
-    return importlib.import_module(f"grassland.kernels.{op}.rivals").BENCHMARK
+    return importlib.import_module(f"grassland.kernels.bench.{op}").BENCHMARK
 
 
 @pytest.mark.parametrize("op", dispatch.PACKAGES)
@@ -40,7 +41,7 @@ def test_every_rival_on_a_gpu_is_listed(op):
     assert tuple(r.name for r in rivals) == ON_A_GPU[op] and all(r.foreign for r in rivals)
     listed = set()
     for setting in benchmark.settings:
-        steps, reasons = bench_setup.build(replace(benchmark, rivals=rivals), setting, torch.bfloat16, CPU)
+        steps, reasons = setup.build(replace(benchmark, rivals=rivals), setting, torch.bfloat16, CPU)
         assert not any(steps.values()) and set(reasons.values()) <= {"needs an NVIDIA GPU"}
         assert setting.values.get("kind") not in ("model", "step") or not reasons
         listed |= reasons.keys()
@@ -78,7 +79,7 @@ def test_a_foreign_rival_that_fails_or_disagrees_is_listed(monkeypatch):
     rivals = [Rival("ours", ours), Rival("wrong", wrong, foreign=True), Rival("failing", failing, foreign=True)]
     fields = {"ours": "ours", "settings": [], "rivals": rivals, "flops": lambda *_: 1.0, "moved": lambda *_: 1.0}
     options = SimpleNamespace(dtype="float32", device="cpu", repeats=1, setup_limit=0.0)
-    records = bench.measure(Benchmark(name="x", title="x", **fields), Setting("s", {}), options)
+    records = command.measure(Benchmark(name="x", title="x", **fields), Setting("s", {}), options)
     assert {r["rival"] for r in records if "ms" in r} == {"ours"}
     reasons = {r["rival"]: r["error"] for r in records if "error" in r}
     assert reasons["wrong"] == "differs from ours by 1.0e+00"
@@ -111,7 +112,7 @@ def test_the_mhc_of_a_package_is_ours(name):
     phi = phi.T if name == "liger" else phi
     found = getattr(mhc, f"{name}_truth")(x, phi, bias, *(scales if name == "liger" else [scales]))
     # A small constant under one root and not under the other.
-    assert bench_setup.disagreement(found, ours_of(name, x, phi, bias, scales)) < 1e-6
+    assert setup.disagreement(found, ours_of(name, x, phi, bias, scales)) < 1e-6
 
 
 def attention(q, k, v, causal):
@@ -175,14 +176,14 @@ STAND_INS = {
 )
 def test_a_rival_gives_its_package_what_that_documents(monkeypatch, op, name, values):
     """Its own code around a stand-in, which computes in PyTorch what the package documents, against its truth."""
-    for module in ("plucker.rivals", "kronecker.gpu_rivals", "moe.gpu_rivals"):
-        target = importlib.import_module(f"grassland.kernels.{module}")
+    for module in ("plucker", "kronecker_gpu", "moe_gpu"):
+        target = importlib.import_module(f"grassland.kernels.bench.{module}")
         monkeypatch.setattr(target, "package", lambda package, *_: STAND_INS[package])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     benchmark = benchmark_of(op)
     chosen = replace(benchmark, rivals=[r for r in benchmark.rivals if r.name == name])
-    steps, reasons = bench_setup.build(chosen, Setting("tiny", values), torch.bfloat16, CPU)
+    steps, reasons = setup.build(chosen, Setting("tiny", values), torch.bfloat16, CPU)
     assert reasons == {} and {"forward", "check", "truth"} <= steps[name].keys()
-    assert bench_setup.agreement(chosen, steps, torch.bfloat16) == {}
+    assert setup.agreement(chosen, steps, torch.bfloat16) == {}
     steps[name]["check"], right = lambda: [-t for t in tensors(right())], steps[name]["check"]
-    assert bench_setup.agreement(chosen, steps, torch.bfloat16).keys() == {name}
+    assert setup.agreement(chosen, steps, torch.bfloat16).keys() == {name}

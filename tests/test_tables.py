@@ -147,7 +147,7 @@ def test_headline_finds_its_settings_and_rivals(monkeypatch):
     """In the benchmarks themselves: a renamed rival would leave its row out in silence."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     for op, setting, mode, same, other in importlib.import_module("tables").HEADLINE.values():
-        benchmark = importlib.import_module(f"grassland.kernels.{op}.rivals").BENCHMARK
+        benchmark = importlib.import_module(f"grassland.kernels.bench.{op}").BENCHMARK
         assert setting in {s.id for s in benchmark.settings}, mode
         assert {*same, other} <= {rival.name for rival in benchmark.rivals}
 

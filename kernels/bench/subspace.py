@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..rival import Benchmark, Rival, Setting, Step, package
+from ..subspace import grassmann_step_, reference, subspace_cross_entropy
+from ..subspace.cases import SCALE, orthonormal
+from ..subspace.op import CROSS_ENTROPY, STEP
 from ..testing import normal
-from . import grassmann_step_, reference, subspace_cross_entropy
-from .cases import SCALE, orthonormal
-from .op import CROSS_ENTROPY, STEP
+from .rival import Benchmark, Rival, Setting, Step, package
 
 Values = dict[str, Any]
 LR, MOMENTUM = 0.1, 0.9

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch
+from .. import dispatch
 from .rival import Benchmark, Disagreement, Rival, Setting, Step, Unavailable, summary, tensors, without_check
 
 # Seconds of a set-up that is worth a line.

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rival import Step, Unavailable, package, with_gradients
 from ..testing import normal
+from .rival import Step, Unavailable, package, with_gradients
 
 Values = dict[str, Any]
 SINKHORN, EPS = 20, 1e-6

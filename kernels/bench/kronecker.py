@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..rival import Benchmark, Rival, Setting, Step, Unavailable, package, with_gradients
+from ..kronecker import kronecker_open, kronecker_post, kronecker_pre, kronecker_step
 from ..testing import normal
-from . import gpu_rivals, kronecker_open, kronecker_post, kronecker_pre, kronecker_step
+from . import kronecker_gpu
+from .rival import Benchmark, Rival, Setting, Step, Unavailable, package, with_gradients
 
 Values = dict[str, Any]
 Builder = Callable[[Values, torch.dtype, torch.device], dict[str, Step]]
@@ -278,7 +279,7 @@ BENCHMARK = Benchmark(
         Rival("mHC, eager", of_a_sublayer(build_mhc)),
         Rival("mHC, torch.compile", of_a_sublayer(build_mhc_compiled)),
         Rival("hyper-connections (PyPI) mHC", of_a_sublayer(build_peer), foreign=True),
-        *(Rival(name, of_a_sublayer(builder), foreign=True) for name, builder in gpu_rivals.BUILDERS.items()),
+        *(Rival(name, of_a_sublayer(builder), foreign=True) for name, builder in kronecker_gpu.BUILDERS.items()),
         Rival("copy of the same bytes", of_a_sublayer(build_copy)),
     ],
     flops=flops,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .testing import normal
+from ..testing import normal
 
 Step = Callable[[], Any]
 

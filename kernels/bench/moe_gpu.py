@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..rival import package
+from .rival import package
 
 Experts = Callable[..., Tensor]
 

@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
-from . import bench_report, dispatch
-from .bench_setup import agreement, build
-from .bench_timing import by_kernel, host_seconds, interleaved, peak_bytes, peaks, recorded, saved_bytes
-from .machine import about
+from .. import dispatch
+from ..machine import about
+from . import report
 from .rival import Benchmark, Disagreement, Setting, Step, Unavailable
+from .setup import agreement, build
+from .timing import by_kernel, host_seconds, interleaved, peak_bytes, peaks, recorded, saved_bytes
 
 # Parameters of glibc's mallopt.
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
@@ -166,7 +167,7 @@ def run(
         if options.out and records:  # what comes later may fail, or never end
             write(records, benchmark, options)
     if records:
-        print(f"{benchmark.title}\n\n{bench_report.table(records, benchmark.ours)}\n\n{json.dumps(facts)}\n")
+        print(f"{benchmark.title}\n\n{report.table(records, benchmark.ours)}\n\n{json.dumps(facts)}\n")
     return records, failed
 
 
@@ -176,10 +177,10 @@ def write(records: Sequence[dict[str, Any]], benchmark: Benchmark, options: argp
     (options.out / f"{stem}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     ours, title = benchmark.ours, benchmark.title
     if options.scaling:
-        bench_report.scaling(records, ours, title, SCALING[benchmark.name][1], options.out / f"{stem}.png")
+        report.scaling(records, ours, title, SCALING[benchmark.name][1], options.out / f"{stem}.png")
         return
-    bench_report.bars(records, ours, title, options.out / f"{stem}.png")
-    bench_report.roofline(records, ours, title, options.out / f"{stem}-roofline.png")
+    report.bars(records, ours, title, options.out / f"{stem}.png")
+    report.roofline(records, ours, title, options.out / f"{stem}-roofline.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -190,14 +191,14 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if not options.default_malloc:
         keep_freed_memory()
     ops = dispatch.PACKAGES if options.op == "all" else [options.op]
-    benchmarks: list[Benchmark] = [importlib.import_module(f"{__package__}.{op}.rivals").BENCHMARK for op in ops]
+    benchmarks: list[Benchmark] = [importlib.import_module(f"{__package__}.{op}").BENCHMARK for op in ops]
     settings = {benchmark.name: chosen_settings(benchmark, options) for benchmark in benchmarks}
     benchmarks = [narrowed(benchmark, options.rival) for benchmark in benchmarks]
     if not any(settings.values()):
         names = ", ".join(s.id for b in benchmarks for s in all_settings(b, options))
         raise SystemExit(f"error: --setting must be one of {names}, got {', '.join(options.setting)}")
     try:
-        baseline = bench_report.read_baseline(options.baseline) if options.baseline else []
+        baseline = report.read_baseline(options.baseline) if options.baseline else []
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     records, failed = [], []
@@ -214,15 +215,11 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 def compare(records: list[dict[str, Any]], baseline: list[dict[str, Any]], ours: set[str]) -> None:
     """SystemExit with 1 if there are regressions, each on a line, after what has not been compared."""
-    print("".join(f"{line}\n" for line in bench_report.uncompared(records, baseline, ours)), end="")
+    print("".join(f"{line}\n" for line in report.uncompared(records, baseline, ours)), end="")
     try:
-        lines = bench_report.regressions(records, baseline, ours)
+        lines = report.regressions(records, baseline, ours)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     print("\n".join(lines) or "no regression against the baseline")
     if lines:
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()

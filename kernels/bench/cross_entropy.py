@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..rival import Benchmark, Rival, Setting, Step, Unavailable, package, with_gradients
+from ..cross_entropy import linear_cross_entropy
+from ..cross_entropy.op import OP
 from ..testing import normal
-from . import linear_cross_entropy
-from .op import OP
+from .rival import Benchmark, Rival, Setting, Step, Unavailable, package, with_gradients
 
 Values = dict[str, Any]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..rival import Benchmark, Rival, Setting, Step, Unavailable, summary, without_check
+from ..moe import Routing, expert_capacity, moe_ffn, moe_route
 from ..testing import normal
-from . import Routing, expert_capacity, gpu_rivals, moe_ffn, moe_route
-from .gpu_rivals import Experts, gelu
+from . import moe_gpu
+from .moe_gpu import Experts, gelu
+from .rival import Benchmark, Rival, Setting, Step, Unavailable, summary, without_check
 
 Values = dict[str, Any]
 Layer = Callable[..., Tensor]
@@ -271,19 +272,19 @@ def held_to(
 
 
 def build_scattermoe(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-    return steps(routed(gpu_rivals.scattermoe(device), v), v, inputs(v, dtype, device))
+    return steps(routed(moe_gpu.scattermoe(device), v), v, inputs(v, dtype, device))
 
 
 def build_triton_kernels(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
     """Forward alone."""
     arguments = inputs(v, dtype, device)
-    forward = steps(routed(gpu_rivals.triton_kernels(device), v), v, arguments)["forward"]
+    forward = steps(routed(moe_gpu.triton_kernels(device), v), v, arguments)["forward"]
     return held_to(sliced(gelu), {"forward": forward, "check": forward}, v, arguments, "forward")
 
 
 def build_sonicmoe(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
     """It has gated activations alone: SwiGLU of two thirds the width, for equal FLOPs."""
-    experts = gpu_rivals.sonicmoe(device, v["top_k"])
+    experts = moe_gpu.sonicmoe(device, v["top_k"])
     arguments = gated_inputs(v, dtype, device)
     return held_to(sliced(swiglu), steps(experts, v, arguments), v, arguments, "check")
 

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..rival import Benchmark, Rival, Setting, Step, Unavailable, package, with_gradients, without_check
+from ..plucker import eager, gated_blend, plucker_mix, reference
+from ..plucker.blend import OP as BLEND
+from ..plucker.cases import PAPER_OFFSETS
+from ..plucker.op import OP
 from ..testing import normal
-from . import eager, gated_blend, plucker_mix, reference
-from .blend import OP as BLEND
-from .cases import PAPER_OFFSETS
-from .op import OP
+from .rival import Benchmark, Rival, Setting, Step, Unavailable, package, with_gradients, without_check
 
 Values = dict[str, Any]
 Mixer = Callable[..., Tensor]

@@ -1,0 +1,1 @@
+"""What the ops are measured against, and how: `python -m grassland.kernels.bench` (`command.py`)."""
