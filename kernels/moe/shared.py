@@ -27,13 +27,15 @@ class SharedWeight:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self.weight, self.dtype, self.version = weight, dtype, weight._version
+        # Setting `weight.data` leaves the version as it is; what was there stays, so that nothing new takes its address.
+        self.data = weight.detach()
         self.sums = _Sums(weight, dtype)
         self.alias: Tensor = _Alias.apply(weight, dtype, self.sums)
 
     def serves(self, weight: Tensor, dtype: torch.dtype) -> bool:
         """Whether another call may share: the weight is unchanged, and no backward has come to it yet."""
         same = self.weight is weight and self.dtype == dtype and self.version == weight._version
-        return same and not self.sums.used
+        return same and self.data.data_ptr() == weight.data_ptr() and not self.sums.used
 
     def total(self) -> tuple[Tensor | None, bool]:
         """The buffer for this backward and whether it holds a sum; None in one that stops short of the weight."""

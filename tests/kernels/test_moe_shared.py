@@ -219,6 +219,18 @@ def test_weights_changed_in_place():
     assert torch.equal(stack(x, w), stack(x, w, each=copies))
 
 
+def test_weights_whose_data_is_set():
+    x, w = inputs(), weights()
+    first = stack(x, w)
+    for t in w.values():
+        t.data = 2 * t.data
+    y = stack(x, w)
+    assert torch.equal(y, stack(x, w, each=copies))
+    found = torch.autograd.grad(y.square().sum(), list(w.values()))
+    torch.testing.assert_close(found, expected(w, lambda each: stack(x, w, each=each).square().sum()), **EXACT)
+    del first  # as long as it is there, so is what the calls before shared
+
+
 @pytest.mark.parametrize(
     "dtype, backend, dim, inner",
     [
