@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...kernels.launch import without_autocast
 from ..checks import branch_output, check_eps, check_input, check_positive
+from ..init import init_weights
 from ..registry import register_slot
 
 INITS = ("paper", "identity")
@@ -120,8 +121,6 @@ class Hyper(nn.Module):
             self.stream_embed = nn.Parameter(torch.empty(num_streams, dim, **dd))
         if reduce == "learned" and num_layers in (None, layer_index + 1):
             self.reduce_weight = nn.Parameter(torch.empty(num_streams, **dd))
-        if dynamic:
-            self.norm.reset_parameters()
         self.reset_parameters()
 
     @abstractmethod
@@ -138,9 +137,12 @@ class Hyper(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """First values of this layer's own parameters; those of the branch stay."""
+        """First values of this layer's own parameters and norms'; those of the branch stay."""
+        self.branch_norm.apply(init_weights)
         if self.disabled:
             return
+        if self.dynamic:
+            self.norm.reset_parameters()
         self.reset_coefficients()
         if "stream_embed" in self._parameters:
             self.stream_embed.zero_()

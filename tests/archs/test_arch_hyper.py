@@ -130,6 +130,15 @@ def test_paper_init_values():
 
 
 @pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("off", [{}, {"disable": True}])
+def test_reset_parameters_gives_all_that_is_a_layers_own_its_first_values(kind, off):
+    layer = CLASSES[kind](None, 5, norm="pre", expand="learned", reduce="learned", **off)
+    first = copy.deepcopy(layer.state_dict())
+    randomised(layer).reset_parameters()
+    torch.testing.assert_close(layer.state_dict(), first, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
 def test_a_layer_is_its_equation(kind):
     layer = randomised(CLASSES[kind](nn.Linear(6, 6, **FLOAT64), 6, num_streams=4, **FLOAT64))
     x = normal(2, 3, 4, 6)
