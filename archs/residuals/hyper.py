@@ -144,9 +144,9 @@ class Hyper(nn.Module):
         if self.dynamic:
             self.norm.reset_parameters()
         self.reset_coefficients()
-        if "stream_embed" in self._parameters:
+        if hasattr(self, "stream_embed"):
             self.stream_embed.zero_()
-        if "reduce_weight" in self._parameters:
+        if hasattr(self, "reduce_weight"):
             self.reduce_weight.fill_(1.0 if self.init == "paper" else 1 / self.num_streams)
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -191,7 +191,7 @@ class Hyper(nn.Module):
         if self.disabled:
             return x
         check_input(x, self.dim)
-        if "stream_embed" in self._parameters:
+        if hasattr(self, "stream_embed"):
             return x.unsqueeze(-2) + self.stream_embed
         return x.unsqueeze(-2).expand(*x.shape[:-1], self.num_streams, self.dim)
 
@@ -201,7 +201,7 @@ class Hyper(nn.Module):
             return x
         self.check(x)
         if self.reduce_kind == "learned":
-            if "reduce_weight" not in self._parameters:
+            if not hasattr(self, "reduce_weight"):
                 raise ValueError(f"reduce='learned' is the last sublayer's, layer_index={self.layer_index} is not")
             with without_autocast(x.device.type):
                 return torch.einsum("...nc,n->...c", torch.clone(x), self.reduce_weight.to(x.dtype))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import parametrize
 
 from grassland.archs import (
     MHC,
@@ -37,6 +38,11 @@ def randomised(module, std=0.4, seed=0):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter += std * noise.to(parameter.dtype)
     return module
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -291,6 +297,19 @@ def test_expand_and_reduce(kind, reduce):
     weight = layers[-1].reduce_weight if reduce == "learned" else weights[reduce]
     expected = (torch.clone(streams) * weight[:, None]).sum(-2)
     torch.testing.assert_close(layers[-1].reduce(streams), expected, atol=1e-13, rtol=0)
+
+
+def test_learned_ends_may_be_parametrised():
+    layer = KromHC(None, 6, num_layers=1, expand="learned", reduce="learned", **FLOAT64)
+    double = randomised(copy.deepcopy(layer))
+    layer.load_state_dict(double.state_dict())
+    for name in ("stream_embed", "reduce_weight"):
+        parametrize.register_parametrization(layer, name, Doubled())
+        with torch.no_grad():
+            getattr(double, name).mul_(2)
+    x = normal(2, 6)
+    assert torch.equal(layer.expand(x).tensor(), double.expand(x).tensor())
+    assert torch.equal(layer.reduce(layer.expand(x)), double.reduce(double.expand(x)))
 
 
 def test_what_has_no_norm_has_no_attribute_norm():
