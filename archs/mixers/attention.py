@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..registry import register_slot
 from .multihead import MultiHead
-from .state import MixerState
+from .state import MixerState, home
 
 FLASH_INSTALLED = find_spec("flash_attn") is not None
 
@@ -29,9 +29,15 @@ class KVCache(MixerState):
         super().__init__(batch_size, device)
         self.max_len = max_len
         shape = (batch_size, num_heads, max_len + 1, head_dim)
-        # Zeros rather than empty: a masked NaN in an unwritten slot would still poison 0 * NaN.
+        # Zeros rather than empty, here and in `reset`: a masked NaN in an unwritten slot would still poison 0 * NaN.
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+    def reset(self) -> None:
+        """Begin anew."""
+        super().reset()
+        self.keys.zero_()
+        self.values.zero_()
 
     def write(self, keys: Tensor, values: Tensor, lengths: Tensor | None) -> Tensor:
         """Store a chunk (B, H, T, D/H) and return its positions (B, T)."""
@@ -87,9 +93,9 @@ class CausalAttention(MultiHead):
         dtype: torch.dtype | None = None,
     ) -> KVCache:
         """An empty KV cache for `max_len` tokens a row."""
-        weight = self.out_proj.weight
-        head_dim = weight.shape[0] // self.num_heads
-        return KVCache(batch_size, max_len, self.num_heads, head_dim, device or weight.device, dtype or weight.dtype)
+        own_device, own_dtype = home(self)
+        head_dim = self.dim // self.num_heads
+        return KVCache(batch_size, max_len, self.num_heads, head_dim, device or own_device, dtype or own_dtype)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs a token: four projections and, on average, (seq_len + 1) / 2 keys."""

@@ -23,6 +23,7 @@ from ..checks import check_input, check_positive
 from ..init import init_weights
 from ..registry import register_slot
 from .grassmann import ReducedHistory, blended
+from .state import home
 
 
 class Control(nn.Module, ABC):
@@ -128,8 +129,9 @@ class Control(nn.Module, ABC):
         offsets: Iterable[int] | None = None,
     ) -> ReducedHistory:
         """An empty history of max Δ vectors a row; its size does not depend on `max_len`."""
-        span, weight = max(self.offsets if offsets is None else checked_offsets(offsets)), self.gate.weight
-        return ReducedHistory(batch_size, span, self.kept, device or weight.device, dtype or weight.dtype)
+        span = max(self.offsets if offsets is None else checked_offsets(offsets))
+        own_device, own_dtype = home(self)
+        return ReducedHistory(batch_size, span, self.kept, device or own_device, dtype or own_dtype)
 
     def flops_per_token(self, seq_len: int, offsets: Iterable[int] | None = None) -> int:
         """Forward FLOPs a token: the matrices, and what the pairing does for each offset below `seq_len`."""

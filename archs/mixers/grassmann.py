@@ -12,7 +12,7 @@ from ...kernels.plucker import checked_offsets, gated_blend, plucker_coordinates
 from ..checks import check_input, check_positive, is_plain
 from ..init import init_weights
 from ..registry import register_slot
-from .state import MixerState
+from .state import MixerState, home
 
 
 class ReducedHistory(MixerState):
@@ -41,6 +41,12 @@ class ReducedHistory(MixerState):
             kept = window.gather(1, index[..., None].expand(-1, -1, z.shape[2]))
         self.z = kept.to(self.z.dtype)
         return window
+
+    def reset(self) -> None:
+        """Begin anew."""
+        super().reset()
+        # Out of every row's reach, but a masked NaN would still poison 0 * NaN.
+        self.z = torch.zeros_like(self.z)
 
 
 @register_slot("mixer", "grassmann")
@@ -152,8 +158,8 @@ class CausalGrassmannMixer(nn.Module):
     ) -> ReducedHistory:
         """An empty history of max Δ reduced vectors a row; its size does not depend on `max_len`."""
         span = max(self.offsets if offsets is None else checked_offsets(offsets))
-        weight = self.reduce.weight
-        return ReducedHistory(batch_size, span, self.rank, device or weight.device, dtype or weight.dtype)
+        own_device, own_dtype = home(self)
+        return ReducedHistory(batch_size, span, self.rank, device or own_device, dtype or own_dtype)
 
     def flops_per_token(self, seq_len: int, offsets: Iterable[int] | None = None) -> int:
         """Forward FLOPs a token of the collapsed form: the projections, one wedge, and 8·rank for each offset."""

@@ -1,7 +1,15 @@
 """What every mixer's decoding state has in common: how much of each row it has seen."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def home(mixer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """Device and dtype of what it computes, as far as its parameters tell: a quantised one may have none, or keep them
+    in single bytes."""
+    parameters = list(mixer.parameters())
+    wide = (p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1)
+    return next((p.device for p in parameters), None), next(wide, None)
 
 
 def check_lengths(lengths: Tensor | None, rows: int, length: int) -> None:
@@ -50,5 +58,5 @@ class MixerState:
         self.least += length if lengths is None else 0
 
     def reset(self) -> None:
-        """Begin anew; what is kept of the tokens before is out of every row's reach."""
+        """Begin anew."""
         self.seen, self.extent, self.least = torch.zeros_like(self.seen), 0, 0

@@ -155,6 +155,17 @@ def test_a_state_of_another_batch_is_refused(cls):
     assert state.fresh
 
 
+@pytest.mark.parametrize("cls", [*HISTORY, CausalAttention])
+def test_a_state_that_is_reset_knows_nothing_of_what_was_before(cls):
+    mixer, x = layer(cls), torch.randn(2, 6, 16)
+    state = mixer.init_state(2, 9)
+    mixer(torch.full((2, 5, 16), torch.nan), state)
+    state.reset()
+    lengths = torch.tensor([3, 0])
+    mixer(x[:, :3], state, lengths)
+    torch.testing.assert_close(mixer(x[:, 3:], state), torch.stack([mixer(x)[0, 3:], mixer(x[:, 3:])[1]]))
+
+
 WRONG_LENGTHS = [
     ([2, 3], TypeError, r"lengths must be an int64 tensor \(2,\), got list"),
     (torch.tensor([2.0, 3.0]), TypeError, r"lengths must be .*, got torch\.float32"),

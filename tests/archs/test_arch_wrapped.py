@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from grassland.archs import (
+    CausalAttention,
     CausalConvolution,
     CausalGrassmannMixer,
     ConcatenationMixer,
@@ -171,3 +172,15 @@ def test_a_layer_whose_weight_is_no_tensor_runs_and_decodes(mixer):
         replace(model, name, Packed(model.get_submodule(name)))
     torch.testing.assert_close(model(ids), expected)
     torch.testing.assert_close(model.decode(ids, model.init_state(2)), expected[:, -1])
+
+
+@pytest.mark.parametrize("cls", [*HISTORY, CausalAttention])
+def test_a_quantised_mixer_decodes(cls):
+    mixer, x = cls(8), torch.randn(2, 7, 8)
+    expected = mixer(x)
+    for name in [name for name, layer in mixer.named_children() if type(layer) is nn.Linear]:
+        replace(mixer, name, Packed(mixer.get_submodule(name)))
+    # As in bitsandbytes, whose packed weights are parameters of single bytes.
+    mixer.packed = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    state = mixer.init_state(2, 7)
+    torch.testing.assert_close(torch.cat([mixer(x[:, :3], state), mixer(x[:, 3:], state)], 1), expected)
