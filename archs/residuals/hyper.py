@@ -171,8 +171,7 @@ class Hyper(nn.Module):
             u = (h_pre.unsqueeze(-2) @ x.to(h_pre.dtype)).squeeze(-2).to(x.dtype)
 
         def join(y: Tensor) -> Tensor:
-            if y.shape != u.shape:
-                raise ValueError(f"y must be {tuple(u.shape)}, as the branch's input, got {tuple(y.shape)}")
+            check_joins(y, u)
             with without_autocast(x.device.type):
                 mixed = mixing @ x.to(mixing.dtype) + h_post.unsqueeze(-1) * y.to(mixing.dtype).unsqueeze(-2)
                 return mixed.to(x.dtype)
@@ -239,6 +238,12 @@ class Hyper(nn.Module):
         if self.init == "identity":
             return torch.zeros(self.num_streams)
         return self.first_pre()
+
+
+def check_joins(y: Tensor, u: Tensor) -> None:
+    """ValueError unless a branch's output has the shape of its input."""
+    if y.shape != u.shape:
+        raise ValueError(f"y must be {tuple(u.shape)}, as the branch's input, got {tuple(y.shape)}")
 
 
 def wide(x: Tensor) -> Tensor:

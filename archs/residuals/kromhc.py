@@ -13,7 +13,7 @@ from ...kernels.kronecker import kronecker_factors, kronecker_matrix, kronecker_
 from ...kernels.launch import without_autocast
 from ..checks import check_positive
 from ..registry import register_slot
-from .hyper import Opened, wide
+from .hyper import Opened, check_joins, wide
 from .manifold import CLOSED, Manifold
 from .streams import StreamState
 
@@ -116,6 +116,7 @@ class KromHC(Manifold):
             settled, u, h = state.read(*self.projection(full))
 
         def join(y: Tensor) -> Any:
+            check_joins(y, u)
             following = settled.add(y.to(u.dtype) if y.dtype != u.dtype else y, h)
             return following if given else following.tensor()
 

@@ -464,6 +464,7 @@ def test_the_official_interface_reduces_as_it_is_told(options, kind):
         (lambda: PlainResidual(torch.tanh, 8)(torch.zeros(2, 7)), ("x", "8", "(2, 7)")),
         (lambda: MHC(lambda u: u[:1], 8)(torch.zeros(2, 4, 8)), ("y", "(2, 8)", "(1, 8)")),
         (lambda: KromHC(lambda u: u[:1], 8)(torch.zeros(2, 4, 8)), ("y", "(2, 8)", "(1, 8)")),
+        (lambda: KromHC(lambda u: u[:1], 8)(KromHC(None, 8).expand(torch.zeros(2, 8))), ("y", "(2, 8)", "(1, 8)")),
         (lambda: KromHC(None, 8, reduce="learned", num_layers=2).reduce(torch.zeros(2, 4, 8)), ("learned", "0")),
         (lambda: get_init_and_expand_reduce_stream_functions(4, kind="mhd"), ("kind", "mhd")),
         (lambda: get_init_and_expand_reduce_stream_functions(4, reduce="learned"), ("reduce", "learned", "mean")),
