@@ -317,12 +317,21 @@ def moe_mlp(share: bool = False, **options: Any) -> Callable[[Any, nn.Module], M
 def balance_loss(model: nn.Module) -> Tensor:
     """The sum of the balance losses of the last forward pass, to be added to the training loss; forgets them.
 
-    ValueError if no `MoEMlp` has run since the last call.
+    ValueError if no `MoEMlp` has run since the last call, or with gradients enabled, if one in training has run without,
+    as in checkpointing with use_reentrant=True.
     """
     layers = [module for module in model.modules() if isinstance(module, MoEMlp)]
-    losses = [layer.balance for layer in layers if layer.balance is not None]
+    losses = {layer: layer.balance for layer in layers if layer.balance is not None}
     for layer in layers:
         layer.balance = None
     if not losses:
         raise ValueError(f"no MoEMlp of {type(model).__name__} has run since balance_loss was last called")
-    return torch.stack(losses).sum()
+    if torch.is_grad_enabled() and any(
+        layer.training and layer.experts.router.requires_grad and not loss.requires_grad
+        for layer, loss in losses.items()
+    ):
+        raise ValueError(
+            f"{type(model).__name__} has run without gradients, so its balance loss has none: checkpoint with "
+            "use_reentrant=False, or call balance_loss under torch.no_grad"
+        )
+    return torch.stack(list(losses.values())).sum()

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from grassland.archs import GrassmannHead, HyperConnection, KromHC, SharedMoE, swap
 from grassland.archs.interop.adapters import (
@@ -350,6 +351,20 @@ def test_a_model_with_experts_is_copied_and_pickled_between_forward_and_backward
         assert torch.equal(twin(images), expected)
         assert twin.blocks[0].mlp.experts is twin.blocks[1].mlp.experts is not vit.blocks[0].mlp.experts
     balance_loss(vit).backward()
+
+
+def test_a_balance_loss_without_a_gradient_is_refused():
+    model, x = MoEMlp(SharedMoE(8, 12)), torch.randn(2, 5, 8, requires_grad=True)
+    checkpoint(model, x, use_reentrant=True)
+    with pytest.raises(ValueError, match="MoEMlp has run without gradients.*use_reentrant=False"):
+        balance_loss(model)
+    checkpoint(model, x, use_reentrant=False)
+    assert balance_loss(model).requires_grad
+    with torch.no_grad():
+        model(x)
+        assert balance_loss(model) > 0
+    model.eval()(x.detach())
+    assert balance_loss(model) > 0
 
 
 def test_models_share_no_experts_with_one_another(vit):
