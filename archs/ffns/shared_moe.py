@@ -164,9 +164,10 @@ class SharedMoE(nn.Module):
         return places
 
     def _count(self, routing: Routing) -> None:
-        # A checkpoint calls the layer again from within the backward, for tokens that have been counted.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            self.tally.add_(torch.stack([routing.counts, routing.offsets.diff()]))
+        # A checkpoint calls the layer again from within the backward, for tokens that have been counted. A selective one
+        # wants the same operations then.
+        first = torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+        self.tally.add_(torch.stack([routing.counts, routing.offsets.diff()]), alpha=int(first))
 
     def load(self) -> dict[str, Tensor]:
         """Statistics of the last call, each (E,) float32 but "dropped", a scalar: "share" of the assignments that chose

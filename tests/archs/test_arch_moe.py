@@ -1,10 +1,11 @@
 """SharedMoE as a layer of anyone's model, and shared across depth."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from grassland.archs import SharedMoE, create_model
 
@@ -147,6 +148,19 @@ def test_checkpointing_changes_nothing(mode):
         results.append([auxiliary, x.grad, *(p.grad for p in stack.parameters())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_selective_checkpointing_finds_its_operations_again():
+    layer, x = moe(noise=False), torch.randn(20, 8, dtype=torch.float64, requires_grad=True)
+
+    def block(x):
+        return (layer(x)[0] - x.tanh()).exp()
+
+    expected = torch.autograd.grad(block(x).sum(), x)[0]
+    saved = partial(create_selective_checkpoint_contexts, [torch.ops.aten.sub.Tensor])
+    y = checkpoint(block, x, use_reentrant=False, context_fn=saved)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
+    assert layer.tally[0].sum() == 2 * 20 * 2
 
 
 @pytest.mark.parametrize("mode", [None, "reentrant", "hooks"])
