@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -255,7 +256,7 @@ def read_run_config(kind: type[C], default: C, arguments: list[str], command: st
         if out is not None and Path(out).resolve() != Path(folder).resolve():
             raise ValueError(f"{folder}: a resumed run goes on in its own folder, got --out {out}")
         default = replace(stored, resume=folder)
-    config: C = _parse(kind, arguments, command, _lengths(default, arguments))
+    config: C = _parse(kind, _with_one_set(arguments), command, _lengths(default, arguments))
     if stored is not None and (changed := stored.changed(config)):
         raise ValueError(f"{folder}: a resumed run keeps its {', '.join(changed)}; start a new one with --out instead")
     return config
@@ -321,15 +322,26 @@ def _lengths(chosen: C, arguments: list[str]) -> C:
 
 
 def _argument(arguments: list[str], name: str) -> str | None:
-    for index, argument in enumerate(arguments):
+    """The value of an option; the last one of an option that is repeated, as the parser has it."""
+    last = None
+    for argument, following in zip_longest(arguments, arguments[1:]):
         option, equals, value = argument.partition("=")
-        if option.replace("_", "-") != name:
-            continue
-        if equals:
-            return value
-        if index + 1 < len(arguments):
-            return arguments[index + 1]
-    return None
+        if option.replace("_", "-") == name:
+            last = value if equals else following
+    return last
+
+
+def _with_one_set(arguments: list[str]) -> list[str]:
+    """The arguments with the values of every --set after one: of several the parser would take the last alone."""
+    others: list[str] = []
+    given: list[str] = []
+    chosen = others
+    for argument in arguments:
+        if argument.startswith("--"):
+            chosen = given if argument.partition("=")[0] == "--set" else others
+        chosen.append(argument)
+    values = [argument.removeprefix("--set=") for argument in given if argument != "--set"]
+    return [*others, "--set", *values] if given else others
 
 
 def _is_defect(error: Exception) -> bool:

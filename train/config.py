@@ -29,7 +29,7 @@ class RunConfig:
     data: str
     """Where the data comes from: a name, a file or a folder."""
     set: tuple[str, ...] = ()
-    """Overrides of the model: `--set dim=128 depth=2 mixer=attention offsets=1,2,4`."""
+    """Overrides of the model: `--set dim=128 depth=2 mixer=attention offsets=1,2,4`; several --set add up."""
     out: str | None = None
     """Folder of the run; by default a fresh one, runs/MODEL-DATA."""
     resume: str | None = None

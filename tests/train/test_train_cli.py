@@ -275,3 +275,16 @@ def test_a_process_leaves_with_the_exit_code_and_no_traceback():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: data /nowhere/a.txt: no such file or folder\n"
+
+
+def test_options_that_are_repeated():
+    arguments = ["--set", "dim=8", "depth=3", "--lr", "1", "--set=rank=4", "--lr", "0.5", "--set", "depth=2"]
+    config = read_run_config(LMConfig, default_lm(), arguments, "lm")
+    assert config.overrides() == {"dim": 8, "depth": 2, "rank": 4} and config.lr == 0.5
+
+
+def test_of_two_runs_to_be_resumed_the_last_one_goes_on_with_its_own_settings(trained, variant, tmp_path):
+    other = tmp_path / "other"
+    assert run(LanguageModeling, variant(out=str(other), steps=2, samples=0, lr=3e-4)) == 0
+    config = read_run_config(LMConfig, default_lm(), ["--resume", str(trained), "--resume", str(other)], "lm")
+    assert (config.resume, config.lr) == (str(other), 3e-4)

@@ -44,6 +44,14 @@ def test_held_out_text_is_not_in_the_training_text():
     assert sum(map(len, texts.values())) == pytest.approx(len(pydoc_text()), rel=0.01)
 
 
+@pytest.mark.parametrize("text", ["春眠不觉晓" * 4000, ("春眠不觉晓" * 20 + "\n") * 200, ">chr1 human\n" + "acgt" * 5000])
+def test_a_text_with_few_spaces_gives_up_its_last_twentieth(tmp_path, text):
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    texts = load_text(str(tmp_path / "text.txt"))
+    assert texts["train"] + texts["test"] + texts["valid"] == text
+    assert 0.85 < len(texts["train"]) / len(text) < 0.91
+
+
 def test_a_second_load_reads_the_cache_and_a_changed_text_does_not(text_file, monkeypatch):
     first = load_corpus(str(text_file), "bpe:300")
     with monkeypatch.context() as patch:

@@ -81,10 +81,14 @@ def _complete(texts: dict[str, str], source: str) -> dict[str, str]:
 
 
 def _hold_out(text: str) -> tuple[str, str]:
-    """Split off every 20th run of paragraphs; a short text gives up its last twentieth instead."""
+    """Split off every 20th run of paragraphs; a text of few paragraphs gives up its last twentieth instead."""
     pieces = _pieces(text, 2000)
     if len(pieces) < HOLDOUT:
-        cut = text.rfind(" ", 0, len(text) - len(text) // HOLDOUT) + 1 or len(text)
+        held = len(text) // HOLDOUT
+        last = len(text) - held
+        # The nearest space may be far away, or nowhere: in Chinese, in sequences of bases.
+        near = max(0, last - max(held, 100))
+        cut = next((at for mark in " \n" if (at := text.rfind(mark, near, last) + 1)), last)
         return text[:cut], text[cut:]
     held = pieces[HOLDOUT // 2 :: HOLDOUT]
     kept = [piece for index, piece in enumerate(pieces) if index % HOLDOUT != HOLDOUT // 2]
