@@ -13,7 +13,7 @@ from ..archs.hints import described, fits
 # What a resumed run may change without changing the numbers of the steps already made.
 RESUMABLE = frozenset(
     {"steps", "epochs", "eval_every", "save_every", "eval_epochs", "log_every"}
-    | {"out", "resume", "tensorboard", "samples", "workers", "on_nan", "parallel"}
+    | {"out", "resume", "tensorboard", "samples", "workers", "on_nan", "bad_images", "parallel"}
 )
 
 

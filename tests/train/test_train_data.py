@@ -8,7 +8,7 @@ import torch
 
 from grassland.train.data import BlockOrder, block_batch, load_corpus, load_text, load_tokenizer
 from grassland.train.data.corpus import _build, encode
-from grassland.train.data.sources import pydoc_text
+from grassland.train.data.sources import files_below, pydoc_text
 from grassland.train.data.tokenizer import train_bpe
 from grassland.train.sample import generate_text
 
@@ -44,7 +44,7 @@ def test_held_out_text_is_not_in_the_training_text():
     assert sum(map(len, texts.values())) == pytest.approx(len(pydoc_text()), rel=0.01)
 
 
-@pytest.mark.parametrize("text", ["春眠不觉晓" * 4000, ("春眠不觉晓" * 20 + "\n") * 200, ">chr1 human\n" + "acgt" * 5000])
+@pytest.mark.parametrize("text", ["春眠" * 9000, ("春眠" * 50 + "\n") * 200, ">chr1 human\n" + "acgt" * 5000])
 def test_a_text_with_few_spaces_gives_up_its_last_twentieth(tmp_path, text):
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     texts = load_text(str(tmp_path / "text.txt"))
@@ -237,3 +237,13 @@ def test_hidden_files_are_no_data(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert load_text(str(tmp_path)) == {"train": "train.txt", "valid": "dev.TXT", "test": "test.txt"}
+
+
+def test_linked_folders_are_read_and_loops_are_not(tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "elsewhere" / "deep" / "a.txt").write_text("a")
+    (tmp_path / "data" / "train").symlink_to("../elsewhere")
+    (tmp_path / "elsewhere" / "deep" / "up").symlink_to("..")
+    (tmp_path / "elsewhere" / "back").symlink_to("../data")
+    assert files_below(tmp_path / "data", {".txt"}) == [tmp_path / "data/train/deep/a.txt"]

@@ -330,12 +330,16 @@ def test_bad_folders_and_images_are_one_line_that_names_them(fail, tmp_path):
     assert "hollow: no images in class folders in it" in fail("vision", "--data", tmp_path / "hollow")
     (tmp_path / "hollow" / "ant").mkdir()
     assert "hollow/ant: an empty class folder" in fail("vision", "--data", tmp_path / "hollow")
+    (tmp_path / "hollow" / "bee").mkdir()
     for number in range(20):
-        path = tmp_path / "hollow" / "ant" / f"{number}.png"
+        path = tmp_path / "hollow" / ("bee" if number % 2 else "ant") / f"{number}.png"
         image.fromarray(np.random.default_rng(number).integers(0, 255, (20, 20, 3), np.uint8)).save(path)
         path.write_bytes(path.read_bytes()[:500])
     command = ["vision", "--data", tmp_path / "hollow", "--out", tmp_path / "out", "--batch-size", 4, "--steps", 2]
     assert ".png: unreadable or truncated" in fail(*command)
+    (tmp_path / "wrap").mkdir()
+    (tmp_path / "hollow").rename(tmp_path / "wrap" / "flowers")
+    assert "wrap: all images are of one class, 'flowers'; give" in fail("vision", "--data", tmp_path / "wrap")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     assert "bad.parquet: not a readable parquet file" in fail("vision", "--data", tmp_path / "bad.parquet")
 
@@ -356,6 +360,24 @@ def test_transfer_names_a_bad_option_and_a_split_without_a_readable_image(fail, 
     (tmp_path / "data/val/a/0.png").write_bytes(b"")
     command = ["transfer", tmp_path / "run", "--data", tmp_path / "data", "--bad-images", "skip"]
     assert "data data: there is no readable image in the valid split" in fail(*command)
+
+
+def test_a_run_that_met_a_bad_image_can_go_on_without_it(vision, tmp_path, monkeypatch):
+    from grassland.train.data.images import Arrays, ImageError
+
+    opened = Arrays.open
+
+    def opening(self, index):
+        if index % 50 == 7:
+            raise ImageError(f"image {index} is bad")
+        return opened(self, index)
+
+    monkeypatch.setattr(Arrays, "open", opening)
+    config = vision(out=str(tmp_path / "run"), batch_size=64, steps=2)
+    with pytest.raises(ImageError, match="--bad-images skip"):
+        run(ImageClassification, config)
+    arguments = ["vision", "--resume", str(tmp_path / "run"), "--bad-images", "skip"]
+    assert main(arguments) == 0
 
 
 def test_other_data_are_refused_on_resumption(vision, tmp_path, monkeypatch):

@@ -51,8 +51,8 @@ def load_images(source: str, image_column: str | None = None, label_column: str 
     A missing validation split is held out of train: every tenth image of a fixed permutation. So is a missing test
     split if validation is missing too; where it is not, validation serves as test, as ImageNet's is used.
 
-    Raises FileNotFoundError where nothing is found, and ValueError for an empty class folder, no images, labels that
-    are out of range, or unreadable tables; each names its source.
+    Raises FileNotFoundError where nothing is found, and ValueError for an empty class folder, no images, a single
+    class, labels that are out of range, or unreadable tables; each names its source.
     """
     path = Path(source).expanduser()
     columns = (image_column, label_column)
@@ -77,6 +77,9 @@ def _complete(splits: dict[str, ImageSet], classes: tuple[str, ...] | None, sour
         if not len(splits[name]):
             raise ValueError(f"data {source}: no images in the {name} split")
     classes = classes or tuple(str(label) for label in range(int(splits["train"].labels.max()) + 1))
+    if len(classes) == 1:
+        hint = "give the folder of the class folders, or a column of classes"
+        raise ValueError(f"data {source}: all images are of one class, {classes[0]!r}; {hint}")
     for name, part in splits.items():
         _check_labels(part, len(classes), f"data {source}: {name}")
     missing = [name for name in ("valid", "test") if name not in splits]

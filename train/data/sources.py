@@ -120,13 +120,18 @@ def _read_folder(folder: Path, column: str) -> dict[str, str]:
 
 
 def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """The files in a folder and the folders in it whose names end so, sorted; hidden ones, which editors and systems
-    leave beside the data, are left out. OSError for a folder that cannot be read."""
+    """The files in a folder and the folders in it, linked ones too, whose names end so, sorted; hidden ones, which
+    editors and systems leave beside the data, are left out. OSError for a folder that cannot be read."""
     found = []
-    for place, folders, names in os.walk(folder, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        folders[:] = [name for name in folders if not (name.startswith(".") or _leads_back(Path(place, name)))]
         found += [Path(place, n) for n in names if not n.startswith(".") and Path(n).suffix.lower() in suffixes]
     return sorted(found)
+
+
+def _leads_back(link: Path) -> bool:
+    """Whether it is a link to a folder that it is in."""
+    return link.is_symlink() and link.resolve() in {path.resolve() for path in link.parents}
 
 
 def _refuse(error: OSError) -> None:
