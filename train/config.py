@@ -186,9 +186,9 @@ class VisionConfig(RunConfig):
     recipe: str | None = None
     """A paper's settings to start from (r50, r50d, r101d, swin_t, rsb_a1, widenet …); other options count over them."""
     image_column: str | None = None
-    """Column of a parquet file or hub data set; by default the first that holds images."""
+    """Column of a parquet file or hub data set; by default image, or the only one of its like."""
     label_column: str | None = None
-    """Column of a parquet file or hub data set; by default label, or the first of its like."""
+    """Column of a parquet file or hub data set; by default label, or the only one of its like."""
     head: Literal["linear", "cosine", "grassmann"] = "linear"
     """The classifier: linear leaves the model's own; cosine normalises it; grassmann makes each class a subspace."""
     subspace_dim: int = 8

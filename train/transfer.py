@@ -44,9 +44,9 @@ class TransferOptions:
     bad_images: Literal["error", "skip"] = "error"
     """What an unreadable or truncated image is: an error that names it, or left out."""
     image_column: str | None = None
-    """Column of a parquet file or hub data set; by default the first that holds images."""
+    """Column of a parquet file or hub data set; by default image, or the only one of its like."""
     label_column: str | None = None
-    """Column of a parquet file or hub data set; by default label, or the first of its like."""
+    """Column of a parquet file or hub data set; by default label, or the only one of its like."""
 
 
 def transfer(options: TransferOptions, device: torch.device) -> dict[str, Any]:

@@ -179,6 +179,19 @@ def test_bad_labels_are_named(tmp_path, labels, named):
         load_images(str(tmp_path / "a.parquet"))
 
 
+def test_a_column_that_may_be_of_labels_or_not_is_not_guessed(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"id": list(range(9)), "picture": [encoded(i) for i in range(9)], "category": [0, 1, 2] * 3}
+    path = tmp_path / "a.parquet"
+    parquet.write_table(arrow.table(columns), path)
+    with pytest.raises(ValueError, match="labels may be in id, category; give one as --label-column"):
+        load_images(str(path))
+    assert len(load_images(str(path), label_column="category").classes) == 3
+    parquet.write_table(arrow.table({**columns, "label": [10**12 + i for i in range(9)]}), path)
+    with pytest.raises(ValueError, match=r"a label is 10+8; classes are numbers from 0 to 999999"):
+        load_images(str(path))
+
+
 def test_a_label_beyond_the_classes_names_split_and_row(tmp_path):
     write_parquet(tmp_path / "train.parquet", [0, 1, 2])
     write_parquet(tmp_path / "valid.parquet", [0, 3])

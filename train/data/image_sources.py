@@ -26,6 +26,8 @@ from .sources import (
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp", ".gif"})
 IMAGE_COLUMNS = ("image", "img", "images")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
+# Larger labels are numbers of something else.
+MOST_CLASSES = 1_000_000
 # Every tenth image of a set without splits is held out for validation, and as many for testing.
 HOLDOUT = 10
 
@@ -76,7 +78,10 @@ def _complete(splits: dict[str, ImageSet], classes: tuple[str, ...] | None, sour
     for name in [split for split in SPLITS if split in splits]:
         if not len(splits[name]):
             raise ValueError(f"data {source}: no images in the {name} split")
-    classes = classes or tuple(str(label) for label in range(int(splits["train"].labels.max()) + 1))
+    count = int(splits["train"].labels.max()) + 1
+    if count > MOST_CLASSES:
+        raise ValueError(f"data {source}: a label is {count - 1}; classes are numbers from 0 to {MOST_CLASSES - 1}")
+    classes = classes or tuple(str(label) for label in range(count))
     if len(classes) == 1:
         hint = "give the folder of the class folders, or a column of classes"
         raise ValueError(f"data {source}: all images are of one class, {classes[0]!r}; {hint}")
@@ -213,10 +218,13 @@ def _columns(schema: Any, given: tuple[str | None, str | None], path: Path) -> t
 def _column(
     what: str, given: str | None, fitting: list[str], preferred: tuple[str, ...], names: list[str], where: str
 ) -> str:
-    """The column that is given, else one of the fitting type, those with a usual name first."""
+    """The column that is given, else the first usual one of the fitting type, else the only one of that type."""
     if given is not None and given not in names:
         raise ValueError(f"{where}: no column {given!r}; it has {', '.join(names)}")
-    chosen = given or next((name for name in (*preferred, *fitting) if name in fitting), None)
+    usual = next((name for name in preferred if name in fitting), None)
+    if given is None and usual is None and len(fitting) > 1:
+        raise ValueError(f"{where}: {what}s may be in {', '.join(fitting)}; give one as --{what}-column")
+    chosen = given or usual or next(iter(fitting), None)
     if chosen is None or chosen not in fitting:
         missing = f"column {given!r} holds no {what}s" if given else f"no column holds {what}s"
         raise ValueError(f"{where}: {missing}; it has {', '.join(names)}")
