@@ -23,13 +23,14 @@ from grassland.train.compare.figure import plot
 from grassland.train.compare.options import CompareOptions
 from grassland.train.compare.presets import PRESETS, load_comparisons
 from grassland.train.compare.report import arm_table, footnote, is_complete, read_records, section, write_report
-from grassland.train.compare.results import select
+from grassland.train.compare.results import is_diverged, select
 from grassland.train.compare.statistics import holm, paired, spread
 from grassland.train.config import LMConfig
 from grassland.train.env import hardware
 from grassland.train.log import UNTIMED_STEPS, MetricsLog, read_metrics
 from grassland.train.loop import Trainer
 from grassland.train.tasks.lm import LanguageModeling
+from grassland.train.watch import MAX_SKIPS
 
 HOLD = """
 import pathlib, time
@@ -152,12 +153,39 @@ def test_a_report_alone_takes_no_rate_as_tried_that_was_not_run(config, tmp_path
     assert read_records(out / "report.jsonl") == wide and len(wide) == len(narrow) + 2
 
 
-def test_a_rate_that_diverges_has_been_tried(config, tmp_path):
-    path, out = written(config, tmp_path, lrs=[0.001, 0.01, 1e30], seeds=[0]), tmp_path / "out"
-    assert run(path, out, "--widen", "0") == 0
-    records = read_records(out / "report.jsonl")
-    assert all(r["diverged"] for r in records if r["lr"] == 1e30)
-    assert not any(r["edge"] for r in records) and {r["lr"] for r in records if r["chosen"]} == {0.01}
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+def test_a_rate_that_diverges_has_been_tried(variant, tmp_path, on_nan):
+    path, out = written(variant(on_nan=on_nan), tmp_path, lrs=[0.001, 0.01, 1e30], seeds=[0]), tmp_path / "out"
+    for options, told in (["--widen", "0"], "loss nan"), (["--widen", "0", "--report-only"], "diverged"):
+        assert run(path, out, *options) == 0
+        records = read_records(out / "report.jsonl")
+        assert all(r["diverged"] and told in r["error"] for r in records if r["lr"] == 1e30)
+        assert not any(r["edge"] for r in records) and {r["lr"] for r in records if r["chosen"]} == {0.01}
+
+
+def test_a_rate_without_a_result_was_of_the_grid_all_the_same(plan, tmp_path):
+    for arm in ("a", "b"):
+        store_run(plan, tmp_path, arm, 0.01, 0, 2.0)
+    records = Runner(replace(plan, lrs=(0.01, 0.02), seeds=(0,)), tmp_path, None).records()
+    assert "; the learning rate is the best of the grid" in section(records)
+
+
+def test_steps_that_were_skipped_are_no_divergence(config, tmp_path):
+    """Not enough of them in a row, or a run that went on after them."""
+    for name, skipped, more, expected in (
+        ("few", range(1, MAX_SKIPS), (), False),
+        ("apart", (1, *range(3, MAX_SKIPS + 2)), (), False),
+        ("many", range(3, MAX_SKIPS + 3), (), True),
+        ("past", range(3, MAX_SKIPS + 3), ("resume",), False),
+    ):
+        (tmp_path / name).mkdir()
+        log = MetricsLog(tmp_path / name)
+        for step in skipped:
+            log.write("skip", step)
+        for event in more:
+            log.write(event, 20)
+        log.close()
+        assert is_diverged(tmp_path / name) is expected
 
 
 def test_runs_at_a_time_come_to_the_same(config, tmp_path, monkeypatch):

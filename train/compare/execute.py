@@ -131,7 +131,7 @@ class Runner:
         if is_done(folder):
             return {**about, "status": "done", "shared": _shared(folder).exists(), **outcome(folder, plan.task)}
         if self.context is None:
-            reason = "interrupted" if has_state(folder) else "not run"
+            reason = "diverged" if is_diverged(folder) else "interrupted" if has_state(folder) else "not run"
         else:
             log = _log(folder)
             lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []

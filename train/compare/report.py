@@ -54,7 +54,7 @@ def section(records: Sequence[Record]) -> str:
     note = [records[0]["note"]] if records[0]["note"] else []
     if not finished:
         return "\n\n".join([*note, *failures(records)])
-    parts = [*note, arm_table(records), explanation(finished), further_table(records), grid_table(records)]
+    parts = [*note, arm_table(records), explanation(records), further_table(records), grid_table(records)]
     parts += [differing(records), *failures(records), footnote(finished)]
     return "\n\n".join(part for part in parts if part)
 
@@ -174,8 +174,9 @@ def failures(records: Sequence[Record]) -> list[str]:
     return ["Without a result:\n\n" + "\n".join(lines)] if lines else []
 
 
-def explanation(finished: Sequence[Record]) -> str:
+def explanation(records: Sequence[Record]) -> str:
     """How to read the table of arms."""
+    finished = done(records)
     chosen = [record for record in finished if record["chosen"]]
     seeds, first = sorted({record["seed"] for record in chosen}), finished[0]
     memory = "allocated on the GPU" if on_gpu(first) else "resident, all of the process"
@@ -186,7 +187,7 @@ def explanation(finished: Sequence[Record]) -> str:
         if single
         else " Interval and p: two-sided t-test, paired over seeds; p (Holm) is adjusted for the number of arms."
     )
-    several = len({record["lr"] for record in finished}) > 1
+    several = len({record["lr"] for record in records}) > 1
     rate = (
         "the learning rate is the best of the grid in validation with the first seed"
         if several
@@ -195,7 +196,8 @@ def explanation(finished: Sequence[Record]) -> str:
     edge = " * at the end of the grid." if any(record["edge"] for record in chosen) else ""
     return (
         f"{distinct(chosen, 'steps')} steps, seeds {', '.join(map(str, seeds))}; {rate}.{edge} {tests}{paired_text} "
-        f"FLOPs are counted from the modules, norms and activations left out, training as three forward passes."
+        f"FLOPs are counted from the modules, other libraries' by torch, norms and activations left out, training as "
+        f"three forward passes."
         f"{speed_text(chosen)} Memory: {memory}."
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..log import read_metrics
+from ..watch import MAX_SKIPS
 
 Record = dict[str, Any]
 # For each task: what validation picks by (the smaller the better), what tables show, its factor, format and name.
@@ -47,8 +48,13 @@ def is_done(folder: Path) -> bool:
 
 
 def is_diverged(folder: Path) -> bool:
-    """Whether a run ended at a loss or gradient that is not finite."""
-    return (folder / "metrics.jsonl").is_file() and [e["event"] for e in read_metrics(folder)][-1:] == ["nan"]
+    """Whether a run ended at a loss or gradient that is not finite, or at too many in a row that were skipped."""
+    if not (folder / "metrics.jsonl").is_file() or not (events := read_metrics(folder)):
+        return False
+    last, skipped = events[-1], [e["step"] for e in events if e["event"] == "skip"][-MAX_SKIPS:]
+    return last["event"] == "nan" or (
+        last["event"] == "skip" and skipped == list(range(last["step"] + 1 - MAX_SKIPS, last["step"] + 1))
+    )
 
 
 def outcome(folder: Path, task: str) -> Record:
