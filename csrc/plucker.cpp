@@ -15,8 +15,14 @@ namespace {
 constexpr int64_t kChunk = 1024;
 constexpr int64_t kGrain = 64;
 
+// The first `context` tokens of a text are there as partners alone: they have no row of the output.
 struct Shape {
-  int64_t tokens, length, rank, pairs, dim;
+  int64_t tokens, length, rank, pairs, dim, context;
+
+  int64_t own() const { return length - context; }
+  int64_t rows() const { return length == 0 ? 0 : tokens / length * own(); }
+  int64_t position(int64_t row) const { return context + row % own(); }
+  int64_t token(int64_t row) const { return row / own() * length + position(row); }
 };
 
 int64_t whole_vectors(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
@@ -269,9 +275,9 @@ template <typename T>
 GRASSLAND_INLINE void wedge_rows_body(const Wedge& w, int64_t begin, int64_t end, int64_t base, T* out) {
   const Shape& s = w.shape;
   Token p(w);
-  for (int64_t token = begin; token < end; ++token) {
-    average(w, token, p);
-    wedge(p, s.rank, s.pairs, out + (token - base) * s.pairs);
+  for (int64_t row = begin; row < end; ++row) {
+    average(w, s.token(row), p);
+    wedge(p, s.rank, s.pairs, out + (row - base) * s.pairs);
   }
 }
 
@@ -324,8 +330,8 @@ GRASSLAND_MULTIARCH void source_rows_backward(const Wedge& w, int64_t begin, int
   }
 }
 
-Shape shape_of(const Tensor& z, const Tensor& weight) {
-  return {z.size(0) * z.size(1), z.size(1), z.size(2), weight.size(1), weight.size(0)};
+Shape shape_of(const Tensor& z, const Tensor& weight, int64_t context = 0) {
+  return {z.size(0) * z.size(1), z.size(1), z.size(2), weight.size(1), weight.size(0), context};
 }
 
 // z with rows filled up to whole vectors, itself where they are.
@@ -344,7 +350,7 @@ Tensor filled(const Tensor& z, const Shape& s) {
   return out;
 }
 
-// out = product, of tokens from `base` on, with the bias where at least one offset is valid; elsewhere the wedge is zero and
+// out = product, of rows from `base` on, with the bias where at least one offset is valid; elsewhere the wedge is zero and
 // so is the output. No bias: null.
 template <typename T>
 void place(const Tensor& product, const T* bias, int64_t first_valid, int64_t base, const Shape& s, T* out) {
@@ -353,7 +359,7 @@ void place(const Tensor& product, const T* bias, int64_t first_valid, int64_t ba
     for (int64_t k = begin; k < end; ++k) {
       const T* in = from + k * s.dim;
       T* row = out + (base + k) * s.dim;
-      if (bias == nullptr || (base + k) % s.length < first_valid) {
+      if (bias == nullptr || s.position(base + k) < first_valid) {
         std::copy_n(in, s.dim, row);
         continue;
       }
@@ -364,23 +370,23 @@ void place(const Tensor& product, const T* bias, int64_t first_valid, int64_t ba
 
 template <typename T>
 Tensor forward(const Tensor& z, const Tensor& weight, const std::optional<Tensor>& bias,
-               const std::vector<int64_t>& offsets, float eps) {
-  const Shape s = shape_of(z, weight);
+               const std::vector<int64_t>& offsets, float eps, int64_t context) {
+  const Shape s = shape_of(z, weight, context);
   const Tensor rows_of_z = filled(z, s);
   const Wedge w(data<float>(rows_of_z), offsets, eps, s);
-  Tensor out = empty(z, {s.tokens, s.dim}, kDtype<T>);
+  Tensor out = empty(z, {s.rows(), s.dim}, kDtype<T>);
   const T* added = bias ? data<T>(*bias) : nullptr;
   const int64_t first_valid = *std::min_element(offsets.begin(), offsets.end());
-  const int64_t chunk = std::min(kChunk, s.tokens);
+  const int64_t chunk = std::min(kChunk, s.rows());
   const Tensor wedges = empty(z, {chunk, s.pairs}, kDtype<T>);
-  for (int64_t base = 0; base < s.tokens; base += chunk) {
-    const int64_t stop = std::min(base + chunk, s.tokens);
+  for (int64_t base = 0; base < s.rows(); base += chunk) {
+    const int64_t stop = std::min(base + chunk, s.rows());
     torch::stable::parallel_for(base, stop, kGrain, [&](int64_t begin, int64_t end) {
       wedge_rows(w, begin, end, base, data<T>(wedges));
     });
     place(linear(rows(wedges, 0, stop - base), weight), added, first_valid, base, s, data<T>(out));
   }
-  return torch::stable::view(out, {z.size(0), z.size(1), s.dim});
+  return torch::stable::view(out, {z.size(0), s.own(), s.dim});
 }
 
 // Sums blocks of kGrain tokens before adding them up, which keeps the rounding error of a long sum small.
@@ -457,10 +463,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& z,
 }
 
 Tensor plucker_mix_cpu(const Tensor& z, const Tensor& weight, std::optional<Tensor> bias, std::vector<int64_t> offsets,
-                       double eps) {
+                       double eps, int64_t context) {
   return weight.scalar_type() == ScalarType::BFloat16
-             ? forward<bf16>(z, weight, bias, offsets, static_cast<float>(eps))
-             : forward<float>(z, weight, bias, offsets, static_cast<float>(eps));
+             ? forward<bf16>(z, weight, bias, offsets, static_cast<float>(eps), context)
+             : forward<float>(z, weight, bias, offsets, static_cast<float>(eps), context);
 }
 
 std::tuple<Tensor, Tensor, Tensor> plucker_mix_backward_cpu(const Tensor& grad, const Tensor& z, const Tensor& weight,
@@ -476,7 +482,7 @@ std::tuple<Tensor, Tensor, Tensor> plucker_mix_backward_cpu(const Tensor& grad, 
 
 // Inputs are checked and made contiguous by kernels/plucker/op.py: z float32, the rest float32 or bfloat16 alike.
 STABLE_TORCH_LIBRARY_FRAGMENT(grassland_cpp, m) {
-  m.def("plucker_mix(Tensor z, Tensor weight, Tensor? bias, int[] offsets, float eps) -> Tensor");
+  m.def("plucker_mix(Tensor z, Tensor weight, Tensor? bias, int[] offsets, float eps, int context) -> Tensor");
   m.def(
       "plucker_mix_backward(Tensor grad, Tensor z, Tensor weight, int[] offsets, float eps, bool need_z, "
       "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");

@@ -160,6 +160,65 @@ GRASSLAND_MULTIARCH void block_across(const Product<float>& p, const float* pane
   block_body<false>(p, panels, begin, end, wide, a, c);
 }
 
+// R rows of w from `first` on, with N rows of x; asks for the next R.
+template <int N, int R, typename T>
+GRASSLAND_INLINE void few_tile(const Product<T>& p, int64_t first) {
+  static_assert(N * R <= kLanes);
+  const int64_t rows = std::min<int64_t>(R, p.m - first);
+  Vec sum[kLanes] = {};
+  for_each_vector(p.k, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+    Vec x[N];
+    for (int i = 0; i < N; ++i) x[i] = load(p.x + i * p.ldx + c, live);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const T* at = p.w + (first + std::min<int64_t>(r, rows - 1)) * p.ldw + c;
+      if (sizeof(T) == sizeof(float) || c % (2 * kLanes) == 0) __builtin_prefetch(at + R * p.ldw, 0, 2);
+      const Vec w = load(at, live);
+      for (int i = 0; i < N; ++i) sum[i * R + r] += w * x[i];
+    }
+  });
+  float lanes[kLanes * kLanes], found[kLanes];
+  for (int k = 0; k < kLanes; ++k) store_full(sum[k], lanes + k * kLanes);
+  store_full(totals(lanes), found);
+  for (int i = 0; i < N; ++i)
+    for (int64_t r = 0; r < rows; ++r) {
+      const float bias = p.bias == nullptr ? 0.0f : to_float(p.bias[first + r]);
+      from_float(found[i * R + r] + bias, p.y[i * p.m + first + r]);
+    }
+}
+
+template <int N, int R, typename T>
+GRASSLAND_INLINE void few_tiles(const Product<T>& p, int64_t begin, int64_t end) {
+  for (int64_t first = begin; first < end; first += R) few_tile<N, R>(p, first);
+}
+
+template <typename T>
+GRASSLAND_INLINE void few_body(const Product<T>& p, int64_t begin, int64_t end) {
+  switch (p.n) {
+    case 1: return few_tiles<1, 8>(p, begin, end);
+    case 2: return few_tiles<2, 8>(p, begin, end);
+    case 3: return few_tiles<3, 4>(p, begin, end);
+    default: return few_tiles<4, 4>(p, begin, end);
+  }
+}
+
+#define GRASSLAND_FEW(T)                                                                       \
+  GRASSLAND_MULTIARCH void few_rows(const Product<T>& p, int64_t begin, int64_t end) {         \
+    few_body(p, begin, std::min(end, p.m));                                                    \
+  }
+GRASSLAND_FEW(float)
+GRASSLAND_FEW(bf16)
+
+template <typename T>
+void few_of(const Product<T>& p) {
+  // Numbers of w that are worth a thread.
+  constexpr int64_t kShare = 1 << 15, kTall = 8;
+  const int64_t grain = kShare / (kTall * p.k) + 1;
+  torch::stable::parallel_for(0, rounded(p.m, kTall) / kTall, grain, [&](int64_t begin, int64_t end) {
+    few_rows(p, begin * kTall, end * kTall);
+  });
+}
+
 // w (m, h) = or += g^T x for g (n, m), x in panels (panel, n, lane).
 template <typename T>
 struct Outer {
@@ -243,14 +302,22 @@ void outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add) {
 
 }  // namespace
 
+void few(const Product<float>& p) { few_of(p); }
+void few(const Product<bf16>& p) { few_of(p); }
+
 bool skinny_fits(const Tensor& x, const Tensor& w) {
-  return x.scalar_type() == ScalarType::Float && x.numel() > 0 && x.size(0) <= kSkinny && w.numel() >= kLarge &&
-         x.stride(1) == 1 && (w.stride(1) == 1 || w.stride(0) == 1);
+  if (x.scalar_type() != ScalarType::Float || x.numel() == 0 || x.stride(1) != 1) return false;
+  if (x.size(0) <= kFew && w.stride(1) == 1) return w.numel() >= kFewLarge;
+  return x.size(0) <= kSkinny && w.numel() >= kLarge && (w.stride(1) == 1 || w.stride(0) == 1);
 }
 
 Tensor skinny(const Tensor& x, const Tensor& w, const Tensor* bias) {
   const Tensor y = empty(x, {x.size(0), w.size(0)}, ScalarType::Float);
   const Product<float> p = product_of<float>(x, w, bias, y);
+  if (p.n <= kFew && p.along) {
+    few(p);
+    return y;
+  }
   const bool wide = many_registers();
   const Buffer panels = buffer(rounded(p.n, kLanes) * p.k);
   pack(p, panels.get());

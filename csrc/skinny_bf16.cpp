@@ -297,6 +297,10 @@ bool skinny_bf16_fits(const Tensor& x, const Tensor& w) {
 Tensor skinny_bf16(const Tensor& x, const Tensor& w, const Tensor* bias) {
   const Tensor y = empty(x, {x.size(0), w.size(0)}, ScalarType::BFloat16);
   const Product<bf16> p = product_of<bf16>(x, w, bias, y);
+  if (p.n <= kFewHalves && p.along) {
+    few(p);
+    return y;
+  }
   torch::stable::parallel_for(0, (p.m + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
     linear_panels(p, begin, end);
   });

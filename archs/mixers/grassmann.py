@@ -114,10 +114,11 @@ class CausalGrassmannMixer(nn.Module):
             g = self.out_proj(g)
         return blended(x, g, self.gate, self.backend)
 
-    def _mix(self, z: Tensor, offsets: Sequence[int]) -> Tensor:
+    def _mix(self, z: Tensor, offsets: Sequence[int], context: int = 0) -> Tensor:
         if is_plain(self.plucker):
             weight, bias = self.plucker.weight, self.plucker.bias
-            return plucker_mix(z, weight, bias, offsets=tuple(offsets), eps=self.eps, backend=self.backend)
+            settings: Any = {"eps": self.eps, "context": context, "backend": self.backend}
+            return plucker_mix(z, weight, bias, offsets=offsets, **settings)
         positions = torch.arange(z.shape[1], device=z.device)[None]
         return self._project(z, F.pad(z, (0, 0, max(offsets), 0)), positions, offsets)
 
@@ -128,16 +129,10 @@ class CausalGrassmannMixer(nn.Module):
         state.advance(length, lengths)
         if fresh:
             return self._mix(z, offsets)
-        if length == 1 and least >= max(offsets) and is_plain(self.plucker):
-            return self._step(window, offsets)
+        if least >= max(offsets) and is_plain(self.plucker):
+            return self._mix(window, offsets, context=window.shape[1] - length)
         positions = seen[:, None] + torch.arange(length, device=z.device)
         return self._project(z, window, positions, offsets)
-
-    def _step(self, window: Tensor, offsets: Sequence[int]) -> Tensor:
-        """g (B, 1, dim) of the last vector of a window that has all its partners: them alone, put side by side."""
-        last = window.shape[1] - 1
-        near = torch.cat([window[:, last - delta : last - delta + 1] for delta in (*offsets, 0)], dim=1)
-        return self._mix(near, range(1, near.shape[1]))[:, -1:]
 
     def _project(self, z: Tensor, window: Tensor, positions: Tensor, offsets: Sequence[int]) -> Tensor:
         """g (B, T, dim) of z (B, T, rank) at `positions`; window (B, ≥ max Δ + T, rank): what came before, and z."""

@@ -42,6 +42,7 @@ def plucker_mix(
     *,
     offsets: Iterable[int],
     eps: float = 1e-6,
+    context: int = 0,
     backend: str | None = None,
 ) -> Tensor:
     """Mean over the causal offsets of the projected, normalised Plücker coordinates of token pairs.
@@ -60,10 +61,11 @@ def plucker_mix(
         bias: (d,) of the weight's dtype, or None.
         offsets: positive distances, in tokens, any iterable of integers; one that occurs twice counts twice.
         eps: smallest norm that is divided by, > 0.
+        context: how many of the first tokens are there as partners alone, without an output; 0 to T.
         backend: "reference", "eager", "cpp", "triton" or "cuda"; None picks by $GRASSLAND_BACKEND, then by device.
 
     Returns:
-        g (B, T, d) in the dtype of `weight`.
+        g (B, T - context, d) in the dtype of `weight`.
 
     Raises:
         ValueError, TypeError: naming the argument that is wrong, what it was and what is allowed.
@@ -72,12 +74,12 @@ def plucker_mix(
     dtype = autocast_dtype(z.device.type)
     if dtype is not None and z.dtype != torch.float64:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    steps = _check(z, weight, bias, offsets, eps)
+    steps = _check(z, weight, bias, offsets, eps, context)
     chosen = dispatch.requested(backend)
     if chosen == "reference":
         with without_autocast(z.device.type):
-            return reference.plucker_mix(z, weight, bias, steps, eps)
-    return op.mix(z, weight, bias, steps, float(eps), chosen)
+            return reference.plucker_mix(z, weight, bias, steps, eps, context)
+    return op.mix(z, weight, bias, steps, float(eps), context, chosen)
 
 
 def gated_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
@@ -126,7 +128,9 @@ def _check_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise TypeError(f"g must have the dtype of x ({x.dtype}) or be half beside float32, got {g.dtype}")
 
 
-def _check(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Iterable[int], eps: float) -> list[int]:
+def _check(
+    z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Iterable[int], eps: float, context: int
+) -> list[int]:
     if z.dim() != 3 or z.shape[-1] < 2:
         raise ValueError(f"z must be (B, T, r) with r >= 2, got {tuple(z.shape)}")
     pairs = z.shape[-1] * (z.shape[-1] - 1) // 2
@@ -145,6 +149,8 @@ def _check(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Iterable[int
             raise ValueError(f"{name} must be on the device of z ({z.device}), got {tensor.device}")
     if not eps > 0:
         raise ValueError(f"eps must be > 0, got {eps}")
+    if isinstance(context, bool) or not isinstance(context, int | torch.SymInt) or not 0 <= context <= z.shape[1]:
+        raise ValueError(f"context must be an integer from 0 to T = {z.shape[1]}, got {context!r}")
     return list(checked_offsets(offsets))
 
 

@@ -49,17 +49,21 @@ CASES = [
     Case("large-eps", lambda: make(2, 8, 4, 3), {"offsets": [1, 2], "eps": 2.0}),
     Case("degenerate", degenerate, {"offsets": [1, 2]}),
     Case("strided", strided, {"offsets": [1, 2]}),
+    Case("context", lambda: make(3, 9, 6, 5), {"offsets": [1, 4], "context": 3}),
+    Case("context-before-a-partner", lambda: make(2, 9, 6, 5), {"offsets": [4, 5], "context": 2}),
+    Case("context-alone", lambda: make(2, 5, 6, 5), {"offsets": [1], "context": 5}),
+    Case("one-after-context", lambda: make(5, 17, 32, 48), {"offsets": list(PAPER_OFFSETS), "context": 16}),
     Case("paper-rank", lambda: make(2, 40, 32, 48), {"offsets": list(PAPER_OFFSETS)}),
 ]
 
 
 def registered(tensors: Tensors, options: dict[str, Any], backend: str) -> list[tuple[Any, tuple]]:
     z, weight, bias = tensors["z"], tensors["weight"], tensors.get("bias")
-    offsets, eps = options["offsets"], options.get("eps", 1e-6)
+    offsets, eps, context = options["offsets"], options.get("eps", 1e-6), options.get("context", 0)
     grad = torch.ones(*z.shape[:2], weight.shape[0], dtype=weight.dtype, device=weight.device)
     plain = [t.detach() for t in (grad, z, weight)]
     return [
-        (op.plucker_mix, (z, weight, bias, offsets, eps, backend)),
+        (op.plucker_mix, (z, weight, bias, offsets, eps, context, backend)),
         (op.plucker_mix_backward, (*plain, offsets, eps, [True, True, False], backend)),
     ]
 

@@ -56,11 +56,13 @@ def average(z: Tensor, offsets: Sequence[int], eps: float) -> Tensor:
     return total / counts(z.shape[1], offsets, z).clamp_min(1)
 
 
-def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], eps: float) -> Tensor:
+def plucker_mix(
+    z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], eps: float, context: int = 0
+) -> Tensor:
     z = full_precision(z)
-    p = plucker_coordinates(z, average(z, offsets, eps)).to(weight.dtype)
+    p = plucker_coordinates(z[:, context:], average(z, offsets, eps)[:, context:]).to(weight.dtype)
     g = p @ weight.T
-    return g if bias is None else g + bias * (counts(z.shape[1], offsets, g) > 0)
+    return g if bias is None else g + bias * (counts(z.shape[1], offsets, g)[context:] > 0)
 
 
 def antisymmetric(dp: Tensor, rank: int) -> Tensor:

@@ -279,22 +279,24 @@ def column_sum(x: Tensor, length: int = 1, first: int = 0) -> Tensor:
 
 
 @on_its_device
-def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], eps: float) -> Tensor:
+def plucker_mix(
+    z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], eps: float, context: int = 0
+) -> Tensor:
     batch, length, rank = z.shape
-    out = weight.new_empty(batch, length, weight.shape[0])
+    out = weight.new_empty(batch, length - context, weight.shape[0])
     if out.numel() == 0:
         return out
     z, weight = z.contiguous(), weight.contiguous()
-    y, packed = average(z, tuple(offsets), eps).flatten(0, 1), pack(weight, rank)
-    rows, flat = z.flatten(0, 1), out.flatten(0, 1)
-    for chunk in chunks(batch * length, weight):
+    y, packed = average(z, tuple(offsets), eps), pack(weight, rank)
+    rows, y, flat = (t.contiguous().flatten(0, 1) for t in (z[:, context:], y[:, context:], out))
+    for chunk in chunks(len(rows), weight):
         p = wedges(rows[chunk], y[chunk], weight)
         if bias is None:
             torch.mm(p, packed, out=flat[chunk])
         else:
             torch.addmm(bias, p, packed, out=flat[chunk])
     if bias is not None:
-        out[:, : min(offsets)] = 0
+        out[:, : max(min(offsets) - context, 0)] = 0
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
@@ -30,23 +31,28 @@ def unfit(z: Tensor, offsets: list[int]) -> tuple[str, ...]:
 
 
 @dispatch.opaque("plucker_mix")
-def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: list[int], eps: float, backend: str) -> Tensor:
+def plucker_mix(
+    z: Tensor, weight: Tensor, bias: Tensor | None, offsets: list[int], eps: float, context: int, backend: str
+) -> Tensor:
     backend = dispatch.pick(OP, weight, backend, unfit(z, offsets))
     if backend == "eager":
-        return eager.plucker_mix(z, weight, bias, offsets, eps).contiguous()
+        return eager.plucker_mix(z, weight, bias, offsets, eps, context).contiguous()
     if backend == "triton":
         from . import fused
 
-        return fused.plucker_mix(z, weight, bias, offsets, eps)
+        return fused.plucker_mix(z, weight, bias, offsets, eps, context)
     z, weight = z.float().contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    library = torch.ops.grassland_cuda if backend == "cuda" else torch.ops.grassland_cpp
-    return library.plucker_mix(z, weight, bias, offsets, eps)
+    if backend == "cuda":
+        return torch.ops.grassland_cuda.plucker_mix(z, weight, bias, offsets, eps)[:, context:].contiguous()
+    return torch.ops.grassland_cpp.plucker_mix(z, weight, bias, offsets, eps, context)
 
 
 @plucker_mix.register_fake
-def _(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: list[int], eps: float, backend: str) -> Tensor:
-    return weight.new_empty(z.shape[0], z.shape[1], weight.shape[0])
+def _(
+    z: Tensor, weight: Tensor, bias: Tensor | None, offsets: list[int], eps: float, context: int, backend: str
+) -> Tensor:
+    return weight.new_empty(z.shape[0], z.shape[1] - context, weight.shape[0])
 
 
 def bias_gradient(grad: Tensor, first: int) -> Tensor:
@@ -96,15 +102,17 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    z, weight, _, ctx.offsets, ctx.eps, ctx.backend = inputs
+    z, weight, _, ctx.offsets, ctx.eps, ctx.context, ctx.backend = inputs
     ctx.save_for_backward(z, weight)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     mask = list(ctx.needs_input_grad[:3])
+    if ctx.context:
+        grad = F.pad(grad, (0, 0, ctx.context, 0))
     found = plucker_mix_backward(grad, *ctx.saved_tensors, ctx.offsets, ctx.eps, mask, ctx.backend)
     dz, dweight, dbias = (g if needed else None for g, needed in zip(found, mask, strict=True))
-    return dz, dweight, dbias, None, None, None
+    return dz, dweight, dbias, None, None, None, None
 
 
 mix = differentiable(plucker_mix, _backward, _setup_context)

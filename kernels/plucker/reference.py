@@ -51,9 +51,11 @@ def literal_mix(
     return (total / count.clamp_min(1)).to(weight.dtype)
 
 
-def plucker_mix(z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], eps: float) -> Tensor:
+def plucker_mix(
+    z: Tensor, weight: Tensor, bias: Tensor | None, offsets: Sequence[int], eps: float, context: int = 0
+) -> Tensor:
     # where there is no pair p is 0
-    return literal_mix(full_precision(z), weight, bias, offsets, eps, clamped_norm)
+    return literal_mix(full_precision(z), weight, bias, offsets, eps, clamped_norm)[:, context:]
 
 
 def literal_blend(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

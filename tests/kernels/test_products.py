@@ -12,6 +12,8 @@ from grassland.kernels.testing import Case, check_backend, specs
 
 pytestmark = pytest.mark.skipif(dispatch.extension_error() is not None, reason=str(dispatch.extension_error()))
 SPECS = {spec.name: spec for spec in specs()}
+# Rows that have products of their own, and one more.
+FEW = range(1, 6)
 CASES = {
     "linear_cross_entropy": [
         Case("chunks", lambda: cross_entropy.head((5000,), 1700, 40, ignored=9), {"label_smoothing": 0.1}),
@@ -29,8 +31,17 @@ CASES = {
     "plucker_mix": [
         Case("chunks", lambda: plucker.make(2, 1100, 33, 70), {"offsets": [1, 2, 1030]}),
         Case("one-chunk", lambda: plucker.make(3, 100, 17, 129), {"offsets": [3]}),
+        Case("context-over-chunks", lambda: plucker.make(3, 700, 9, 30), {"offsets": [1, 300], "context": 290}),
+        # As many rows as have a product of their own, and one more; not all that a tile has, and a last lane alone.
+        *(
+            Case(f"{n}-rows", lambda n=n: plucker.make(n, 3, 26, 83), {"offsets": [1], "context": 2})
+            for n in range(1, 6)
+        ),
     ],
-    "gated_blend": [Case("rows", lambda: plucker.blend((300,), 129))],
+    "gated_blend": [
+        Case("rows", lambda: plucker.blend((300,), 129)),
+        *(Case(f"{n}-rows", lambda n=n: plucker.blend((n,), 93)) for n in range(1, 6)),
+    ],
     "moe_ffn": [
         Case("rows", lambda: moe.make(300, 70, 97, 2)),
         # Few rows and a weight of many blocks, each with an edge, of which a product of pairs of bfloat16 is made.
