@@ -67,7 +67,10 @@ class LocalAttention(Control):
         # (B, blocks, span + block, 2·width): the keys and values that each block of queries may see.
         seen = F.pad(window, (0, 0, 0, rest)).unfold(1, span + block, block).transpose(-1, -2)
         heads = [t.unflatten(-1, (self.num_heads, -1)).transpose(2, 3) for t in (queries, *seen.chunk(2, dim=-1))]
-        mixed = F.scaled_dot_product_attention(*heads, attn_mask=self._visible(positions, span, block, rest))
+        visible = self._visible(positions, span, block, rest).expand(len(own), -1, -1, -1, -1)
+        # A block is a row of the batch: torch's fused kernels take four dimensions, and its compiler fails on five.
+        q, k, v, mask = (t.flatten(0, 1) for t in (*heads, visible))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).unflatten(0, queries.shape[:2])
         return self.project(mixed.transpose(2, 3).flatten(3).flatten(1, 2)[:, :length])
 
     def _visible(self, positions: Tensor, span: int, block: int, rest: int) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from grassland.archs import CosineHead, create_model
 from grassland.archs.mixers import (
@@ -145,3 +146,11 @@ def test_cosine_head_on_a_timm_model_survives_a_new_number_of_classes():
     assert model(images).shape == (2, 7) and model(images).abs().max() <= 5
     model.reset_classifier(3)
     assert isinstance(model.get_classifier(), CosineHead) and model(images).shape == (2, 3)
+
+
+def test_local_attention_runs_in_torchs_fused_kernel():
+    # What is not, Inductor of torch 2.14 fails on.
+    mixer, x = randomised(LocalAttention, num_heads=2), torch.randn(2, 11, 6, dtype=torch.float64)
+    expected = mixer(x)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        torch.testing.assert_close(mixer(x), expected)
