@@ -1,6 +1,7 @@
 """What a layer asks of its input and of its inner modules before it hands them to a kernel."""
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -29,8 +30,14 @@ def check_input(
 
 def check_eps(norm_eps: float) -> None:
     """ValueError unless a LayerNorm can add it to a variance."""
-    if not 0 <= norm_eps < math.inf:
+    if not (isinstance(norm_eps, Real) and 0 <= norm_eps < math.inf):
         raise ValueError(f"norm_eps must be at least 0 and finite, got {norm_eps!r}")
+
+
+def check_dropout(dropout: float) -> None:
+    """ValueError unless it is a rate that leaves something."""
+    if not (isinstance(dropout, Real) and 0 <= dropout < 1):
+        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
 
 
 def check_positive(**values: Any) -> None:

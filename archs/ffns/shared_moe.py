@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import distributed as dist
 from ...kernels.dispatch import transformed
 from ...kernels.launch import without_autocast
 from ...kernels.moe import Routing, expert_capacity, moe_ffn, moe_route
-from ..checks import check_input, check_positive
+from ..checks import check_dropout, check_input, check_positive
 from ..init import INIT_STD
 from ..registry import register_slot
 
@@ -213,11 +214,10 @@ def _check_options(
 ) -> None:
     if top_k > num_experts:
         raise ValueError(f"top_k must be at most num_experts={num_experts}, got {top_k}")
-    if capacity_factor is not None and not 0 < capacity_factor < math.inf:
+    if capacity_factor is not None and not (isinstance(capacity_factor, Real) and 0 < capacity_factor < math.inf):
         raise ValueError(f"capacity_factor must be > 0 and finite, or None, got {capacity_factor!r}")
-    if not 0 <= balance_weight < math.inf:
+    if not (isinstance(balance_weight, Real) and 0 <= balance_weight < math.inf):
         raise ValueError(f"balance_weight must be at least 0 and finite, got {balance_weight!r}")
     if out_act not in (None, "gelu"):
         raise ValueError(f"out_act must be None or 'gelu', got {out_act!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+    check_dropout(dropout)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_input, check_positive
+from ..checks import check_dropout, check_input, check_positive
 from ..ffns import MLP
 from ..init import init_weights
 from ..mixers import BidirectionalAttention
@@ -47,8 +47,7 @@ class NLIHead(nn.Module):
         super().__init__()
         sizes = {"in_features": in_features, "num_classes": num_classes, "d_model": d_model, "d_ff": d_ff}
         check_positive(**sizes, num_layers=num_layers)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+        check_dropout(dropout)
         self.in_features, self.num_classes = in_features, num_classes
         self.proj = nn.Linear(in_features, d_model, **dd)
         residual: dict[str, Any] = {"norm": "post", "dropout": dropout, **dd}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class CausalGrassmannMixer(nn.Module):
         check_positive(dim=dim)
         if not isinstance(rank, int) or rank < 2:
             raise ValueError(f"rank must be an integer of at least 2, got {rank!r}")
-        if not 0 < eps < math.inf:
+        if not (isinstance(eps, Real) and 0 < eps < math.inf):
             raise ValueError(f"eps must be positive and finite, got {eps!r}")
         self.dim, self.rank, self.offsets, self.eps, self.backend = dim, rank, checked_offsets(offsets), eps, backend
         self.reduce = nn.Linear(dim, rank, **dd)

@@ -85,6 +85,15 @@ def test_a_wrong_size_is_named(cls, wrong):
             cls(16, wrong, nn.Embedding(8, 16))
 
 
+@pytest.mark.parametrize("wrong", [None, "1e-6", -1.0, float("nan")])
+def test_a_wrong_epsilon_is_named(wrong):
+    with pytest.raises(ValueError, match=f"^eps must be positive and finite, got {wrong!r}$"):
+        CausalGrassmannMixer(16, eps=wrong)
+    for cls in RESIDUALS:
+        with pytest.raises(ValueError, match=f"^norm_eps must be at least 0 and finite, got {wrong!r}$"):
+            cls(torch.tanh, 16, norm_eps=wrong)
+
+
 @pytest.mark.parametrize("cls", RESIDUALS)
 @pytest.mark.parametrize("wrong", [None, [1.0], ()])
 def test_a_branch_without_a_tensor_is_named(cls, wrong):

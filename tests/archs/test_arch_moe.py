@@ -248,6 +248,9 @@ def test_lm_with_shared_experts_compiles_and_decodes():
         ({"top_k": 1.5}, ("top_k", "1.5")),
         ({"out_act": "relu"}, ("out_act", "relu")),
         ({"dropout": 1.0}, ("dropout", "1.0")),
+        ({"dropout": None}, ("dropout", "None")),
+        ({"capacity_factor": "1.2"}, ("capacity_factor", "'1.2'")),
+        ({"balance_weight": None}, ("balance_weight", "None")),
     ],
 )
 def test_bad_options_name_themselves(options, words):
