@@ -36,7 +36,8 @@ class SharedMoE(nn.Module):
 
     `routing` is that of the last call, and `load()` its statistics; calls under torch.compile and the transforms of
     torch.func leave both as they are. `tally` (2, E) int64 counts the assignments and the kept pairs of all calls in
-    training, on the device, compiled ones too; who reads it may zero it. ValueError names a bad argument.
+    training, on the device, compiled ones too; who reads it may zero it; DistributedDataParallel overwrites it with that
+    of the first process unless broadcast_buffers=False. ValueError names a bad argument.
 
     With torch.distributed initialised, a call in training adds up the assignments of all processes (one all_reduce of
     E + 1 numbers) for the balance loss, so every process must make as many calls.
