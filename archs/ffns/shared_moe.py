@@ -36,8 +36,8 @@ class SharedMoE(nn.Module):
 
     `routing` is that of the last call, and `load()` its statistics; calls under torch.compile and the transforms of
     torch.func leave both as they are. `tally` (2, E) int64 counts the assignments and the kept pairs of all calls in
-    training, on the device, compiled ones too; who reads it may zero it; DistributedDataParallel overwrites it with that
-    of the first process unless broadcast_buffers=False. ValueError names a bad argument.
+    training, on the device, compiled ones too; who reads it may zero it. DistributedDataParallel overwrites it with the
+    first process's unless broadcast_buffers=False. ValueError names a bad argument.
 
     With torch.distributed initialised, a call in training adds up the assignments of all processes (one all_reduce of
     E + 1 numbers) for the balance loss, so every process must make as many calls.
@@ -166,8 +166,8 @@ class SharedMoE(nn.Module):
         return places
 
     def _count(self, routing: Routing) -> None:
-        # A checkpoint calls the layer again from within the backward, for tokens that have been counted. A selective one
-        # wants the same operations then.
+        # A checkpoint calls the layer again from within the backward, for tokens that have been counted; a selective
+        # one expects the same operations then.
         first = torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
         self.tally.add_(torch.stack([routing.counts, routing.offsets.diff()]), alpha=int(first))
 

@@ -317,8 +317,8 @@ def moe_mlp(share: bool = False, **options: Any) -> Callable[[Any, nn.Module], M
 def balance_loss(model: nn.Module) -> Tensor:
     """The sum of the balance losses of the last forward pass, to be added to the training loss; forgets them.
 
-    ValueError if no `MoEMlp` has run since the last call, or with gradients enabled, if one in training has run without,
-    as in checkpointing with use_reentrant=True.
+    ValueError if no `MoEMlp` has run since the last call, or, with gradients enabled, if one in training has run
+    without, as in checkpointing with use_reentrant=True.
     """
     layers = [module for module in model.modules() if isinstance(module, MoEMlp)]
     losses = {layer: layer.balance for layer in layers if layer.balance is not None}

@@ -27,7 +27,7 @@ class SharedWeight:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         self.weight, self.dtype, self.version = weight, dtype, weight._version
-        # Setting `weight.data` leaves the version as it is; what was there stays, so that nothing new takes its address.
+        # Setting `weight.data` leaves the version as it is. The old data stay, so that no new ones take their address.
         self.data = weight.detach()
         self.sums = _Sums(weight, dtype)
         self.alias: Tensor = _Alias.apply(weight, dtype, self.sums)

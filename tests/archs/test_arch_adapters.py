@@ -356,7 +356,7 @@ def test_a_model_with_experts_is_copied_and_pickled_between_forward_and_backward
 def test_a_balance_loss_without_a_gradient_is_refused():
     model, x = MoEMlp(SharedMoE(8, 12)), torch.randn(2, 5, 8, requires_grad=True)
     checkpoint(model, x, use_reentrant=True)
-    with pytest.raises(ValueError, match="MoEMlp has run without gradients.*use_reentrant=False"):
+    with pytest.raises(ValueError, match=r"MoEMlp has run without gradients.*use_reentrant=False"):
         balance_loss(model)
     checkpoint(model, x, use_reentrant=False)
     assert balance_loss(model).requires_grad
