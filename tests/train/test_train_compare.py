@@ -228,6 +228,10 @@ def test_a_rate_alone_is_of_the_chosen_learning_rate_and_says_where_it_is_from(p
     assert records[0]["alone"] == rate | {"cpu": "Xeon", "cpu_capability": "AVX2", "threads": 2, "gpus": []}
     assert "alone" not in records[1]
     assert "d, commit c, later, commit e." in section(records)
+    assert "12 steps of each arm alone with 2 threads." in section(records)
+    elsewhere = records[0]["alone"] | {"cpu": "EPYC", "cpu_capability": "AVX512"}
+    first, *others = records
+    assert "12 steps of each arm alone on EPYC (AVX512), 2 threads." in section([first | {"alone": elsewhere}, *others])
     other = Comparison("x", "x", {"a": replace(plan.arms["a"], batch_size=8)}, (0.01,), (3,))
     store_run(other, tmp_path, "a", 0.01, 3, 2.0)
     with pytest.raises(ValueError, match=r"alone-lr0\.01: a run with other settings is there: batch_size=4 \(now 8\)"):

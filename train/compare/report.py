@@ -210,9 +210,20 @@ def speed_text(chosen: Sequence[Record]) -> str:
     names = ", ".join(dict.fromkeys(rest))
     if not apart:
         return f" Throughput of {names}: of the runs, which shared the device." if rest else ""
-    where = "" if on_gpu(chosen[0]) else f" with {apart[0]['threads']} threads"
+    # An older one does not say where it is from.
+    known = [rate for rate in apart if "cpu" in rate]
+    places = dict.fromkeys(map(hardware, known))
+    if len(places) > 1 or (known and set(map(processor, known)) != set(map(processor, chosen))):
+        where = f" on {'; '.join(places)}"
+    else:
+        where = "" if on_gpu(chosen[0]) else f" with {apart[0]['threads']} threads"
     but = f" ({names}: of the runs, which shared the device)" if rest else ""
     return f" Throughput: {apart[0]['steps']} steps of each arm alone{where}{but}."
+
+
+def processor(record: Record) -> str:
+    """What a record was measured on, however many threads it had."""
+    return ", ".join(record["gpus"]) if on_gpu(record) else record["cpu"]
 
 
 def footnote(finished: Sequence[Record]) -> str:
