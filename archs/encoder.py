@@ -23,8 +23,9 @@ class EncoderConfig(ModelConfig):
 
     embed_dim: width of the factorised token embedding. num_types: token types. pooler: whether there is a Linear and
     tanh on the first token, which needs a mixer that is not causal. num_classes: of a linear classifier on the pooler
-    (for sentence order, or for fine-tuning); 0 for none. share_norms: the LayerNorms too are shared across depth (of a
-    group), as in ALBERT; needs share=("mixer", "ffn").
+    (for sentence order, or for fine-tuning); 0 for none. span_head: whether a Linear(dim, 2) scores every token as the
+    first and as the last one of an answer. share_norms: the LayerNorms too are shared across depth (of a group), as in
+    ALBERT; needs share=("mixer", "ffn").
     """
 
     kind: str = "mlm"
@@ -38,6 +39,7 @@ class EncoderConfig(ModelConfig):
     num_types: int = 2
     pooler: bool = True
     num_classes: int = 0
+    span_head: bool = False
     share_norms: bool = False
 
     def __post_init__(self) -> None:
@@ -65,14 +67,14 @@ class Encoder(nn.Module):
 
     Token (V, e), position and type embeddings of width e, LayerNorm, Linear(e, dim), blocks, pooler (arXiv 1909.11942).
     A final LayerNorm follows the blocks, unless they end in one: with norm="post" and residual="plain". With
-    `num_classes`, a linear classifier follows the pooler.
+    `num_classes`, a linear classifier follows the pooler; with `span_head`, two logits of every token the last norm.
     """
 
     config_class = EncoderConfig
     # What runs the model as forward does: a sharded one must be gathered for it.
-    forward_methods = ("predict", "classify")
-    # The logits' weight is no hidden matrix.
-    optim_groups: ClassVar[dict[str, str]] = {"classifier.weight": "decay"}
+    forward_methods = ("predict", "classify", "span_logits")
+    # The logits' weights are no hidden matrices.
+    optim_groups: ClassVar[dict[str, str]] = {"classifier.weight": "decay", "span_head.weight": "decay"}
 
     def __init__(
         self, config: EncoderConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -95,6 +97,7 @@ class Encoder(nn.Module):
         self.norm = nn.Identity() if normed else nn.LayerNorm(config.dim, eps=eps, **dd)
         self.pooler = nn.Linear(config.dim, config.dim, **dd) if config.pooler else None
         self.classifier = nn.Linear(config.dim, config.num_classes, **dd) if config.num_classes else None
+        self.span_head = nn.Linear(config.dim, 2, **dd) if config.span_head else None
         self.head: Any = build_slot(
             "head", config.head, config.embed_dim, config.vocab_size, self.embed, **config.options, **dd
         )
@@ -113,6 +116,7 @@ class Encoder(nn.Module):
         token_types: Tensor | None = None,
         positions: Tensor | None = None,
         classes: Tensor | None = None,
+        spans: Tensor | None = None,
         reduction: str = "mean",
         label_weight: Tensor | None = None,
     ) -> Tensor:
@@ -120,14 +124,15 @@ class Encoder(nn.Module):
 
         mask (B, L) bool: False for padding. token_types (B, L) int64, zeros by default. positions (B, P) int64: the
         only places that the head looks at; logits are then (B, P, V) and labels (B, P). classes (B,) int64, −100 not
-        counting: the loss is the classifier's cross entropy, or the sum of both with labels. label_weight: a scalar
-        that the labels' cross entropy alone is multiplied by. In training the ffns' auxiliary losses are added to the
-        loss. ValueError for wrong shapes, too many tokens, ids outside the
-        vocabulary, or classes without a classifier; TypeError for wrong dtypes.
+        counting: the loss is the classifier's cross entropy, or the sum of both with labels. spans (B, 2) int64, −100
+        not counting: the first and last token of each answer; the loss is the mean of their cross entropies over the
+        tokens, added likewise. label_weight: a scalar that the labels' cross entropy alone is multiplied by. In
+        training the ffns' auxiliary losses are added to the loss. ValueError for wrong shapes, too many tokens, ids
+        outside the vocabulary, classes without a classifier or spans without a span head; TypeError for wrong dtypes.
         """
         x, auxiliary = self.features(input_ids, mask=mask, token_types=token_types)
         losses = []
-        if labels is not None or classes is None:
+        if labels is not None or (classes is None and spans is None):
             places = self._places(x, positions)
             if labels is None:
                 return self.head.logits(places)
@@ -144,6 +149,12 @@ class Encoder(nn.Module):
                 raise ValueError(f"classes must be ({len(logits)},), got {tuple(classes.shape)}")
             check_range("classes", classes, self.config.num_classes, ignore=IGNORE)
             losses.append(F.cross_entropy(logits, classes, reduction=reduction))
+        if spans is not None:
+            logits = self._span_logits(x, mask)
+            if spans.shape != (len(logits), 2):
+                raise ValueError(f"spans must be ({len(logits)}, 2), got {tuple(spans.shape)}")
+            check_range("spans", spans, logits.shape[1], ignore=IGNORE)
+            losses.append(F.cross_entropy(logits, spans, reduction=reduction))
         return sum(losses + auxiliary) if self.training else sum(losses)  # type: ignore[return-value]
 
     def predict(
@@ -162,6 +173,20 @@ class Encoder(nn.Module):
     def classify(self, input_ids: Tensor, *, mask: Tensor | None = None, token_types: Tensor | None = None) -> Tensor:
         """The classifier's logits (B, num_classes); ValueError for a model without."""
         return self._class_logits(self.features(input_ids, mask=mask, token_types=token_types)[0])
+
+    def span_logits(
+        self, input_ids: Tensor, *, mask: Tensor | None = None, token_types: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, L, 2) float of every token as the first and as the last one of an answer, −∞ for padding;
+        ValueError for a model without a span head."""
+        return self._span_logits(self.features(input_ids, mask=mask, token_types=token_types)[0], mask)
+
+    def _span_logits(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        if self.span_head is None:
+            raise ValueError("spans need a model with span_head=True")
+        logits = self.span_head(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if mask is None else logits.masked_fill(~mask[..., None], -torch.inf)
 
     def _class_logits(self, x: Tensor) -> Tensor:
         if self.classifier is None:

@@ -21,7 +21,7 @@ from grassland.train.tasks.finetune import (
     Confusion,
     FinetuneConfig,
     TextClassification,
-    classifier_from,
+    encoder_from,
     finetune_settings,
 )
 from grassland.train.tasks.mlm import MaskedLanguageModeling
@@ -260,12 +260,12 @@ def test_metrics_are_those_of_scikit_learn(classes):
 
 
 def test_the_encoder_is_taken_over_and_the_classifier_is_fresh(encoder):
-    trained, model = load_model(encoder), classifier_from(encoder, 2, {"dropout": 0.3})
+    trained, model = load_model(encoder), encoder_from(encoder, {"dropout": 0.3}, num_classes=2)
     for name, weight in trained.state_dict().items():
         assert torch.equal(weight, model.state_dict()[name]) != name.startswith("classifier."), name
-    assert model.config.dropout == 0.3 and classifier_from(encoder, 5, {}).classifier.out_features == 5
+    assert model.config.dropout == 0.3 and encoder_from(encoder, {}, num_classes=5).classifier.out_features == 5
     with pytest.raises(ValueError, match=r"dim.*does not fit the weights"):
-        classifier_from(encoder, 2, {"dim": 32})
+        encoder_from(encoder, {"dim": 32}, num_classes=2)
 
 
 @pytest.mark.parametrize("head", ["linear", "grassmann"])

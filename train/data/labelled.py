@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,17 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 T = TypeVar("T")
+
+
+class Part(Protocol):
+    """Of a data set, what can be divided into rows."""
+
+    def __len__(self) -> int: ...
+
+    def part(self, rows: NDArray[np.int64]) -> Any: ...
+
+
+P = TypeVar("P", bound=Part)
 # Words such as "null" and "None" are words. Quotation marks are text where tabs part the columns, as in GLUE's files.
 CSV: dict[str, Any] = {"keep_default_na": False}
 TSV = {**CSV, "delimiter": "\t", "quoting": csv.QUOTE_NONE}
@@ -57,6 +68,9 @@ class LabelledText:
 
     texts: list[tuple[str, ...]]
     classes: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.classes)
 
     def part(self, rows: NDArray[np.int64]) -> "LabelledText":
         """Some of the rows."""
@@ -104,24 +118,51 @@ def load_labelled(
     Raises FileNotFoundError where nothing is found and ValueError for an empty split, a missing column, a text that is
     none, or a label that is out of range; each names its source.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = files_below(path, READERS)
-        tables = {}
-        for split, names in ALIASES.items():
-            found = [file for file in files if split_of(file.relative_to(path)) in names]
-            own, further = _apart(found, lambda file: str(file.relative_to(path)))
-            tables |= {name: _read(part) for name, part in ((split, own), (f"{split} {FURTHER}", further)) if part}
-        if "train" not in tables:
-            raise FileNotFoundError(f"data {source}: no train file (*train*{', *train*'.join(READERS)}) in it")
-    elif path.is_file():
-        tables = {"train": _read([path])}
-    elif looks_local(source) or path.suffix.lower() in READERS:
-        raise FileNotFoundError(f"data {source}: no such file or folder")
-    else:
-        tables = _hub(source)
+    tables = load_splits(source, tuple(READERS), read_table)
     columns = _columns(tables["train"].column_names, text_column, pair_column, label_column, source)
     return _labelled(tables, columns, source)
+
+
+def load_splits(source: str, suffixes: tuple[str, ...], read: Callable[[list[Path]], Any]) -> dict[str, Any]:
+    """What `read` makes of the files of each split of a source, or the tables (`datasets.Dataset`) of a hub data set.
+
+    A single file is "train"; what is set apart by "mismatched" is "train mismatched" and so on. Raises
+    FileNotFoundError where there is no such source, or no train split in a folder, and ValueError where there is none
+    in a hub data set.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return {"train": read([path])}
+    if not path.is_dir():
+        if looks_local(source) or path.suffix.lower() in suffixes:
+            raise FileNotFoundError(f"data {source}: no such file or folder")
+        return _hub(source)
+    files, found = files_below(path, suffixes), {}
+    for split, names in ALIASES.items():
+        chosen = [file for file in files if split_of(file.relative_to(path)) in names]
+        own, further = _apart(chosen, lambda file: str(file.relative_to(path)))
+        found |= {name: read(part) for name, part in ((split, own), (f"{split} {FURTHER}", further)) if part}
+    if "train" not in found:
+        raise FileNotFoundError(f"data {source}: no train file (*train*{', *train*'.join(suffixes)}) in it")
+    return found
+
+
+def complete(splits: dict[str, P], source: str) -> str:
+    """Hold out, or take from one another, those of `SPLITS` that are missing; the split that "test" then stands for.
+
+    ValueError if there is too little to hold some out.
+    """
+    tested_on = "test" if "test" in splits or "valid" not in splits else "valid"
+    if tested_on == "valid":
+        splits["test"] = splits["valid"]
+    for name in [name for name in SPLITS if name not in splits]:
+        train = splits["train"]
+        if len(train) < 3:
+            raise ValueError(f"data {source}: {len(train)} rows are too few to hold some out for {name}")
+        order = np.random.default_rng(0).permutation(len(train))
+        count = max(1, len(order) // HOLDOUT)
+        splits["train"], splits[name] = train.part(np.sort(order[count:])), train.part(np.sort(order[:count]))
+    return tested_on
 
 
 def encode_labelled(data: LabelledText, tokenizer: "Tokenizer", seq_len: int) -> TextBatch:
@@ -154,7 +195,7 @@ def _shortened(texts: list[NDArray], room: int) -> list[NDArray]:
     return [texts[0][:keep], texts[1][: room - keep]]
 
 
-def _read(files: list[Path]) -> Any:
+def read_table(files: list[Path]) -> Any:
     """The rows of tables of one kind, as a `datasets.Dataset`."""
     reader, options = READERS.get(files[0].suffix.lower(), (None, {}))
     if reader is None:
@@ -220,26 +261,12 @@ def _labelled(tables: dict[str, Any], columns: tuple[tuple[str, ...], str], sour
             raise ValueError(f"{where}: no rows")
         rows = list(zip(*(_strings(tables[split], name, where) for name in texts), strict=True))
         splits[split] = LabelledText(rows, _numbers(found, classes, where))
-    tested_on = "test" if "test" in splits or "valid" not in splits else "valid"
-    further = splits.get(f"{tested_on} {FURTHER}")
-    splits = {split: part for split, part in splits.items() if split in SPLITS}
-    _complete(splits, tested_on, source)
-    if further is not None:
+    everything, splits = splits, {split: part for split, part in splits.items() if split in SPLITS}
+    tested_on = complete(splits, source)
+    if (further := everything.get(f"{tested_on} {FURTHER}")) is not None:
         splits[FURTHER] = further
     digest = hashlib.sha256(json.dumps([[classes], *([s.texts, s.classes.tolist()] for s in splits.values())]).encode())
     return LabelledData(Path(source).name or source, digest.hexdigest()[:24], classes, splits, tested_on)
-
-
-def _complete(splits: dict[str, LabelledText], tested_on: str, source: str) -> None:
-    if tested_on == "valid":
-        splits["test"] = splits["valid"]
-    for name in [name for name in SPLITS if name not in splits]:
-        train = splits["train"]
-        if len(train.texts) < 3:
-            raise ValueError(f"data {source}: {len(train.texts)} rows are too few to hold some out for {name}")
-        order = np.random.default_rng(0).permutation(len(train.texts))
-        count = max(1, len(order) // HOLDOUT)
-        splits["train"], splits[name] = train.part(np.sort(order[count:])), train.part(np.sort(order[:count]))
 
 
 def _labels(table: Any, column: str) -> list[Any]:

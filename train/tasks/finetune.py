@@ -1,12 +1,15 @@
-"""Text classification by a pre-trained encoder."""
+"""A task on a pre-trained encoder; text classification."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...archs import CheckpointError, load_model, save_model
@@ -22,40 +25,22 @@ from ..data.tokenizer import FILE as TOKENIZER_FILE
 from ..text_model import check_sizes, load_text_model
 from .base import Task
 
+# What the tensors of a task's own head are called.
+HEADS = ("classifier.", "span_head.")
+
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RunConfig):
-    """A text classifier from an encoder that `mlm` has trained.
-
-    The defaults are arXiv 2107.11817's for SST-2; --recipe mnli has those for MNLI.
-    """
+class TuningConfig(RunConfig):
+    """The settings of every training on an encoder that `mlm` has trained."""
 
     model: str
-    """Folder of a run of `mlm`; also what stands first: finetune RUN --data DATA."""
-    data: str
-    """A json, jsonl, csv, tsv or parquet file, a folder with train/valid/test files, or a hub name[:config]."""
-    recipe: str | None = None
-    """The paper's settings for a task to start from (sst2, mnli); other options count over them."""
-    text_column: str | None = None
-    """Column of the text; by default text, sentence1, premise, question1, question or sentence."""
-    pair_column: str | None = None
-    """Column of the second text of a pair."""
-    label_column: str = "label"
-    """Column of the class: integers or names."""
+    """Folder of a run of `mlm`; it may also stand first, without --model."""
     seq_len: int = 128
     """Tokens of a text or a pair, special ones included; what is too long is cut."""
-    lr: float = 4e-5
-    """Peak learning rate."""
-    batch_size: int = 128
-    """Texts in a micro-batch."""
     schedule: Literal["cosine", "linear", "step", "wsd", "constant"] = "linear"
     """Shape of the learning rate after the warm-up."""
     floor: float = 0.0
     """Where the schedule ends, as a fraction of the peak."""
-    epochs: float | None = 3.0
-    """Passes over the training data; counts in place of --steps."""
-    warmup_epochs: float | None = 0.3
-    """Warm-up in passes over the training data; counts in place of --warmup."""
     eval_epochs: float | None = 1.0
     """Passes between validations; counts in place of --eval-every, and for checkpoints if --save-every is not given."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -67,29 +52,64 @@ class FinetuneConfig(RunConfig):
             raise ValueError(f"seq_len must be at least 8 for special tokens and words, got {self.seq_len}")
 
 
-class TextClassification(Task):
-    """A class for each text or pair of texts, from the encoder's pooled first token.
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TuningConfig):
+    """A text classifier from an encoder that `mlm` has trained.
 
-    Raises what `load_labelled` and `load_model` raise, and ValueError for a run that is no text encoder's.
+    The defaults are arXiv 2107.11817's for SST-2; --recipe mnli has those for MNLI.
     """
 
-    name, unit, metric = "finetune", "texts", "error"
+    data: str
+    """A json, jsonl, csv, tsv or parquet file, a folder with train/valid/test files, or a hub name[:config]."""
+    recipe: str | None = None
+    """The paper's settings for a task to start from (sst2, mnli); other options count over them."""
+    text_column: str | None = None
+    """Column of the text; by default text, sentence1, premise, question1, question or sentence."""
+    pair_column: str | None = None
+    """Column of the second text of a pair."""
+    label_column: str = "label"
+    """Column of the class: integers or names."""
+    lr: float = 4e-5
+    """Peak learning rate."""
+    batch_size: int = 128
+    """Texts in a micro-batch."""
+    epochs: float | None = 3.0
+    """Passes over the training data; counts in place of --steps."""
+    warmup_epochs: float | None = 0.3
+    """Warm-up in passes over the training data; counts in place of --warmup."""
 
-    def __init__(self, config: FinetuneConfig, device: torch.device) -> None:
+
+class Finetuning(Task):
+    """An encoder that `mlm` has trained, with a fresh head, on rows of text. A subclass makes `data` and the `order`
+    of the rows.
+
+    heads: as for `encoder_from`. Raises what `load_model` raises, and ValueError for a run that is no text encoder's.
+    """
+
+    metric = "error"
+    data: Any
+    order: BlockOrder
+
+    def __init__(self, config: TuningConfig, device: torch.device, **heads: Any) -> None:
         self.config = config
         # A resumed run has the encoder's sizes and the vocabulary in its own folder.
         source = Path(config.resume or config.model)
-        self.data = load_labelled(config.data, config.text_column, config.pair_column, config.label_column)
-        model = classifier_from(source, len(self.data.classes), config.overrides())
-        # It learns nothing here, and must not look to DDP as if it did.
+        model = encoder_from(source, config.overrides(), **heads)
+        # What learns nothing here must not look to DDP as if it did.
         model.head.requires_grad_(False)
+        if model.pooler is not None and model.classifier is None:
+            model.pooler.requires_grad_(False)
         self.tokenizer = load_tokenizer(str(source))
         check_sizes(model, self.tokenizer.get_vocab_size(), config.seq_len)
-        self.rows = {
-            name: encode_labelled(part, self.tokenizer, config.seq_len) for name, part in self.data.splits.items()
-        }
         super().__init__(model, device)
-        self.order = BlockOrder(len(self.rows["train"].ids), config.seed)
+
+    @abstractmethod
+    def batch(self, rows: NDArray[np.int64]) -> Any:
+        """Those rows (B,) of the training data: a NamedTuple of tensors."""
+
+    @abstractmethod
+    def counts(self) -> dict[str, Any]:
+        """How much each split has, for the log."""
 
     @property
     def batches_per_epoch(self) -> float:
@@ -101,13 +121,56 @@ class TextClassification(Task):
         token = model.flops_per_token(self.config.seq_len) - model.head.flops_per_token()
         return 3 * self.config.seq_len * token
 
-    def batches(self, position: int) -> Iterator[TextBatch]:
+    def batches(self, position: int) -> Iterator[Any]:
         size = self.config.batch_size
         mine = parallel.rows(size)
         while True:
-            chosen = torch.from_numpy(self.order.at(position * size, size)[mine])
-            yield TextBatch(*(self.to_device(part[chosen]) for part in self.rows["train"]))
+            yield self.moved(self.batch(self.order.at(position * size, size)[mine]))
             position += 1
+
+    def moved(self, batch: Any) -> Any:
+        """The batch on the task's device."""
+        return type(batch)(*map(self.to_device, batch))
+
+    def save(self, folder: Path, config: RunConfig) -> None:
+        if not (folder / TOKENIZER_FILE).exists():
+            save_tokenizer(self.tokenizer, folder)
+        save_model(self.model, folder, extra={"task": self.name, **self.facts(), "run": config.to_dict()})
+
+    def facts(self) -> dict[str, Any]:
+        """What else config.json says."""
+        return {}
+
+    def best_model(self, folder: Path) -> nn.Module:
+        return load_model(folder, device=self.device)
+
+    def identity(self) -> dict[str, Any]:
+        return {"data": self.data.key, "vocab_size": self.tokenizer.get_vocab_size()}
+
+    def describe(self) -> dict[str, Any]:
+        facts = {"data": self.data.name, **self.identity(), **self.facts(), "splits": self.counts()}
+        parameters = self.model.num_parameters()  # type: ignore[operator]
+        return {**facts, "tested_on": self.data.tested_on, "parameters": parameters}
+
+
+class TextClassification(Finetuning):
+    """A class for each text or pair of texts, from the encoder's pooled first token.
+
+    Raises what `load_labelled` and `load_model` raise, and ValueError for a run that is no text encoder's.
+    """
+
+    name, unit = "finetune", "texts"
+
+    def __init__(self, config: FinetuneConfig, device: torch.device) -> None:
+        self.data = load_labelled(config.data, config.text_column, config.pair_column, config.label_column)
+        super().__init__(config, device, num_classes=len(self.data.classes))
+        self.rows = {
+            name: encode_labelled(part, self.tokenizer, config.seq_len) for name, part in self.data.splits.items()
+        }
+        self.order = BlockOrder(len(self.rows["train"].ids), config.seed)
+
+    def batch(self, rows: NDArray[np.int64]) -> TextBatch:
+        return TextBatch(*(part[torch.from_numpy(rows)] for part in self.rows["train"]))
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         return model(batch.ids, classes=batch.classes, mask=batch.mask, token_types=batch.types)
@@ -125,27 +188,15 @@ class TextClassification(Task):
         mine = parallel.rows(self.config.batch_size)
         with evaluating(model):
             for all_rows in self.judged(evaluation_rows(self.rows[split], self.config.batch_size), split):
-                batch = TextBatch(*(self.to_device(part[mine]) for part in all_rows))
+                batch = self.moved(TextBatch(*(part[mine] for part in all_rows)))
                 confusion.add(classifier.classify(batch.ids, mask=batch.mask, token_types=batch.types), batch.classes)
         return confusion.metrics()
 
-    def save(self, folder: Path, config: RunConfig) -> None:
-        if not (folder / TOKENIZER_FILE).exists():
-            save_tokenizer(self.tokenizer, folder)
-        extra = {"task": self.name, "classes": list(self.data.classes), "run": config.to_dict()}
-        save_model(self.model, folder, extra=extra)
+    def facts(self) -> dict[str, Any]:
+        return {"classes": list(self.data.classes)}
 
-    def best_model(self, folder: Path) -> nn.Module:
-        return load_model(folder, device=self.device)
-
-    def identity(self) -> dict[str, Any]:
-        return {"data": self.data.key, "vocab_size": self.tokenizer.get_vocab_size()}
-
-    def describe(self) -> dict[str, Any]:
-        counts = {name: len(part.texts) for name, part in self.data.splits.items()}
-        facts = {"data": self.data.name, **self.identity(), "classes": list(self.data.classes), "splits": counts}
-        parameters = self.model.num_parameters()  # type: ignore[operator]
-        return {**facts, "tested_on": self.data.tested_on, "parameters": parameters}
+    def counts(self) -> dict[str, Any]:
+        return {name: len(part) for name, part in self.data.splits.items()}
 
 
 class Confusion:
@@ -178,8 +229,8 @@ class Confusion:
         return {**loss, "f1": score, "matthews": float(matthews)}
 
 
-def classifier_from(folder: Path, classes: int, overrides: dict[str, Any]) -> Encoder:
-    """The encoder in `folder` with a fresh classifier of so many classes; a classifier that it has is left behind.
+def encoder_from(folder: Path, overrides: dict[str, Any], *, num_classes: int = 0, span_head: bool = False) -> Encoder:
+    """The encoder in `folder` with a fresh classifier or span head, without those that it has.
 
     overrides: as for `create_model`; ValueError if they change the shape of a weight. Raises CheckpointError for a
     folder without a text encoder.
@@ -187,11 +238,11 @@ def classifier_from(folder: Path, classes: int, overrides: dict[str, Any]) -> En
     trained = load_text_model(folder)
     if not isinstance(trained, Encoder):
         raise CheckpointError(f"{folder}: a model of kind {trained.config.kind!r}, not a text encoder")
-    config: Any = trained.config.override(**{**overrides, "num_classes": classes})
+    config: Any = trained.config.override(**{**overrides, "num_classes": num_classes, "span_head": span_head})
     model = Encoder(config)
     fresh = model.state_dict()
-    kept = {name: weight for name, weight in trained.state_dict().items() if not name.startswith("classifier.")}
-    for name in (fresh.keys() | kept.keys()) - {"classifier.weight", "classifier.bias"}:
+    kept = {name: weight for name, weight in trained.state_dict().items() if not name.startswith(HEADS)}
+    for name in sorted(name for name in fresh.keys() | kept.keys() if not name.startswith(HEADS)):
         if name not in fresh or name not in kept or fresh[name].shape != kept[name].shape:
             raise ValueError(f"set {overrides}: does not fit the weights of {folder}: {name} would differ")
     model.load_state_dict({**fresh, **kept})
