@@ -24,7 +24,7 @@ from grassland.train import __main__ as program
 from grassland.train.compare.presets import PRESETS
 from grassland.train.config import RunConfig
 from grassland.train.recipes import RECIPES
-from grassland.train.tasks import finetune, mlm
+from grassland.train.tasks import finetune, mlm, qa
 
 
 class Asked(Exception):
@@ -83,6 +83,7 @@ def recipes() -> str:
         ("vision", {name: (first_line(make), make()) for name, make in RECIPES.items()}),
         ("mlm", {name: (first_line(make), make()) for name, make in mlm.RECIPES.items()}),
         ("finetune", {name: ("", finetune.finetune_settings(name, "RUN", "DATA")) for name in finetune.RECIPES}),
+        ("qa", {name: ("", qa.qa_settings(name, "RUN", "DATA")) for name in qa.RECIPES}),
     ]
     rows = []
     for task, found in tasks:

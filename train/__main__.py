@@ -77,17 +77,16 @@ def mlm(arguments: list[str]) -> int:
 
 def finetune(arguments: list[str]) -> int:
     """train a text classifier from an encoder: finetune RUN --data DATA"""
-    from .start import run
     from .tasks.finetune import FinetuneConfig, TextClassification, finetune_settings
 
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--model", *arguments]
-    named, model, data = (_argument(arguments, name) for name in ("--recipe", "--model", "--data"))
-    settings = finetune_settings(named, model or "", data or "")
-    config = read_run_config(FinetuneConfig, settings, arguments, "finetune")
-    if not config.model or not config.data:
-        raise ValueError("finetune takes the folder of a trained encoder and data: finetune RUN --data DATA")
-    return run(TextClassification, config)
+    return _tune(TextClassification, FinetuneConfig, finetune_settings, arguments, "finetune")
+
+
+def qa(arguments: list[str]) -> int:
+    """train an encoder to answer questions by a span of a text: qa RUN --data DATA"""
+    from .tasks.qa import QAConfig, QuestionAnswering, qa_settings
+
+    return _tune(QuestionAnswering, QAConfig, qa_settings, arguments, "qa")
 
 
 def vision(arguments: list[str]) -> int:
@@ -212,7 +211,7 @@ def env(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     command.__name__.rstrip("_"): command
-    for command in (lm, mlm, finetune, nli, vision, transfer, compare, sample, eval_, plot, inspect, profile, env)
+    for command in (lm, mlm, finetune, qa, nli, vision, transfer, compare, sample, eval_, plot, inspect, profile, env)
 }
 
 
@@ -303,6 +302,19 @@ def _stored_config(kind: type[C], folder: Path) -> C:
         raise
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _tune(task: Any, kind: Any, settings: Callable[..., Any], arguments: list[str], command: str) -> int:
+    """A run on an encoder, whose folder may stand first."""
+    from .start import run
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--model", *arguments]
+    named, model, data = (_argument(arguments, name) for name in ("--recipe", "--model", "--data"))
+    config = read_run_config(kind, settings(named, model or "", data or ""), arguments, command)
+    if not config.model or not config.data:
+        raise ValueError(f"{command} takes the folder of a trained encoder and data: {command} RUN --data DATA")
+    return run(task, config)
 
 
 def _vision_recipe(arguments: list[str]) -> VisionConfig:

@@ -223,6 +223,7 @@ class Trainer:
         self.line.say(f"test, best checkpoint (step {self.best_step}): {_format(metrics)}")
         if not parallel.is_main():
             return 0
+        self.task.write_results(self.folder)
         samples = self.task.samples(best, self.config.samples, self.config.seed)
         for sample in samples:
             self.line.say(f"--- sample ---\n{sample}")

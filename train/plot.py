@@ -51,7 +51,7 @@ def _loss(axes: Any, events: list[Event], name: str) -> None:
 
 
 def _quality(axes: Any, events: list[Event], name: str) -> None:
-    shown = ("perplexity", "top1", "accuracy")
+    shown = ("perplexity", "top1", "accuracy", "f1")
     metric = next((key for e in events if e["event"] == "valid" for key in shown if key in e), "loss")
     axes.plot(*_series(events, "valid", metric), "o-", ms=3, label=name or None)
     axes.set_ylabel(f"validation {metric}")

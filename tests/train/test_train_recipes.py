@@ -11,6 +11,8 @@ from grassland.train.tasks.finetune import RECIPES as FINETUNING
 from grassland.train.tasks.finetune import finetune_settings
 from grassland.train.tasks.mlm import RECIPES as MASKED
 from grassland.train.tasks.mlm import mlm_settings
+from grassland.train.tasks.qa import RECIPES as ANSWERING
+from grassland.train.tasks.qa import qa_settings
 
 # How a run goes, not what it computes; and where its data lies.
 RUNNING = {"out", "resume", "device", "parallel", "on_nan", "compile", "cuda_graph", "seed", "save_every", "log_every"}
@@ -77,7 +79,7 @@ PAPERS = {
 # Baselines, where they differ in more than the head and its rate.
 LINEAR = {name: {"loss": "bce", "bce_threshold": 0.2} for name in ("rsb_a1", "rsb_a2", "rsb_a3")}
 LINEAR["vgg13_bn"] = {"head_dropout": True}
-TEXTS = {
+TEXTS: dict[str, dict[str, object]] = {
     # arXiv 1909.11942, section 4.1: LAMB, batches of 4096, 125,000 steps of 512 tokens, sentence order; warm-up, decay
     # and clipping as in its program.
     "albert": {
@@ -88,7 +90,13 @@ TEXTS = {
     # widenet.md: "MNLI 3e-5/128; SST-2 4e-5/128".
     "sst2": {"lr": 4e-5, "batch_size": 128},
     "mnli": {"lr": 3e-5, "batch_size": 128},
+    # widenet.md: "SQuAD lr 5e-5 batch 48"; steps, warm-up, lengths and dropout: arXiv 1909.11942, table 14.
+    "squad": {
+        "lr": 5e-5, "batch_size": 48, "steps": 3649, "warmup": 365, "seq_len": 384, "set": ("dropout=0",),
+        "epochs": None, "warmup_epochs": None, "schedule": "linear", "floor": 0.0, "weight_decay": 0.01, "clip": 1.0,
+    },
 }  # fmt: skip
+TEXTS["squad_v2"] = {**TEXTS["squad"], "steps": 8144, "warmup": 814, "seq_len": 512}
 
 
 def figures(config: RunConfig) -> dict[str, object]:
@@ -109,12 +117,13 @@ def test_image_recipes_have_the_papers_figures(name, head):
 
 
 def test_text_recipes_have_the_papers_figures():
-    assert {*MASKED, *FINETUNING} == TEXTS.keys()
+    assert {*MASKED, *FINETUNING, *ANSWERING} == TEXTS.keys()
     albert = figures(mlm_settings("albert", None))
     unpublished = {"tokenizer", "text_column"}
     assert {key: albert[key] for key in albert.keys() - unpublished} == {**COMMON, **TEXTS["albert"]}
-    for name in FINETUNING:
-        found = figures(finetune_settings(name, "run", "data"))
+    settings = {**dict.fromkeys(FINETUNING, finetune_settings), **dict.fromkeys(ANSWERING, qa_settings)}
+    for name, make in settings.items():
+        found = figures(make(name, "run", "data"))
         assert {key: found[key] for key in TEXTS[name]} == TEXTS[name]
 
 

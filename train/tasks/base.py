@@ -18,8 +18,8 @@ class Task(ABC):
     """A model, the batches it learns from, its loss and how it is judged.
 
     With several processes each has a task of its own: `batches` gives its rows of every batch
-    (`parallel.rows(batch_size)`), `evaluate` may judge its rows alone and add up (`parallel.total`); `save` and
-    `samples` are asked of the first process only. All else is as with one process.
+    (`parallel.rows(batch_size)`), `evaluate` may judge its rows alone and add up (`parallel.total`); `save`, `samples`
+    and `write_results` are asked of the first process only. All else is as with one process.
 
     name: the command. unit: what a batch is counted in ("tokens", "images"). metric: the entry of `evaluate`'s result
     that picks the best checkpoint, the smaller the better. model: on `device`. recordable: whether batches are tensors
@@ -129,3 +129,6 @@ class Task(ABC):
     def samples(self, model: nn.Module, count: int, seed: int) -> list[str]:
         """Output of the model to look at, one text a sample; none unless a task makes some."""
         return []
+
+    def write_results(self, folder: Path) -> None:  # noqa: B027
+        """Write what the last evaluation gave besides metrics, predictions for instance, into `folder`."""
