@@ -191,7 +191,7 @@ def kernel_details(records):
             cells = [r["setting"], "", r["rival"], f"not run: {r['error']}"]
             lines.append(f"| {' | '.join(cells + [''] * (len(heads) - len(cells)))} |")
             continue
-        saved, peak = (f"{r[key] / 1e6:.1f}" if key in r else "" for key in ("saved_bytes", "peak_bytes"))
+        saved, peak = (f"{r[key] / 1e6:.1f}" if r.get(key) else "" for key in ("saved_bytes", "peak_bytes"))
         cells = [r["setting"], r["mode"], r["rival"], milliseconds(r), f"{r['ratio']:.2f}", f"{r['gflops']:.1f}"]
         cells += [saved, peak] + ([f"{r['host_ms']:.2f}" if "host_ms" in r else ""] if gpu else [])
         lines.append(f"| {' | '.join(cells)} |")
@@ -429,7 +429,7 @@ HEADLINE = {  # op, setting, mode, rivals that compute the same, what else one w
         "subspace",
         "step n=2048",
         "step",
-        ("composed eager", "official SVD geodesic"),
+        ("composed eager", "torch.compile, composed step", "official SVD geodesic"),
         "momentum SGD, torch fused",
     ),
     "mixture of experts": (
@@ -442,6 +442,7 @@ HEADLINE = {  # op, setting, mode, rivals that compute the same, what else one w
             "F.grouped_mm",
             "F.grouped_mm + torch.compile",
             "padded baddbmm",
+            "padded baddbmm + torch.compile",
             "one-hot einsum",
         ),
         "dense FFN, equal FLOPs",
@@ -450,7 +451,7 @@ HEADLINE = {  # op, setting, mode, rivals that compute the same, what else one w
         "cross_entropy",
         "T1024 V30522 C256",
         "forward+backward",
-        ("whole logits, eager", "whole logits, torch.compile", "chunks, eager", "F.linear_cross_entropy"),
+        ("whole logits, eager", "whole logits, torch.compile", "chunks, eager", "F.linear_cross_entropy, 512 rows"),
         "whole logits, eager",
     ),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,13 +26,25 @@ def differentiable(op: Any, backward: Callable[..., Any], setup_context: Callabl
         setup_context(ctx, inputs, output)
         return output
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(first_order(op.name, backward))}
     function: Any = type(op.name, (torch.autograd.Function,), methods)
 
     def call(*inputs: Any) -> Any:
         return op(*inputs) if torch.compiler.is_compiling() else function.apply(*inputs)
 
     return call
+
+
+def first_order(name: str, backward: Callable[..., Any]) -> Callable[..., tuple]:
+    """A Function's backward whose gradients raise where they are differentiated again."""
+
+    def marked(ctx: Any, *grads: Any) -> tuple:
+        found = backward(ctx, *grads)
+        if torch.is_grad_enabled():
+            found = once(name, found, tuple(t for t in (*grads, *ctx.saved_tensors) if t is not None))
+        return tuple(found)
+
+    return marked
 
 
 def differentiable_loss(op: Any, name: str) -> Callable[..., Any]:
@@ -85,10 +97,11 @@ def scaled(saved: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return saved.to(dtype)
 
 
-def once(name: str, gradients: list[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
-    """`gradients` that raise where they are differentiated again, for the backward of an op that saved them.
+def once(name: str, gradients: Sequence[Tensor | None], sources: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """`gradients` that raise where they are differentiated again.
 
-    sources: what they depend on. To autograd they would be constants, and a penalty on them would train on nothing.
+    sources: what they depend on. Gradients that an op has saved would be constants to autograd, and a penalty on them
+    would train on nothing.
     """
     marked = iter(_Once.apply(name, *(g for g in gradients if g is not None), *sources))
     return [None if g is None else next(marked) for g in gradients]

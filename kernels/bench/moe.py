@@ -178,10 +178,14 @@ def build_grouped(v: Values, dtype: torch.dtype, device: torch.device) -> dict[s
         raise Unavailable(str(error).splitlines()[0]) from error
 
 
-def build_grouped_compiled(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-    # The backward alone is timed on one graph, again and again: it must leave the saved tensors as they are.
+def keep_saved_tensors() -> None:
+    """The backward alone is timed on one graph, again and again: a compiled one must leave the saved tensors be."""
     config: Any = importlib.import_module("torch._functorch.config")
     config.donated_buffer = False
+
+
+def build_grouped_compiled(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    keep_saved_tensors()
     # Before 2.15 torch traces no product in float32: what stands around it is compiled then.
     untraced: Any = torch.compiler.disable(F.grouped_mm)
     for product in (F.grouped_mm, untraced):
@@ -210,7 +214,9 @@ def within(capacity: int, count: int) -> Experts:
     return run
 
 
-def build_padded(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+def build_padded(
+    v: Values, dtype: torch.dtype, device: torch.device, wrap: Callable[[Layer], Layer] = lambda f: f
+) -> dict[str, Step]:
     """Rows padded to the capacity, so that two `baddbmm` serve all experts."""
     count, capacity = v["experts"], expert_capacity(v["tokens"], v["experts"], v["top_k"], 1.2)
 
@@ -226,7 +232,12 @@ def build_padded(v: Values, dtype: torch.dtype, device: torch.device) -> dict[st
         return (F.pad(out, (0, 0, 0, 1))[at] * (gates * fits)[..., None]).sum(1)
 
     arguments = inputs(v, dtype, device)
-    return held_to(within(capacity, count), steps(layer, v, arguments), v, arguments, "check")
+    return held_to(within(capacity, count), steps(wrap(layer), v, arguments), v, arguments, "check")
+
+
+def build_padded_compiled(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    keep_saved_tensors()
+    return build_padded(v, dtype, device, torch.compile)
 
 
 def build_one_hot(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
@@ -326,6 +337,7 @@ BENCHMARK = Benchmark(
         Rival("F.grouped_mm", build_grouped),
         Rival("F.grouped_mm + torch.compile", build_grouped_compiled),
         Rival("padded baddbmm", build_padded),
+        Rival("padded baddbmm + torch.compile", build_padded_compiled),
         Rival("one-hot einsum", build_one_hot),
         Rival("ScatterMoE", build_scattermoe, foreign=True, recordable=False),
         Rival("SonicMoE, SwiGLU of equal FLOPs", build_sonicmoe, foreign=True),

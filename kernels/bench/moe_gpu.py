@@ -60,11 +60,11 @@ def sonicmoe(device: torch.device, top_k: int) -> Experts:
     """SonicMoE from router to combination: (x, router, weights) -> (T, H), with the raw probabilities as gates."""
     sonic = package("sonicmoe", "sonic-moe", device)
     kind = package("sonicmoe.enums", "sonic-moe", device).ActivationType.SWIGLU
-    stream = torch.cuda.current_stream(device).cuda_stream
 
     def run(x: Tensor, router: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         # It wants the experts last in shape and first in memory.
         up, down = w1.permute(1, 2, 0), w2.permute(1, 2, 0)
+        stream = torch.cuda.current_stream(device).cuda_stream
         options = {"is_softmax_over_topk": False, "is_inference_mode_enabled": not torch.is_grad_enabled()}
         return sonic.moe_TC_softmax_topk_layer(x, router, up, b1, down, b2, top_k, stream, kind, **options)[0]
 

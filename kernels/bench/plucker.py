@@ -166,7 +166,9 @@ def layer_steps(layer: torch.nn.Module, v: Values, dtype: torch.dtype, device: t
     return without_check(with_gradients(lambda x, *_: layer(x)[0], [x, *layer.parameters()]))
 
 
-def build_convolution(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+def build_convolution(
+    v: Values, dtype: torch.dtype, device: torch.device, wrap: Callable[[Mixer], Mixer] = lambda f: f
+) -> dict[str, Step]:
     """Causal depthwise convolution over the same offsets, then the same gate: what a mixer costs without wedges."""
     dim, offsets = v["dim"], v["offsets"]
     x, *_, wg, bg = inputs(v, dtype, device)
@@ -178,7 +180,11 @@ def build_convolution(v: Values, dtype: torch.dtype, device: torch.device) -> di
             g = g + tap * eager.shift(x, offset)
         return eager_blend(x, g, wg, bg)
 
-    return without_check(with_gradients(run, [x, taps, wg, bg]))
+    return without_check(with_gradients(wrap(run), [x, taps, wg, bg]))
+
+
+def build_convolution_compiled(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    return build_convolution(v, dtype, device, torch.compile)
 
 
 def build_roof(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
@@ -228,6 +234,7 @@ BENCHMARK = Benchmark(
         Rival("gated linear attention (fla)", build_linear_attention, foreign=True),
         Rival("Mamba-2 (fla)", build_mamba, foreign=True),
         Rival("depthwise convolution", build_convolution),
+        Rival("depthwise convolution, torch.compile", build_convolution_compiled),
         Rival("GEMM roof", build_roof),
     ],
     flops=flops,

@@ -21,7 +21,7 @@ def table(records: Sequence[Record], ours: str) -> str:
         if "error" in r:
             lines.append(f"| {r['setting']} | | {r['rival']} | not run: {r['error']} | | | | | |")
             continue
-        saved = f"{r['saved_bytes'] / 1e6:.1f}" if "saved_bytes" in r else ""
+        saved = f"{r['saved_bytes'] / 1e6:.1f}" if r.get("saved_bytes") else ""
         lines.append(
             f"| {r['setting']} | {r['mode']} | {r['rival']} | {r['ms']:.2f} | {r['ratio']:.2f} | {r['gflops']:.1f} | "
             f"{r['gbytes']:.1f} | {saved} | {r['peak_bytes'] / 1e6:.1f} |"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..subspace import grassmann_step_, reference, subspace_cross_entropy
+from ..subspace import eager, grassmann_step_, reference, subspace_cross_entropy
 from ..subspace.cases import SCALE, orthonormal
 from ..subspace.op import CROSS_ENTROPY, STEP
 from ..testing import normal
@@ -72,6 +72,17 @@ def our_step(weight: Tensor, buffer: Tensor, grad: Tensor, k: int) -> None:
 
 def eager_step(weight: Tensor, buffer: Tensor, grad: Tensor, k: int) -> None:
     grassmann_step_(weight, buffer, grad, k, LR, MOMENTUM, backend="eager")
+
+
+def build_compiled_step(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
+    compiled = torch.compile(eager.grassmann_step)
+
+    def step(weight: Tensor, buffer: Tensor, grad: Tensor, k: int) -> None:
+        moved, stored = compiled(weight, buffer, grad, k, LR, MOMENTUM, "official")
+        weight.copy_(moved)
+        buffer.copy_(stored)
+
+    return step_rival(step)(v, dtype, device)
 
 
 def official_step(weight: Tensor, buffer: Tensor, grad: Tensor, k: int) -> None:
@@ -254,6 +265,7 @@ BENCHMARK = Benchmark(
         Rival("grassland", lambda *a: step_rival(our_step)(*a) | head_rival(our_loss)(*a)),
         Rival("composed eager", lambda *a: step_rival(eager_step)(*a) | head_rival(composed_loss)(*a)),
         Rival("torch.compile, composed head", build_compiled),
+        Rival("torch.compile, composed step", build_compiled_step),
         Rival("official SVD geodesic", step_rival(official_step), recordable=False),
         Rival("geoopt EuclideanStiefel SGD", build_geoopt, foreign=True, recordable=False),
         Rival("POGO, batched products", step_rival(pogo_step, comparable=False)),

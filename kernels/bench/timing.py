@@ -104,7 +104,10 @@ def by_kernel(step: Step, calls: int = 5) -> list[tuple[str, float, float]]:
 
 
 def saved_bytes(step: Step) -> int:
-    """Bytes that autograd keeps between forward and backward, each storage once, parameters and inputs included."""
+    """Bytes that autograd keeps between forward and backward, each storage once, parameters and inputs included.
+
+    0 for a function that hides from autograd's hooks what it keeps.
+    """
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..autograd import differentiable
+from ..autograd import differentiable, first_order
 from ..precision import HALVES
 from . import eager
 
@@ -208,6 +208,7 @@ def _backward_step(ctx: Any, dx: Tensor | None, du: Tensor | None, dh: Tensor | 
 pre = differentiable(kronecker_pre, _backward_pre, _setup_pre)
 post = differentiable(kronecker_post, _backward_post, _setup_post)
 step = differentiable(kronecker_step, _backward_step, _setup_step)
+_backward_open = first_order("kronecker_open", _backward_pre)
 
 
 class KroneckerOpen(torch.autograd.Function):
@@ -224,4 +225,4 @@ class KroneckerOpen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor | None, du: Tensor | None, dh: Tensor | None) -> tuple:
-        return _backward_pre(ctx, du, dh, None, dx)
+        return _backward_open(ctx, du, dh, None, dx)

@@ -137,7 +137,7 @@ def test_a_penalty_on_gradients_is_right_or_refused(spec, backend):
         if spec.name == "moe_ffn":
             torch.testing.assert_close(gradient(), truth[name](), rtol=1e-4, atol=1e-4)
         else:
-            with pytest.raises(RuntimeError, match=r"cannot be differentiated twice|no autograd formula"):
+            with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
                 gradient()
 
 
