@@ -46,7 +46,7 @@ def ask(command: str, arguments: Sequence[str] = ("--help",)) -> Asked | None:
         raise Asked(kind, default, None if "--help" in given else parse(kind, given, command, default, **rest))
 
     # A run to be resumed is not there: any settings do.
-    stored = mock.patch.object(program, "_stored_config", lambda kind, folder: kind(steps=1))
+    stored = mock.patch.object(program, "_stored_config", lambda kind, folder, command: kind(steps=1))
     with mock.patch.object(program, "_parse", stop), stored:
         try:
             with contextlib.redirect_stdout(io.StringIO()):

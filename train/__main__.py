@@ -250,7 +250,7 @@ def read_run_config(kind: type[C], default: C, arguments: list[str], command: st
     folder, out = _argument(arguments, "--resume"), _argument(arguments, "--out")
     if folder == "auto":
         folder = _started_run(out)
-    stored = None if folder is None else _stored_config(kind, Path(folder))
+    stored = None if folder is None else _stored_config(kind, Path(folder), command)
     if stored is not None and folder is not None:
         if out is not None and Path(out).resolve() != Path(folder).resolve():
             raise ValueError(f"{folder}: a resumed run goes on in its own folder, got --out {out}")
@@ -292,12 +292,12 @@ def _started_run(out: str | None) -> str | None:
     return out if out is not None and has_state(Path(out)) else None
 
 
-def _stored_config(kind: type[C], folder: Path) -> C:
+def _stored_config(kind: type[C], folder: Path, command: str) -> C:
     from ..archs import CheckpointError
     from .checkpoint import stored_settings
 
     try:
-        return kind.from_dict(stored_settings(folder))
+        return kind.from_dict(stored_settings(folder, command))
     except CheckpointError:
         raise
     except (ValueError, TypeError) as error:

@@ -78,18 +78,22 @@ def has_state(folder: Path) -> bool:
     return bool(_present(folder))
 
 
-def stored_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the run in `folder`: from config.json, or if that is damaged from the state's own copy.
+def stored_settings(folder: Path, task: str) -> dict[str, Any]:
+    """The settings of the run of `task` in `folder`: from config.json, or if that is damaged from the state's own copy.
 
-    Raises CheckpointError that names config.json.
+    Raises CheckpointError that names config.json, also for a run of another task.
     """
     try:
-        values = read_config(folder).get("run")
+        content = read_config(folder)
+        values, found = content.get("run"), content.get("task", task)
     except CheckpointError as error:
         values = next((run for name in _present(folder) if (run := _header(folder / name).get("run"))), None)
         if values is None:
             raise
         print(f"{error}; going on with the settings that {STATE_FILE} keeps", file=sys.stderr)
+        found = task
+    if found != task:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: a run of train {found}, not of train {task}")
     if not isinstance(values, dict):
         raise CheckpointError(f"{folder / CONFIG_FILE}: no settings of a run in it, nothing to resume")
     return values

@@ -111,6 +111,8 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
+        if self.seed >= 1 << 64:
+            raise ValueError(f"seed must be less than 2^64, got {self.seed}")
         for name in ("decay", "floor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")

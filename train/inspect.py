@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..archs import atomic_write
 from ..archs.modes import evaluating
 from .optional import optional
+from .plot import labelled
 from .text_model import load_text_model
 
 PICTURE, NUMBERS = "inspect.png", "inspect.json"
@@ -49,24 +50,16 @@ def compare(folders: Sequence[Path | str], out: Path | str, *, tokens: Tensor | 
     Raises CheckpointError for a folder without a model, ValueError for no folders, folders that repeat, a model without
     residuals, or without matplotlib. Nothing is written before every model has been measured.
     """
-    runs = {label: _measured(folder, tokens) for label, folder in _labelled(folders).items()}
+    named = labelled(folders)
+    if not named or len(named) < len(folders):
+        raise ValueError(f"folders must be one or more different runs, got {[str(folder) for folder in folders]}")
+    runs = {label: _measured(folder, tokens) for label, folder in named.items()}
     target = Path(out)
     for label, layers in runs.items():
         name = NUMBERS if len(runs) == 1 else f"{Path(NUMBERS).stem}-{label.replace(os.sep, '-')}.json"
         atomic_write(target / name, (json.dumps(layers, indent=1) + "\n").encode())
     plot(runs, target / PICTURE)
     return runs
-
-
-def _labelled(folders: Sequence[Path | str]) -> dict[str, Path]:
-    """Folders by name, or by as much of the path's end as tells them apart."""
-    paths = [Path(folder).resolve() for folder in folders]
-    if not paths or len(set(paths)) < len(paths):
-        raise ValueError(f"folders must be one or more different runs, got {[str(folder) for folder in folders]}")
-    parts = 1
-    while len({path.parts[-parts:] for path in paths}) < len(paths):
-        parts += 1
-    return {str(Path(*path.parts[-parts:])): path for path in paths}
 
 
 def _measured(folder: Path, tokens: Tensor | None) -> list[Layer]:

@@ -78,13 +78,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     events = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
             break
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            event = json.loads(line)
+        except ValueError as error:
             raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
+        if not isinstance(event, dict) or not {"event", "step"} <= event.keys():
+            raise ValueError(f"{path}: line {number} is no event of a run")
+        events.append(event)
     return events
 
 

@@ -22,7 +22,7 @@ def plot_runs(folders: Sequence[Path], out: Path) -> None:
         raise ValueError("folders must be one or more runs, got none")
     if not out.suffix:  # matplotlib would write another file
         raise ValueError(f"out must name a picture, such as {out / CURVES_FILE}, got {out}")
-    runs = {folder.name: read_metrics(folder) for folder in folders}
+    runs = {name: read_metrics(folder) for name, folder in labelled(folders).items()}
     figure = optional("matplotlib.figure", "train").Figure(figsize=(15, 4.2), layout="constrained")
     for axes, panel in zip(figure.subplots(1, 3), (_loss, _quality, _throughput), strict=True):
         for name, events in runs.items():
@@ -33,6 +33,15 @@ def plot_runs(folders: Sequence[Path], out: Path) -> None:
             axes.legend(frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
+
+
+def labelled(folders: Sequence[Path | str]) -> dict[str, Path]:
+    """Each folder once, by its name, or by as much of the path's end as tells them apart."""
+    paths = list(dict.fromkeys(Path(folder).resolve() for folder in folders))
+    parts = 1
+    while len({path.parts[-parts:] for path in paths}) < len(paths):
+        parts += 1
+    return {str(Path(*path.parts[-parts:])): path for path in paths}
 
 
 def try_plot(folder: Path) -> str:

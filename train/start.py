@@ -90,7 +90,13 @@ def own_folder(config: RunConfig) -> Iterator[Path]:
             check_out(config)  # again: another run may have come and gone since
             return folder
 
-        yield parallel.from_main(hold)
+        folder = parallel.from_main(hold)
+        try:
+            yield folder
+        except OSError as error:
+            # That of a write to a full disk names nothing.
+            error.filename = error.filename or str(folder)
+            raise
 
 
 def check_out(config: RunConfig) -> None:

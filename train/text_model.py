@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from ..archs import create_model, load_model, model_config, read_config, save_model
+from ..archs import CheckpointError, create_model, load_model, model_config, read_config, save_model
 from ..archs.modes import evaluating
 from ..archs.registry import unknown
 from .foreign import load_foreign, save_foreign
@@ -69,7 +69,10 @@ def load_text_model(folder: Path, device: torch.device | str = "cpu") -> Any:
     Raises CheckpointError that names the file, and ValueError if it takes transformers and that is not installed.
     """
     values = dict(read_config(folder)["model"])
-    if values.pop("kind", None) != TextModelSpec.kind:
+    kind = values.pop("kind", None)
+    if kind == "timm":
+        raise CheckpointError(f"{folder}: an image model of timm's, not a language model")
+    if kind != TextModelSpec.kind:
         return load_model(folder, device=device)
     optional("transformers", "hf")
     return load_foreign(folder, lambda: _assemble(TextModelSpec(**values)), device, INNER)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from grassland.train.config import LMConfig, default_lm
 from grassland.train.data.sources import load_hub
 from grassland.train.env import newer_sources
 from grassland.train.loop import Trainer
+from grassland.train.plot import labelled
 from grassland.train.start import run
 from grassland.train.tasks import LanguageModeling
 
@@ -150,6 +152,7 @@ def test_a_model_that_is_named_is_the_preset_and_not_the_small_default(fail, mon
         (["--set", "max_len=4"], "seq_len must be at most the model's max_len=4, got 16"),
         (["--set", "backend=abacus"], "'abacus'"),
         (["--epochs", "inf"], "epochs must be finite, got inf"),
+        (["--seed", str(1 << 64)], "seed must be less than 2^64, got 18446744073709551616"),
         (["--warmup-epochs", "nan"], "warmup_epochs must be finite, got nan"),
         (["--betas", "0.9", "1"], "betas must lie in [0, 1), got (0.9, 1.0)"),
         (["--resume", "/nowhere/run"], "/nowhere/run/config.json: no such file"),
@@ -275,6 +278,44 @@ def test_a_process_leaves_with_the_exit_code_and_no_traceback():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: data /nowhere/a.txt: no such file or folder\n"
+
+
+def test_a_run_of_another_task_is_named(trained, fail):
+    assert f"{trained}/config.json: a run of train lm, not of train vision" in fail("vision", "--resume", trained)
+    assert "a run of train lm, not of train mlm" in fail("mlm", "--resume", trained)
+
+
+def test_an_image_model_of_timms_writes_no_text(fail, vision, tmp_path):
+    from grassland.train.tasks.vision import ImageClassification
+
+    run(ImageClassification, vision(out=str(tmp_path / "run"), steps=1))
+    for command in ("sample", "inspect"):
+        assert f"{tmp_path}/run: an image model of timm's, not a language model" in fail(command, tmp_path / "run")
+
+
+def test_plot_tells_runs_of_one_name_apart_and_names_a_log_that_is_none(fail, trained, tmp_path, monkeypatch):
+    other = tmp_path / "other" / "trained"
+    shutil.copytree(trained, other)
+    assert list(labelled([trained, other, trained])) == [f"{tmp_path.name}/trained", "other/trained"]
+    drawn = []
+    monkeypatch.setattr("grassland.train.plot._throughput", lambda axes, events, name: drawn.append(name))
+    assert main(["plot", str(trained), str(other), "--out", str(tmp_path / "both.png")]) == 0
+    assert drawn == [f"{tmp_path.name}/trained", "other/trained"]
+    for line, problem in ((b"[1]", "is no event"), (b'{"step": 1}', "is no event"), (b"\xff", "is not JSON")):
+        (other / "metrics.jsonl").write_bytes(line + b"\n")
+        assert f"{other}/metrics.jsonl: line 1 {problem}" in fail("plot", other, "--out", tmp_path / "a.png")
+
+
+def test_a_disk_that_is_full_from_the_start_is_named(lm, fail, cache, tmp_path, monkeypatch):
+    def full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grassland.train.log.MetricsLog.write", full)
+        assert f"error: {tmp_path}/run: No space left on device\n" == fail(*lm, "--out", tmp_path / "run")
+    monkeypatch.setattr("numpy.save", full)
+    shutil.rmtree(cache)
+    assert f"cache {cache}/tokens: cannot be written, the disk may be full" in fail(*lm, "--out", tmp_path / "again")
 
 
 def test_options_that_are_repeated():

@@ -149,6 +149,8 @@ def _build(entry: Path, texts: dict[str, str], tokenizer: "Tokenizer", files: li
             header |= _write_split(work, split, texts[split], tokenizer, f"{split}-marks" in files)
         (work / HEADER).write_text(json.dumps(header))
         _put(work, entry, files)
+    except OSError as error:  # NumPy's tells neither the file nor the reason
+        raise OSError(f"cache {entry.parent}: cannot be written, the disk may be full ({error})") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
