@@ -59,7 +59,8 @@ class RunConfig:
     floor: float = 0.1
     """Where the schedule ends, as a fraction of the peak."""
     weight_decay: float = 0.01
-    """Decoupled decay of weight matrices; norms, biases and embeddings have none."""
+    """Decay of weight matrices, decoupled except for SGD, where it is part of the gradient, and LAMB, whose trust ratio
+    sees it; norms, biases and embeddings have none."""
     betas: tuple[float, float] = (0.9, 0.98)
     """AdamW's moments; the first one is also the momentum of SGD."""
     clip: float = 1.0

@@ -43,10 +43,14 @@ def multiplier(
 
 
 def total_steps(config: RunConfig, batches_per_epoch: float) -> int:
-    """The optimiser steps of a run; epochs are rounded up to whole steps."""
+    """The optimiser steps of a run; epochs are rounded up to whole steps. ValueError for more than there can be."""
     if config.epochs is None:
         return config.steps or 0
-    return math.ceil(config.epochs * batches_per_epoch / config.grad_accum)
+    exact = config.epochs * batches_per_epoch / config.grad_accum
+    if math.isinf(exact):
+        raise ValueError(f"epochs must be fewer, got {config.epochs}")
+    # 1.1 epochs of 100 steps are 110.00000000000001 in floating point.
+    return max(1, math.ceil(round(exact, 6)))
 
 
 def in_steps(config: RunConfig, epochs: float | None, batches_per_epoch: float, otherwise: int) -> int:

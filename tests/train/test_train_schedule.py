@@ -3,7 +3,8 @@ import math
 
 import pytest
 
-from grassland.train.schedule import multiplier
+from grassland.train.config import LMConfig
+from grassland.train.schedule import multiplier, total_steps
 
 
 @pytest.mark.parametrize("step", [0, 4, 9])
@@ -44,6 +45,20 @@ def test_constant_stays_after_the_warmup():
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 def test_a_warmup_longer_than_the_run_never_passes_one(schedule):
     assert all(0 < multiplier(step, 10, schedule, warmup=20) <= 0.5 for step in range(10))
+
+
+@pytest.mark.parametrize(
+    "epochs, batches, accumulated, steps",
+    [(1.1, 100.0, 1, 110), (100, 7 / 100, 1, 7), (1, 2.5, 1, 3), (1, 10.0, 4, 3), (1e-9, 10.0, 1, 1)],
+)
+def test_epochs_are_rounded_up_to_whole_steps_and_no_further(epochs, batches, accumulated, steps):
+    config = LMConfig(epochs=epochs, grad_accum=accumulated)
+    assert total_steps(config, batches) == steps
+
+
+def test_more_epochs_than_there_can_be():
+    with pytest.raises(ValueError, match="epochs must be fewer"):
+        total_steps(LMConfig(epochs=1e308), 100.0)
 
 
 def test_unknown_schedule_is_named():

@@ -28,7 +28,7 @@ IMAGE_COLUMNS = ("image", "img", "images")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 # Larger labels are numbers of something else.
 MOST_CLASSES = 1_000_000
-# Every tenth image of a set without splits is held out for validation, and as many for testing.
+# Every tenth image of a set without splits is held out for validation, and every tenth of the rest for testing.
 HOLDOUT = 10
 
 
