@@ -287,6 +287,8 @@ class Trainer:
         self.meter.total, self.peak = state.get("meter", [0, 0.0]), state.get("peak_bytes", 0)
         log = self.log = self._open_log(state["metrics_offset"])
         log.write("resume", self.step, steps=self.steps, **_origin())
+        if self.step > self.steps:
+            self.line.say(f"the run has made {self.step} steps, more than {self.steps}: it is judged, not trained on")
         self._check_model()
         self._set_rng(state["rng"])  # last: building a model draws numbers
         return log

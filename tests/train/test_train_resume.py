@@ -92,6 +92,8 @@ def test_a_finished_run_can_be_finished_again_and_made_longer(variant, tmp_path,
     assert main(["lm", "--resume", str(folder), "--steps", "14"]) == 0
     assert [event["step"] for event in numbers(folder, ("train",))] == list(range(1, 15))
     assert json.loads((folder / "config.json").read_text())["run"]["steps"] == 14
+    assert main(["lm", "--resume", str(folder), "--steps", "3"]) == 0
+    assert "the run has made 14 steps, more than 3: it is judged, not trained on" in capsys.readouterr().out
 
 
 def test_metrics_say_what_they_should(variant, tmp_path):
