@@ -67,7 +67,7 @@ def build_compiled(v: Values, dtype: torch.dtype, device: torch.device) -> dict[
     return rival(torch.compile(whole))(v, dtype, device)
 
 
-def build_torch(v: Values, dtype: torch.dtype, device: torch.device, **options: int) -> dict[str, Step]:
+def build_torch(v: Values, dtype: torch.dtype, device: torch.device, **options: Any) -> dict[str, Step]:
     """PyTorch's own, in chunks."""
     if not hasattr(F, "linear_cross_entropy"):
         raise Unavailable("needs torch >= 2.14")
