@@ -91,17 +91,25 @@ def test_ragged_chunks_decode_as_each_row_alone(mixer):
 def test_steps_with_all_partners_take_the_kernel_and_equal_the_full_pass(lengths, monkeypatch):
     mixer = CausalGrassmannMixer(8, rank=4, offsets=(3, 1, 3), dtype=torch.float64)
     x, state, taken = torch.randn(3, 16, 8, dtype=torch.float64), mixer.init_state(3, max_len=16), []
-    step = mixer._step
-    monkeypatch.setattr(mixer, "_step", lambda *args: taken.append(state.least) or step(*args))
+    mix = mixer._mix
+
+    def watched(z, offsets, context=0):
+        if context:
+            taken.append((state.least, z.shape[1] - context))
+        return mix(z, offsets, context)
+
+    monkeypatch.setattr(mixer, "_mix", watched)
     full, seen = mixer(x), torch.tensor(lengths or [5, 5, 5])
     mixer(x[:, :5], state, None if lengths is None else seen)
     rows = torch.arange(3)
-    for _ in range(8):
-        out = mixer(x[rows, seen][:, None], state)[:, 0]
-        torch.testing.assert_close(out, full[rows, seen], atol=1e-13, rtol=0)
-        seen = seen + 1
+    for chunk in (1, 1, 1, 1, 1, 3):
+        at = seen[:, None] + torch.arange(chunk)
+        out = mixer(x[rows[:, None], at], state)
+        torch.testing.assert_close(out, full[rows[:, None], at], atol=1e-13, rtol=0)
+        seen = seen + chunk
     # The host knows of a row's tokens from where chunks are full for all.
-    assert taken == (list(range(6, 14)) if lengths is None else list(range(4, 9)))
+    every = [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (8, 3)]
+    assert taken == ([(5 + least, chunk) for least, chunk in every] if lengths is None else every[3:])
     state.reset()
     assert state.least == state.extent == 0
     again = torch.cat([mixer(x[:, t : t + 1], state) for t in range(9)], 1)
