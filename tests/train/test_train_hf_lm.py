@@ -23,7 +23,7 @@ from grassland.train.sample import load_run
 from grassland.train.seeds import seed_everything
 from grassland.train.start import run
 from grassland.train.tasks import LanguageModeling
-from grassland.train.tasks.finetune import classifier_from
+from grassland.train.tasks.finetune import encoder_from
 from grassland.train.text_model import build_text_model, load_text_model, save_text_model
 
 VOCAB, LENGTH = 30, 12
@@ -282,7 +282,7 @@ def test_lm_eval_reads_a_run(gpt2, tmp_path):
 def test_what_reads_other_kinds_of_models_says_so(tmp_path, capsys):
     save_text_model(build("gpt2"), tmp_path, {"task": "lm"})
     with pytest.raises(CheckpointError, match="a model of kind 'hf', not a text encoder"):
-        classifier_from(tmp_path, 2, {})
+        encoder_from(tmp_path, {}, num_classes=2)
     for command, said in {
         ("inspect", str(tmp_path)): "model must have blocks with residuals, got HuggingFaceLM",
         ("mlm", "--model", "hf/gpt2"): "unknown model 'hf/gpt2'",
