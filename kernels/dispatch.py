@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 _C: Any = torch._C
+in_vmap, in_legacy_vmap = _C._functorch.is_batchedtensor, _C._functorch.is_legacy_batchedtensor
 
 BACKENDS = ("reference", "eager", "cpp", "triton", "cuda")
 # The compiled ones of a device, the fastest first.
@@ -135,17 +136,24 @@ class Opaque:
     def __call__(self, *args: Any) -> Any:
         if self.writes or torch.compiler.is_compiling() or torch.is_grad_enabled() or _C._len_torch_dispatch_stack():
             return self.op(*args)
-        return self.body(*args) if all(map(bare, args)) else self.op(*args)
+        return self.body(*args) if bare(args) else self.op(*args)
 
 
-def bare(x: object) -> bool:
-    """Whether it is a tensor that holds its own numbers, or no tensor."""
-    return not isinstance(x, Tensor) or (type(x) in (Tensor, Parameter) and not x.is_meta and not batched(x))
+def bare(args: tuple) -> bool:
+    """Whether the tensors among them hold numbers of their own."""
+    for x in args:
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:
+            if x.is_meta or in_vmap(x) or in_legacy_vmap(x):
+                return False
+        elif isinstance(x, Tensor):
+            return False
+    return True
 
 
 def batched(x: Tensor) -> bool:
     """Whether it stands for many: those of torch.vmap, or of autograd's is_grads_batched."""
-    return _C._functorch.is_batchedtensor(x) or _C._functorch.is_legacy_batchedtensor(x)
+    return in_vmap(x) or in_legacy_vmap(x)
 
 
 def opaque(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Opaque]:

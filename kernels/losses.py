@@ -76,6 +76,9 @@ def check_labels(target: Tensor, classes: int, ignore_index: int, name: str = "t
     """ValueError for a class that there is not. On a GPU, where looking would mean waiting, it makes the loss NaN."""
     if target.is_floating_point() or target.device.type != "cpu" or target.numel() == 0:
         return
+    low, high = target.aminmax()
+    if low.item() >= 0 and high.item() < classes:
+        return
     wrong = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
     if wrong.numel():
         raise ValueError(f"{name} must be in [0, {classes}) or {ignore_index} (ignored), got {int(wrong[0])}")
