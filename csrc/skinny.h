@@ -22,8 +22,8 @@ Product<T> product_of(const Tensor& x, const Tensor& w, const Tensor* bias, cons
 }
 
 // With so few rows of x and a w that lies along the sum, the lanes do, too: for a weight of kFewLarge numbers that is as
-// fast as a library's product of a vector, and up to three times as fast as its product of two to four. Pairs of bfloat16
-// are faster from three rows on.
+// fast as a library's product of a vector, and up to two and a half times as fast as its product of two to four. Pairs of
+// bfloat16 are faster from three rows on.
 constexpr int64_t kFew = 4, kFewHalves = 2, kFewLarge = 1 << 12;
 
 void few(const Product<float>& p);

@@ -12,7 +12,6 @@ import torch
 
 from grassland.archs import load_model
 from grassland.train.__main__ import main
-from grassland.train.data import labelled
 from grassland.train.data.labelled import LabelledText, encode_labelled, evaluation_rows, load_labelled
 from grassland.train.data.tokenizer import load_tokenizer, special_tokens
 from grassland.train.log import read_metrics
@@ -111,7 +110,7 @@ def test_the_second_validation_split_of_mnli_is_one_of_its_own(config, rows, tmp
         secret = [{**row, "label": -1} for row in rows[:3]]
         table = pytest.importorskip("datasets").Dataset.from_list
         published = {name: table(part) for name, part in zip(splits, (*parts, secret, secret), strict=True)}
-        monkeypatch.setattr(labelled, "load_hub", lambda source: published)
+        monkeypatch.setattr("grassland.train.data.splits.load_hub", lambda source: published)
         data = "someone/glue:mnli"
     else:
         data = str(tmp_path / "mnli")
@@ -180,7 +179,7 @@ def test_classes_that_splits_number_differently_are_told_by_their_names(tmp_path
         return datasets.Dataset.from_dict({"text": ["a"] * len(labels), "label": labels}, features=kinds)
 
     published = {"train": table(["no", "yes"], [0, 1, 1]), "validation": table(["yes", "no"], [0, 1])}
-    monkeypatch.setattr(labelled, "load_hub", lambda source: published)
+    monkeypatch.setattr("grassland.train.data.splits.load_hub", lambda source: published)
     found = load_labelled("someone/texts").splits
     assert found["train"].classes.tolist() == [0, 1, 1] and found["valid"].classes.tolist() == [1, 0]
     write(tmp_path / "train.jsonl", [{"text": "a", "label": name} for name in ("1", "2", "2")])

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from grassland.archs import create_model, load_model, save_model
 from grassland.train.__main__ import main
 from grassland.train.answers import agreement, answer_metrics, best_spans, normalized
-from grassland.train.data import labelled, save_tokenizer
+from grassland.train.data import save_tokenizer
 from grassland.train.data.questions import Paragraph, Paragraphs, Question, Windows, load_questions
 from grassland.train.data.tokenizer import load_tokenizer, special_tokens
 from grassland.train.log import read_metrics
@@ -124,7 +124,8 @@ def test_every_format_is_the_same_data(tmp_path, monkeypatch, kind):
     if kind == "json":
         write(source, train=rows, validation=rows[:3])
     elif kind == "hub":
-        monkeypatch.setattr(labelled, "load_hub", lambda name: {split: table(part) for split, part in splits.items()})
+        published = {split: table(part) for split, part in splits.items()}
+        monkeypatch.setattr("grassland.train.data.splits.load_hub", lambda name: published)
     else:
         source.mkdir()
         for name, part in splits.items():

@@ -1,13 +1,11 @@
 """Labelled texts, one or a pair a row, from local tables or the hub, by the `datasets` library."""
 
-import csv
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,37 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...kernels.losses import IGNORE
-from ..optional import optional
 from .masked import assemble
-from .sources import ALIASES, SPLITS, files_below, first_line, load_hub, looks_local, split_of
+from .sources import SPLITS
+from .splits import FURTHER, READERS, complete, load_splits, read_table
 from .tokenizer import special_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-T = TypeVar("T")
-
-
-class Part(Protocol):
-    """Of a data set, what can be divided into rows."""
-
-    def __len__(self) -> int: ...
-
-    def part(self, rows: NDArray[np.int64]) -> Any: ...
-
-
-P = TypeVar("P", bound=Part)
-# Words such as "null" and "None" are words. Quotation marks are text where tabs part the columns, as in GLUE's files.
-CSV: dict[str, Any] = {"keep_default_na": False}
-TSV = {**CSV, "delimiter": "\t", "quoting": csv.QUOTE_NONE}
-# By the ending of a file's name, the reader and its options.
-READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".csv": ("csv", CSV),
-    ".tsv": ("csv", TSV),
-    ".parquet": ("parquet", {}),
-}
 # What those who publish data call the columns, in order of preference; the pairs first.
 TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
     ("text", "text_pair"),
@@ -56,10 +31,6 @@ TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
     ("text", None),
     ("sentence", None),
 )
-# MNLI's second validation and test split, on genres that are not in train: not part of the first one.
-FURTHER = "mismatched"
-# Every tenth row of a table without splits is held out for validation, and as many for testing.
-HOLDOUT = 10
 
 
 @dataclass(frozen=True)
@@ -123,48 +94,6 @@ def load_labelled(
     return _labelled(tables, columns, source)
 
 
-def load_splits(source: str, suffixes: tuple[str, ...], read: Callable[[list[Path]], Any]) -> dict[str, Any]:
-    """What `read` makes of the files of each split of a source, or the tables (`datasets.Dataset`) of a hub data set.
-
-    A single file is "train"; what is set apart by "mismatched" is "train mismatched" and so on. Raises
-    FileNotFoundError where there is no such source, or no train split in a folder, and ValueError where there is none
-    in a hub data set.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return {"train": read([path])}
-    if not path.is_dir():
-        if looks_local(source) or path.suffix.lower() in suffixes:
-            raise FileNotFoundError(f"data {source}: no such file or folder")
-        return _hub(source)
-    files, found = files_below(path, suffixes), {}
-    for split, names in ALIASES.items():
-        chosen = [file for file in files if split_of(file.relative_to(path)) in names]
-        own, further = _apart(chosen, lambda file: str(file.relative_to(path)))
-        found |= {name: read(part) for name, part in ((split, own), (f"{split} {FURTHER}", further)) if part}
-    if "train" not in found:
-        raise FileNotFoundError(f"data {source}: no train file (*train*{', *train*'.join(suffixes)}) in it")
-    return found
-
-
-def complete(splits: dict[str, P], source: str) -> str:
-    """Hold out, or take from one another, those of `SPLITS` that are missing; the split that "test" then stands for.
-
-    ValueError if there is too little to hold some out.
-    """
-    tested_on = "test" if "test" in splits or "valid" not in splits else "valid"
-    if tested_on == "valid":
-        splits["test"] = splits["valid"]
-    for name in [name for name in SPLITS if name not in splits]:
-        train = splits["train"]
-        if len(train) < 3:
-            raise ValueError(f"data {source}: {len(train)} rows are too few to hold some out for {name}")
-        order = np.random.default_rng(0).permutation(len(train))
-        count = max(1, len(order) // HOLDOUT)
-        splits["train"], splits[name] = train.part(np.sort(order[count:])), train.part(np.sort(order[:count]))
-    return tested_on
-
-
 def encode_labelled(data: LabelledText, tokenizer: "Tokenizer", seq_len: int) -> TextBatch:
     """All rows of a split as one batch. What is too long loses the end of its longer text."""
     special = special_tokens(tokenizer)
@@ -193,43 +122,6 @@ def _shortened(texts: list[NDArray], room: int) -> list[NDArray]:
     # Token by token from the longer one, as BERT does it, comes to this.
     keep = min(first, max(room - second, (room + 1) // 2))
     return [texts[0][:keep], texts[1][: room - keep]]
-
-
-def read_table(files: list[Path]) -> Any:
-    """The rows of tables of one kind, as a `datasets.Dataset`."""
-    reader, options = READERS.get(files[0].suffix.lower(), (None, {}))
-    if reader is None:
-        raise ValueError(f"data {files[0]}: not one of {', '.join(READERS)}")
-    for file in files:
-        if READERS[file.suffix.lower()] != (reader, options):
-            raise ValueError(f"data {file}: of another kind than {files[0].name}, which is for the same split")
-    datasets, names = optional("datasets", "train"), [str(file) for file in files]
-    try:
-        return datasets.load_dataset(reader, data_files=names, split="train", **options)
-    except ImportError:
-        raise
-    except Exception as error:  # the readers' errors share no base class
-        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        raise ValueError(f"data {files[0]}: not a readable table ({first_line(cause)})") from error
-
-
-def _hub(source: str) -> dict[str, Any]:
-    found = load_hub(source)
-    tables = {}
-    for split, names in ALIASES.items():
-        own, further = _apart([name for alias in names for name in found if split_of(Path(name)) == alias], str)
-        # Of several, such as ANLI's rounds, the first one stands for the split.
-        tables |= {name: found[part[0]] for name, part in ((split, own), (f"{split} {FURTHER}", further)) if part}
-    if "train" not in tables:
-        raise ValueError(f"data {source}: it has no train split, but {', '.join(found)}")
-    return tables
-
-
-def _apart(found: list[T], name: Callable[[T], str]) -> tuple[list[T], list[T]]:
-    """What makes up a split, and what is a further split beside it."""
-    further = [one for one in found if FURTHER in re.split(r"[^a-z]+", name(one).lower())]
-    own = [one for one in found if one not in further]
-    return (own, further) if own else (further, [])
 
 
 def _columns(

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...kernels.losses import IGNORE
-from .labelled import complete, load_splits, read_table
 from .masked import assemble
 from .sources import SPLITS
+from .splits import complete, load_splits, read_table
 from .tokenizer import special_tokens
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from ...kernels.losses import IGNORE
 from .. import parallel
 from ..config import RunConfig
 from ..data import BlockOrder, load_tokenizer, save_tokenizer
-from ..data.labelled import FURTHER, TextBatch, encode_labelled, evaluation_rows, load_labelled
+from ..data.labelled import TextBatch, encode_labelled, evaluation_rows, load_labelled
+from ..data.splits import FURTHER
 from ..data.tokenizer import FILE as TOKENIZER_FILE
 from ..text_model import check_sizes, load_text_model
 from .base import Task
