@@ -221,7 +221,7 @@ class VisionConfig(RunConfig):
     crop: Literal["resized", "padded"] = "resized"
     """Training crop: of random area and aspect, then resized; or of full size from an image padded by an eighth."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Range of a resized crop's area."""
+    """Range of a resized crop's area, as a share of the image's."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of a resized crop's aspect ratio."""
     interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic"
@@ -274,6 +274,10 @@ class VisionConfig(RunConfig):
                 raise ValueError(
                     f"{name} must be two positive numbers, the smaller one first, got {getattr(self, name)}"
                 )
+        if self.scale[1] > 1:
+            raise ValueError(f"scale must lie in (0, 1], got {self.scale}")
+        if not all(0 <= level <= 1 for level in self.mean):
+            raise ValueError(f"mean must lie in [0, 1], got {self.mean}")
         if not all(deviation > 0 for deviation in self.std):
             raise ValueError(f"std must be positive, got {self.std}")
         if self.bce_threshold is not None and not 0 <= self.bce_threshold < 1:
