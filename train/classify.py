@@ -40,12 +40,14 @@ class Tally:
         self.bins = torch.zeros(3, BINS, dtype=torch.float64, device=device)  # images, top 1, confidence
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
-        """logits (B, K); targets (B,) int64, −100 for rows that do not count."""
+        """logits (B, K); targets (B,) int64, −100 for rows that do not count. Of logits that give no probabilities, as
+        NaN, no metric is a number."""
         counted = targets != IGNORE
+        targets = targets.clamp_min(0)
         # Selecting rows would wait for the device; weights do not.
-        weight, targets = counted.double(), targets.clamp_min(0)
-        log_p = logits.float().log_softmax(-1)
+        log_p = logits.float().masked_fill(~counted[:, None], 0.0).log_softmax(-1)
         confidence, guess = log_p.exp().max(-1)
+        weight = counted.double().masked_fill(confidence.isnan(), torch.nan)
         hit = (guess == targets) * weight
         nll = -log_p.gather(-1, targets[:, None]).squeeze(-1)
         best = log_p.topk(min(5, logits.shape[-1]), -1).indices

@@ -96,6 +96,18 @@ def test_accuracies_and_calibration_error_by_hand():
     assert metrics["ece"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_logits_that_give_no_probabilities_have_no_accuracy(odd):
+    logits = torch.eye(6)
+    whole, tally = Tally(), Tally()
+    whole.add(logits, torch.arange(6))
+    tally.add(logits, torch.arange(6))
+    tally.add(torch.full((2, 6), odd), torch.tensor([-100, -100]))
+    assert tally.metrics() == whole.metrics() and whole.metrics()["error"] == 0
+    tally.add(torch.full((2, 6), odd), torch.tensor([0, -100]))
+    assert all(map(math.isnan, tally.metrics().values()))
+
+
 def test_few_classes_and_no_images():
     tally = Tally()
     tally.add(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]))
