@@ -15,6 +15,7 @@ from ..archs import atomic_write
 from ..archs.registry import unknown
 from .data.corpus import encode
 from .eval_options import EvalOptions
+from .log import to_json
 from .sample import generate_text, load_run
 
 try:
@@ -193,7 +194,7 @@ def evaluate_run(options: EvalOptions, device: torch.device) -> dict[str, Any]:
     )
     results = {name: found[name] for name in ("results", "versions", "n-shot", "n-samples") if name in found}
     results = json.loads(json.dumps({"folder": str(options.folder), **results}, default=_plain))
-    atomic_write(target, (json.dumps(results, indent=2) + "\n").encode())
+    atomic_write(target, (to_json(results, indent=2) + "\n").encode())
     return results
 
 

@@ -1,6 +1,5 @@
 """How a trained model's residual streams behave, layer by layer: a picture and a JSON file, for any residual choice."""
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..archs import atomic_write
 from ..archs.modes import evaluating
+from .log import to_json
 from .optional import optional
 from .plot import labelled
 from .text_model import load_text_model
@@ -57,7 +57,7 @@ def compare(folders: Sequence[Path | str], out: Path | str, *, tokens: Tensor | 
     target = Path(out)
     for label, layers in runs.items():
         name = NUMBERS if len(runs) == 1 else f"{Path(NUMBERS).stem}-{label.replace(os.sep, '-')}.json"
-        atomic_write(target / name, (json.dumps(layers, indent=1) + "\n").encode())
+        atomic_write(target / name, (to_json(layers, indent=1) + "\n").encode())
     plot(runs, target / PICTURE)
     return runs
 

@@ -1,9 +1,11 @@
 """What a run says: metrics.jsonl, the live progress line, TensorBoard."""
 
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,24 @@ from .optional import optional
 METRICS_FILE = "metrics.jsonl"
 # Steps of a process that are not timed: allocation, compilation and caches make them slow.
 UNTIMED_STEPS = 3
+
+
+def to_json(value: Any, **layout: Any) -> str:
+    """`json.dumps`, with null for numbers that are not finite: JSON has none."""
+    return json.dumps(_finite(value), allow_nan=False, **layout)
+
+
+def nulls_as_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as they were before `to_json`, but for infinities."""
+    return {name: math.nan if value is None else value for name, value in values.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class MetricsLog:
@@ -31,7 +51,7 @@ class MetricsLog:
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Append {"event": event, "step": step, **values}."""
-        self._file.write((json.dumps({"event": event, "step": step, **values}) + "\n").encode())
+        self._file.write((to_json({"event": event, "step": step, **values}) + "\n").encode())
         if self._tensorboard is not None:
             for name, value in values.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
@@ -73,7 +93,8 @@ def _whole_lines(path: Path, limit: int) -> int:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run, without a last line that was cut short. FileNotFoundError names a missing file."""
+    """The events of a run, without a last line that was cut short; metrics that were not finite are NaN.
+    FileNotFoundError names a missing file."""
     path = folder / METRICS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -87,7 +108,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
         if not isinstance(event, dict) or not {"event", "step"} <= event.keys():
             raise ValueError(f"{path}: line {number} is no event of a run")
-        events.append(event)
+        events.append(nulls_as_nan(event) if event["event"] in ("valid", "test") else event)
     return events
 
 

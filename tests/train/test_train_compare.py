@@ -602,8 +602,13 @@ def test_a_report_is_written_of_metrics_that_are_not_finite(plan, tmp_path):
     records = Runner(plan, tmp_path, None).records()
     assert write_report(records, tmp_path) == 0
     report = (tmp_path / "report.md").read_text()
-    assert "| nan | nan |" in report and "| inf | inf | +nan |  |  |" in report
+    assert report.count("| nan | nan |") == 2 and "| nan | nan | +nan |  |  |" in report
     assert (tmp_path / "tiny.png").exists()
+    stored = (tmp_path / "report.jsonl").read_text()
+    assert "null" in stored and not any(word in stored for word in ("NaN", "Infinity"))
+    again = read_records(tmp_path / "report.jsonl")
+    assert section(again) == section(records)
+    assert [r["curve"]["metric"][0] for r in again[:2]] == pytest.approx([math.exp(2), math.nan], nan_ok=True)
 
 
 def test_table_says_what_the_records_say():

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -20,7 +21,7 @@ from grassland.train.__main__ import main
 from grassland.train.checkpoint import PREVIOUS_FILE, STATE_FILE, load_state
 from grassland.train.data.errors import obituary
 from grassland.train.data.images import Arrays
-from grassland.train.log import read_metrics
+from grassland.train.log import MetricsLog, read_metrics
 from grassland.train.loop import Trainer, TrainingError
 from grassland.train.start import run
 from grassland.train.tasks import LanguageModeling
@@ -218,6 +219,19 @@ def test_damage_to_both_states_is_one_line_that_says_what_to_do(straight, capsys
     assert main(["lm", "--resume", str(straight)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"{STATE_FILE}: corrupt or truncated" in error and "start anew" in error
+
+
+def test_what_is_not_finite_is_null_in_the_log_and_metrics_are_read_back_as_nan(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write("train", 1, loss=None, expert_load=[0.5, math.nan])
+    log.write("valid", 1, loss=math.nan, perplexity=math.inf, top1=0.5, best=False)
+    log.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["loss"] for line in lines] == [None, None]
+    train, valid = read_metrics(tmp_path)
+    assert (train["loss"], train["expert_load"]) == (None, [0.5, None])
+    assert math.isnan(valid["loss"]) and math.isnan(valid["perplexity"])
+    assert (valid["top1"], valid["best"]) == (0.5, False)
 
 
 def poisoned(monkeypatch, calls, value=float("nan")):

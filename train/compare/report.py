@@ -1,12 +1,14 @@
 """The report of comparisons, made from their records alone: report.md, report.jsonl and a picture each."""
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..env import hardware, on_gpu
+from ..log import nulls_as_nan, to_json
 from .results import FURTHER, SHOWN, Record, done
 from .statistics import Difference, holm, paired, spread
 
@@ -21,7 +23,7 @@ def write_report(records: Sequence[Record], out: Path) -> int:
     from .figure import plot
 
     out.mkdir(parents=True, exist_ok=True)
-    (out / FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
+    (out / FILE).write_text("".join(to_json(record) + "\n" for record in records))
     sections = []
     for name, part in by(records, "comparison").items():
         sections.append(f"## {part[0]['title']}\n\n{section(part)}\n")
@@ -44,7 +46,15 @@ def is_complete(records: Sequence[Record]) -> bool:
 
 def read_records(path: Path) -> list[Record]:
     """The records of a report.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [_restored(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def _restored(record: Record) -> Record:
+    """With NaN for metrics that were not finite."""
+    record |= {split: nulls_as_nan(record[split]) for split in ("valid", "test") if split in record}
+    if "curve" in record:
+        record["curve"]["metric"] = [math.nan if value is None else value for value in record["curve"]["metric"]]
+    return record
 
 
 def section(records: Sequence[Record]) -> str:

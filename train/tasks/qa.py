@@ -1,6 +1,5 @@
 """Extractive question answering by a pre-trained encoder."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from .. import parallel
 from ..answers import answer_metrics, best_spans
 from ..data import BlockOrder
 from ..data.questions import Paragraphs, Question, WindowBatch, Windows, load_questions
+from ..log import to_json
 from .finetune import Finetuning, TuningConfig
 
 PREDICTIONS, NULL_ODDS = "predictions.json", "null_odds.json"
@@ -153,7 +153,7 @@ class QuestionAnswering(Finetuning):
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    atomic_write(path, (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode())
+    atomic_write(path, (to_json(content, ensure_ascii=False, indent=1) + "\n").encode())
 
 
 # Learning rate and batch: arXiv 2107.11817. What it does not publish is ALBERT's: arXiv 1909.11942, table 14.
