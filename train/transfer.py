@@ -1,6 +1,7 @@
 """How well a trained model's features serve another task: a linear classifier on them, by scikit-learn."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,8 +56,8 @@ def transfer(options: TransferOptions, device: torch.device) -> dict[str, Any]:
     Features are standardised by the training split's mean and deviation. The result is also appended to the folder's
     transfer.jsonl. Raises CheckpointError for a folder without an image model, and what `load_images` raises.
     """
-    if not options.c or min(options.c) <= 0:
-        raise ValueError(f"c must be one positive number or more, got {options.c}")
+    if not options.c or not all(0 < c < math.inf for c in options.c):
+        raise ValueError(f"c must be one positive, finite number or more, got {options.c}")
     config = _settings(options)
     data = load_images(options.data, options.image_column, options.label_column)
     model = load_vision_model(options.folder, device)

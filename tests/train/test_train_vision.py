@@ -369,6 +369,8 @@ def test_transfer_names_a_bad_option_and_a_split_without_a_readable_image(fail, 
     image = pytest.importorskip("PIL.Image")
     run(ImageClassification, vision(out=str(tmp_path / "run"), steps=1))
     assert fail("transfer", tmp_path / "run", "--workers", "-1").startswith("error: workers must not be negative")
+    for c in ("nan", "inf", "0"):
+        assert "c must be one positive, finite number or more, got (1.0, " in fail("transfer", tmp_path, "--c", 1, c)
     for name in ("train/a", "train/b", "val/a"):
         (tmp_path / "data" / name).mkdir(parents=True)
         image.new("RGB", (9, 9)).save(tmp_path / "data" / name / "0.png")
