@@ -32,12 +32,13 @@ class WeightAverage:
         """Take in the weights of `model`."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        ours, theirs = self.model.state_dict(), model.state_dict()
-        floating = [name for name, tensor in ours.items() if tensor.is_floating_point()]
-        for name in floating:
-            ours[name].lerp_(theirs[name], 1 - decay)
-        for name in ours.keys() - set(floating):
-            ours[name].copy_(theirs[name])
+        ours, theirs = self.model.state_dict(keep_vars=True), model.state_dict()
+        # A tensor with several names is one, and moves once.
+        for name in {id(tensor): name for name, tensor in ours.items()}.values():
+            if ours[name].is_floating_point():
+                ours[name].lerp_(theirs[name], 1 - decay)
+            else:
+                ours[name].copy_(theirs[name])
 
     @torch.no_grad()
     def judged(self) -> nn.Module:

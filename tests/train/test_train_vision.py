@@ -195,6 +195,20 @@ def test_the_average_follows_the_weights_and_is_put_back_on_the_manifold():
     assert not any(parameter.requires_grad for parameter in average.model.parameters())
 
 
+def test_a_weight_with_several_names_is_averaged_once():
+    shared = nn.Linear(2, 2)
+    model = nn.Sequential(shared, nn.Linear(2, 2), shared)
+    model[1].bias = shared.bias
+    average = WeightAverage(model, 0.5)
+    start = [parameter.clone() for parameter in average.model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1.0
+    average.update(model)
+    for before, after in zip(start, average.model.parameters(), strict=True):
+        torch.testing.assert_close(after, before + (1 - 2 / 11))
+
+
 def test_the_judged_and_saved_model_is_the_average(vision, tmp_path):
     task = ImageClassification(vision(), torch.device("cpu"))
     with torch.no_grad():
