@@ -179,6 +179,15 @@ def test_bad_labels_are_named(tmp_path, labels, named):
         load_images(str(tmp_path / "a.parquet"))
 
 
+def test_a_split_without_rows_is_named(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    write_parquet(tmp_path / "train.parquet", [0, 1, 0, 1])
+    nothing = {"img": arrow.array([], "binary"), "label": arrow.array([], "int64")}
+    parquet.write_table(arrow.table(nothing), tmp_path / "valid.parquet")
+    with pytest.raises(ValueError, match="no images in the valid split"):
+        load_images(str(tmp_path))
+
+
 def test_a_column_that_may_be_of_labels_or_not_is_not_guessed(tmp_path):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     columns = {"id": list(range(9)), "picture": [encoded(i) for i in range(9)], "category": [0, 1, 2] * 3}

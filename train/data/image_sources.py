@@ -73,11 +73,11 @@ def load_images(source: str, image_column: str | None = None, label_column: str 
 
 
 def _complete(splits: dict[str, ImageSet], classes: tuple[str, ...] | None, source: str) -> ImageData:
-    # The hub publishes test splits whose labels are a secret: all −1.
-    splits = {name: part for name, part in splits.items() if name == "train" or not (part.labels == -1).all()}
     for name in [split for split in SPLITS if split in splits]:
         if not len(splits[name]):
             raise ValueError(f"data {source}: no images in the {name} split")
+    # The hub publishes test splits whose labels are a secret: all −1.
+    splits = {name: part for name, part in splits.items() if name == "train" or not (part.labels == -1).all()}
     count = int(splits["train"].labels.max()) + 1
     if count > MOST_CLASSES:
         raise ValueError(f"data {source}: a label is {count - 1}; classes are numbers from 0 to {MOST_CLASSES - 1}")
