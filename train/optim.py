@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from functools import reduce
 from itertools import chain
 from typing import Any
@@ -42,7 +43,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     1. a layer, by `optim_groups`, a dict of the names of parameters in it and their groups, because copies and loaded
        tensors keep no attributes;
     2. a mark `parameter.optim_group`;
-    3. a model of timm's, by `no_weight_decay()`;
+    3. a model of timm's, by the names and patterns of `no_weight_decay()`;
     4. embeddings, which are not decayed, whatever is tied to them;
     5. models of timm's and transformers', by `get_classifier()` and `get_output_embeddings()`, whose weights are
        "decay";
@@ -64,7 +65,13 @@ def _told(model: nn.Module) -> dict[int, str]:
     modules = list(model.modules())
     outputs = {id(layer.weight): "decay" for module in modules for layer in _outputs(module)}
     embeddings = {id(module.weight): "no_decay" for module in modules if isinstance(module, nn.Embedding)}
-    undecayed = {id(_attribute(m, name)): "no_decay" for m in modules for name in _called(m, "no_weight_decay") or ()}
+    undecayed = {
+        id(parameter): "no_decay"
+        for module in modules
+        for pattern in _called(module, "no_weight_decay") or ()
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if fnmatchcase(name, pattern)
+    }
     marks = {id(p): p.optim_group for p in model.parameters() if hasattr(p, "optim_group")}  # type: ignore[attr-defined]
     layers = {
         id(_attribute(module, name)): group

@@ -117,6 +117,9 @@ def test_models_of_timm_say_what_is_not_decayed_and_what_classifies():
         assert group_of(model, f"{prefix}pos_embed") == "no_decay"
         assert group_of(model, f"{prefix}head.weight") == "decay"
         assert group_of(model, f"{prefix}blocks.0.attn.qkv.weight") == "matrix"
+    # By a pattern.
+    xcit = timm.models.Xcit(depth=1, cls_attn_layers=1, **sizes)
+    assert group_of(xcit, "pos_embed.token_projection.weight") == "no_decay"
     swin = timm.models.SwinTransformer(depths=(1,), window_size=2, **{**sizes, "patch_size": 4, "num_heads": (2,)})
     assert group_of(swin, "layers.0.blocks.0.attn.relative_position_bias_table") == "no_decay"
     assert group_of(swin, "head.fc.weight") == "decay"
