@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import random
 import signal
 from dataclasses import replace
@@ -253,6 +254,10 @@ def test_metrics_are_those_of_scikit_learn(classes):
     assert found["f1"] == pytest.approx(metrics.f1_score(truth, guess, average=average))
     assert found["matthews"] == pytest.approx(metrics.matthews_corrcoef(truth, guess))
     assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, truth).item(), rel=1e-5)
+    confusion.add(torch.full((2, classes), math.nan), torch.tensor([-100, -100]))
+    assert confusion.metrics() == found
+    confusion.add(torch.full((1, classes), math.nan), torch.tensor([0]))
+    assert all(map(math.isnan, confusion.metrics().values()))
     constant = Confusion(2)
     constant.add(torch.tensor([[1.0, 0.0]] * 3), torch.tensor([0, 1, 1]))
     assert constant.metrics()["matthews"] == 0

@@ -1,5 +1,6 @@
 """A task on a pre-trained encoder; text classification."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -227,7 +228,9 @@ class Confusion:
         accuracy = float(right.sum() / total)
         score = float(f1[1] if len(f1) == 2 else f1.mean())
         loss = {"loss": nll / float(total), "error": 1 - accuracy, "accuracy": accuracy}
-        return {**loss, "f1": score, "matthews": float(matthews)}
+        found = {**loss, "f1": score, "matthews": float(matthews)}
+        # Of logits that give no probabilities, as NaN, the guesses are none.
+        return dict.fromkeys(found, math.nan) if math.isnan(nll) else found
 
 
 def encoder_from(folder: Path, overrides: dict[str, Any], *, num_classes: int = 0, span_head: bool = False) -> Encoder:
