@@ -100,13 +100,10 @@ def vision(arguments: list[str]) -> int:
 
 def nli(arguments: list[str]) -> int:
     """train a head for sentence pairs on an encoder's features"""
-    from .nli_config import NLIConfig
-
-    config = read_run_config(NLIConfig, NLIConfig(), arguments, "nli")
     from .start import run
-    from .tasks.nli import NaturalLanguageInference
+    from .tasks.nli import NaturalLanguageInference, NLIConfig
 
-    return run(NaturalLanguageInference, config)
+    return run(NaturalLanguageInference, read_run_config(NLIConfig, NLIConfig(), arguments, "nli"))
 
 
 def transfer(arguments: list[str]) -> int:

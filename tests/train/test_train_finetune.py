@@ -13,7 +13,7 @@ import torch
 
 from grassland.archs import load_model
 from grassland.train.__main__ import main
-from grassland.train.data.labelled import LabelledText, encode_labelled, evaluation_rows, load_labelled
+from grassland.train.data.labelled import LabelledText, encode_labelled, load_labelled
 from grassland.train.data.tokenizer import load_tokenizer, special_tokens
 from grassland.train.log import read_metrics
 from grassland.train.start import run
@@ -318,12 +318,12 @@ def test_recipes_are_the_papers():
         finetune_settings("sst", "run", "data")
 
 
-def test_batches_of_an_evaluation_have_one_shape(rows):
-    tokenizer = load_tokenizer("bpe:280", "the cat sees nothing")
-    data = LabelledText([(row["text"],) for row in rows[:7]], np.array([row["label"] for row in rows[:7]]))
-    batches = list(evaluation_rows(encode_labelled(data, tokenizer, 12), 4))
-    assert [batch.ids.shape for batch in batches] == [(4, 12)] * 2
-    assert batches[1].classes.tolist()[3] == -100 and all((batch.classes[:3] >= 0).all() for batch in batches)
+def test_batches_of_an_evaluation_have_one_size(config):
+    task = TextClassification(config, torch.device("cpu"))
+    batches = list(task.judged_rows(11, "test"))
+    assert [rows.tolist() for rows in batches] == [[*range(8)], [8, 9, 10, *[-1] * 5]]
+    some, classes = task.rows["train"].chosen(batches[1]), task.data.splits["train"].classes
+    assert some.ids.shape == (8, 16) and some.classes.tolist() == [*classes[8:11], *[-100] * 5]
 
 
 @pytest.mark.parametrize(

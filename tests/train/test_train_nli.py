@@ -18,10 +18,9 @@ from grassland.train.data import load_tokenizer, pairs
 from grassland.train.data.pairs import LABELS, PairTokens, load_pairs, marks
 from grassland.train.log import read_metrics
 from grassland.train.loop import Trainer
-from grassland.train.nli_config import NLIConfig
 from grassland.train.nli_model import load_nli_model
 from grassland.train.start import run
-from grassland.train.tasks.nli import NaturalLanguageInference
+from grassland.train.tasks.nli import NaturalLanguageInference, NLIConfig
 
 ANIMALS = ["dog", "cat", "bird", "horse", "cow"]
 

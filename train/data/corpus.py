@@ -44,7 +44,6 @@ class Split:
 class Corpus:
     """A tokenised text. key: the hash of the text and the tokeniser."""
 
-    name: str
     key: str
     tokenizer: "Tokenizer"
     train: Split
@@ -77,7 +76,7 @@ def load_corpus(
         _build(entry, texts, tk, files)
         header = json.loads((entry / HEADER).read_text())
     splits = {split: _open(entry, split, header, marked) for split in SPLITS}
-    return Corpus(Path(source).name or source, key, tk, **splits)
+    return Corpus(key, tk, **splits)
 
 
 def cache_folder() -> Path:

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -55,7 +53,6 @@ class LabelledData:
     splits: "train", "valid", "test", and "mismatched" where there is such a one beside the one that "test" stands for.
     """
 
-    name: str
     key: str
     classes: tuple[str, ...]
     splits: dict[str, LabelledText]
@@ -69,6 +66,12 @@ class TextBatch(NamedTuple):
     types: Tensor
     mask: Tensor
     classes: Tensor
+
+    def chosen(self, rows: NDArray[np.int64]) -> "TextBatch":
+        """Some of the rows; −1 stands for one that does not count."""
+        place = torch.from_numpy(rows)
+        ids, types, mask, classes = (part[place.clamp_min(0)] for part in self)
+        return TextBatch(ids, types, mask, classes.where(place >= 0, IGNORE))
 
 
 def load_labelled(
@@ -104,15 +107,6 @@ def encode_labelled(data: LabelledText, tokenizer: "Tokenizer", seq_len: int) ->
         rows.append(assemble(segments, special, seq_len))
     ids, types, mask = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
     return TextBatch(ids, types, mask, torch.from_numpy(data.classes))
-
-
-def evaluation_rows(rows: TextBatch, batch_size: int) -> Iterator[TextBatch]:
-    """Every row once. All batches have one shape: the last one is filled up with the first row, uncounted."""
-    for start in range(0, len(rows.ids), batch_size):
-        place = torch.arange(start, start + batch_size)
-        counted = place < len(rows.ids)
-        ids, types, mask, classes = (part[place.where(counted, 0)] for part in rows)
-        yield TextBatch(ids, types, mask, classes.where(counted, IGNORE))
 
 
 def _shortened(texts: list[NDArray], room: int) -> list[NDArray]:
@@ -158,7 +152,7 @@ def _labelled(tables: dict[str, Any], columns: tuple[tuple[str, ...], str], sour
     if (further := everything.get(f"{tested_on} {FURTHER}")) is not None:
         splits[FURTHER] = further
     digest = hashlib.sha256(json.dumps([[classes], *([s.texts, s.classes.tolist()] for s in splits.values())]).encode())
-    return LabelledData(Path(source).name or source, digest.hexdigest()[:24], classes, splits, tested_on)
+    return LabelledData(digest.hexdigest()[:24], classes, splits, tested_on)
 
 
 def _labels(table: Any, column: str) -> list[Any]:

@@ -58,7 +58,6 @@ class QuestionData:
     """A data set. key: a hash of its content. tested_on: the split that "test" stands for. unanswerable: whether some
     questions have no answer, as in SQuAD 2.0."""
 
-    name: str
     key: str
     splits: dict[str, Paragraphs]
     tested_on: str
@@ -99,7 +98,7 @@ def load_questions(source: str) -> QuestionData:
     tested_on = complete(splits, source)
     key = hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()[:24]
     unanswerable = any(not question.answers for part in splits.values() for question in part.questions)
-    return QuestionData(Path(source).name or source, key, splits, tested_on, unanswerable)
+    return QuestionData(key, splits, tested_on, unanswerable)
 
 
 def _read(files: list[Path]) -> list[tuple[str, Any]]:

@@ -1,8 +1,6 @@
 """A task on a pre-trained encoder; text classification."""
 
 import math
-from abc import abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,19 +11,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...archs import CheckpointError, load_model, save_model
+from ...archs import CheckpointError
 from ...archs.encoder import Encoder
 from ...archs.modes import evaluating
 from ...archs.registry import unknown
 from ...kernels.losses import IGNORE
 from .. import parallel
 from ..config import RunConfig
-from ..data import BlockOrder, load_tokenizer, save_tokenizer
-from ..data.labelled import TextBatch, encode_labelled, evaluation_rows, load_labelled
+from ..data import BlockOrder, load_tokenizer
+from ..data.labelled import TextBatch, encode_labelled, load_labelled
 from ..data.splits import FURTHER
-from ..data.tokenizer import FILE as TOKENIZER_FILE
 from ..text_model import check_sizes, load_text_model
-from .base import Task
+from .text import TextTask
 
 # What the tensors of a task's own head are called.
 HEADS = ("classifier.", "span_head.")
@@ -81,19 +78,17 @@ class FinetuneConfig(TuningConfig):
     """Warm-up in passes over the training data; counts in place of --warmup."""
 
 
-class Finetuning(Task):
-    """An encoder that `mlm` has trained, with a fresh head, on rows of text. A subclass makes `data` and the `order`
-    of the rows.
+class Finetuning(TextTask):
+    """An encoder that `mlm` has trained, with a fresh head, on `data`, which a subclass reads.
 
     heads: as for `encoder_from`. Raises what `load_model` raises, and ValueError for a run that is no text encoder's.
     """
 
     metric = "error"
     data: Any
-    order: BlockOrder
 
     def __init__(self, config: TuningConfig, device: torch.device, **heads: Any) -> None:
-        self.config = config
+        self.config, self.key = config, self.data.key
         # A resumed run has the encoder's sizes and the vocabulary in its own folder.
         source = Path(config.resume or config.model)
         model = encoder_from(source, config.overrides(), **heads)
@@ -105,54 +100,14 @@ class Finetuning(Task):
         check_sizes(model, self.tokenizer.get_vocab_size(), config.seq_len)
         super().__init__(model, device)
 
-    @abstractmethod
-    def batch(self, rows: NDArray[np.int64]) -> Any:
-        """Those rows (B,) of the training data: a NamedTuple of tensors."""
-
-    @abstractmethod
-    def counts(self) -> dict[str, Any]:
-        """How much each split has, for the log."""
-
-    @property
-    def batches_per_epoch(self) -> float:
-        return self.order.blocks / self.config.batch_size
-
     @property
     def flops_per_unit(self) -> float:
         model: Any = self.model
         token = model.flops_per_token(self.config.seq_len) - model.head.flops_per_token()
         return 3 * self.config.seq_len * token
 
-    def batches(self, position: int) -> Iterator[Any]:
-        size = self.config.batch_size
-        mine = parallel.rows(size)
-        while True:
-            yield self.moved(self.batch(self.order.at(position * size, size)[mine]))
-            position += 1
-
-    def moved(self, batch: Any) -> Any:
-        """The batch on the task's device."""
-        return type(batch)(*map(self.to_device, batch))
-
-    def save(self, folder: Path, config: RunConfig) -> None:
-        if not (folder / TOKENIZER_FILE).exists():
-            save_tokenizer(self.tokenizer, folder)
-        save_model(self.model, folder, extra={"task": self.name, **self.facts(), "run": config.to_dict()})
-
-    def facts(self) -> dict[str, Any]:
-        """What else config.json says."""
-        return {}
-
-    def best_model(self, folder: Path) -> nn.Module:
-        return load_model(folder, device=self.device)
-
-    def identity(self) -> dict[str, Any]:
-        return {"data": self.data.key, "vocab_size": self.tokenizer.get_vocab_size()}
-
     def describe(self) -> dict[str, Any]:
-        facts = {"data": self.data.name, **self.identity(), **self.facts(), "splits": self.counts()}
-        parameters = self.model.num_parameters()  # type: ignore[operator]
-        return {**facts, "tested_on": self.data.tested_on, "parameters": parameters}
+        return {**super().describe(), "tested_on": self.data.tested_on}
 
 
 class TextClassification(Finetuning):
@@ -171,8 +126,8 @@ class TextClassification(Finetuning):
         }
         self.order = BlockOrder(len(self.rows["train"].ids), config.seed)
 
-    def batch(self, rows: NDArray[np.int64]) -> TextBatch:
-        return TextBatch(*(part[torch.from_numpy(rows)] for part in self.rows["train"]))
+    def batch(self, rows: NDArray[np.int64], place: int) -> TextBatch:
+        return self.rows["train"].chosen(rows)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         return model(batch.ids, classes=batch.classes, mask=batch.mask, token_types=batch.types)
@@ -187,10 +142,9 @@ class TextClassification(Finetuning):
     def _metrics(self, model: nn.Module, split: str) -> dict[str, float]:
         classifier: Any = model
         confusion = Confusion(len(self.data.classes), self.device)
-        mine = parallel.rows(self.config.batch_size)
         with evaluating(model):
-            for all_rows in self.judged(evaluation_rows(self.rows[split], self.config.batch_size), split):
-                batch = self.moved(TextBatch(*(part[mine] for part in all_rows)))
+            for rows in self.judged_rows(len(self.data.splits[split]), split):
+                batch = self.moved(self.rows[split].chosen(rows))
                 confusion.add(classifier.classify(batch.ids, mask=batch.mask, token_types=batch.types), batch.classes)
         return confusion.metrics()
 

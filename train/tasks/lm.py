@@ -1,25 +1,25 @@
 """Causal language modelling on a tokenised text."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..config import LMConfig, RunConfig
+from ..config import LMConfig
 from ..data import BlockOrder, Corpus, block_batch, load_corpus, load_tokenizer, num_blocks, save_tokenizer
 from ..data.tokenizer import FILE as TOKENIZER_FILE
 from ..evaluate import evaluate_text
-from ..parallel import is_main, rows
+from ..parallel import is_main
 from ..sample import generate_text
-from ..text_model import build_text_model, load_text_model, save_text_model
-from .base import Task
+from ..text_model import build_text_model
+from .text import TextTask
 
 
-class LanguageModeling(Task):
+class LanguageModeling(TextTask):
     """Next-token prediction in blocks of `config.seq_len` tokens.
 
     Raises ValueError for a text shorter than one block, and what `load_corpus` and `build_text_model` raise.
@@ -30,16 +30,15 @@ class LanguageModeling(Task):
 
     def __init__(self, config: LMConfig, device: torch.device) -> None:
         self.config = config
-        self.corpus, self.tokenizer_damaged = read_corpus(config)
+        self._read_corpus()
         _check_length(self.corpus, config)
-        vocab_size = self.corpus.tokenizer.get_vocab_size()
-        model = build_text_model(config.model, vocab_size, config.seq_len, config.overrides())
-        super().__init__(model, device)
+        vocab_size = self.tokenizer.get_vocab_size()
+        super().__init__(build_text_model(config.model, vocab_size, config.seq_len, config.overrides()), device)
         self.order = BlockOrder(num_blocks(len(self.corpus.train.tokens), config.seq_len), config.seed)
 
-    @property
-    def batches_per_epoch(self) -> float:
-        return self.order.blocks / self.config.batch_size
+    def _read_corpus(self, *, marked: bool = False) -> None:
+        self.corpus, self.tokenizer_damaged = read_corpus(self.config, marked=marked)
+        self.key, self.tokenizer = self.corpus.key, self.corpus.tokenizer
 
     @property
     def units_per_batch(self) -> int:
@@ -49,14 +48,8 @@ class LanguageModeling(Task):
     def flops_per_unit(self) -> float:
         return 3 * self.model.flops_per_token(self.config.seq_len)  # type: ignore[operator]
 
-    def batches(self, position: int) -> Iterator[tuple[Tensor, Tensor]]:
-        size = self.config.batch_size
-        mine = rows(size)
-        while True:
-            blocks = self.order.at(position * size, size)[mine]
-            inputs, targets = block_batch(self.corpus.train.tokens, blocks, self.config.seq_len)
-            yield self.to_device(inputs), self.to_device(targets)
-            position += 1
+    def batch(self, rows: NDArray[np.int64], place: int) -> Any:
+        return block_batch(self.corpus.train.tokens, rows, self.config.seq_len)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         inputs, targets = batch
@@ -67,35 +60,22 @@ class LanguageModeling(Task):
         limit = self.config.valid_batches if split == "valid" else None
         return evaluate_text(model, part, self.config.seq_len, self.config.batch_size, self.device, limit)
 
-    def save(self, folder: Path, config: RunConfig) -> None:
-        if not (folder / TOKENIZER_FILE).exists():
-            save_tokenizer(self.corpus.tokenizer, folder)
-        save_text_model(self.model, folder, extra={"task": self.name, "run": config.to_dict()})
-
-    def best_model(self, folder: Path) -> nn.Module:
-        return load_text_model(folder, self.device)
-
-    def identity(self) -> dict[str, Any]:
-        return {"data": self.corpus.key, "vocab_size": self.corpus.tokenizer.get_vocab_size()}
-
-    def describe(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, Any]:
         splits = {"train": self.corpus.train, "valid": self.corpus.valid, "test": self.corpus.test}
-        counts = {name: {"tokens": len(s.tokens), "words": s.words, "bytes": s.bytes} for name, s in splits.items()}
-        parameters = self.model.num_parameters()  # type: ignore[operator]
-        return {"data": self.corpus.name, **self.identity(), "parameters": parameters, "splits": counts}
+        return {name: {"tokens": len(s.tokens), "words": s.words, "bytes": s.bytes} for name, s in splits.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if self.tokenizer_damaged and self.config.resume and is_main():
-            save_tokenizer(self.corpus.tokenizer, Path(self.config.resume))
+        if self.tokenizer_damaged and is_main():
+            save_tokenizer(self.tokenizer, Path(self.config.resume))
 
     def samples(self, model: nn.Module, count: int, seed: int) -> list[str]:
         """Continuations of the first words of evenly spaced blocks of the test text."""
         test = self.corpus.test.tokens
         starts = np.linspace(0, max(0, len(test) - 8), count + 2, dtype=np.int64)[1:-1]
-        prompts = [self.corpus.tokenizer.decode(test[start : start + 8].tolist()) for start in starts]
+        prompts = [self.tokenizer.decode(test[start : start + 8].tolist()) for start in starts]
         choice = {"tokens": 60, "temperature": 0.8, "top_p": 0.95}
         return [
-            prompt + "".join(generate_text(model, self.corpus.tokenizer, prompt, seed=seed + index, **choice))
+            prompt + "".join(generate_text(model, self.tokenizer, prompt, seed=seed + index, **choice))
             for index, prompt in enumerate(prompts)
         ]
 

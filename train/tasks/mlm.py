@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...archs import create_model, model_config
@@ -22,7 +24,7 @@ from ..parallel import rows, total
 from ..parallel import size as processes
 from ..text_model import check_sizes
 from .base import Task
-from .lm import LanguageModeling, read_corpus
+from .lm import LanguageModeling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class MaskedLanguageModeling(LanguageModeling):
 
     def __init__(self, config: MLMConfig, device: torch.device) -> None:
         self.config = config
-        self.corpus, self.tokenizer_damaged = read_corpus(config, marked=True)
+        self._read_corpus(marked=True)
         self.texts = {name: self._text(name) for name in SPLITS}
         Task.__init__(self, self._model(), device)
         self.order = BlockOrder(len(self.texts["train"]), config.seed)
@@ -70,12 +72,12 @@ class MaskedLanguageModeling(LanguageModeling):
     def _text(self, name: str) -> MaskedText:
         config, where = self.config, f"data {self.config.data}: {name}"
         shape = {"seq_len": config.seq_len, "mask_rate": config.mask_rate, "sentence_order": config.sentence_order}
-        return MaskedText(getattr(self.corpus, name), self.corpus.tokenizer, **shape, name=where)
+        return MaskedText(getattr(self.corpus, name), self.tokenizer, **shape, name=where)
 
     def _model(self) -> nn.Module:
         config, overrides = self.config, self.config.overrides()
         check_encoder(config.model)
-        sizes = {"vocab_size": self.corpus.tokenizer.get_vocab_size(), "num_classes": 2 if config.sentence_order else 0}
+        sizes = {"vocab_size": self.tokenizer.get_vocab_size(), "num_classes": 2 if config.sentence_order else 0}
         model = create_model(config.model, **{**sizes, **overrides})
         check_sizes(model, sizes["vocab_size"], config.seq_len)
         if not config.sentence_order and model.pooler is not None:
@@ -89,13 +91,8 @@ class MaskedLanguageModeling(LanguageModeling):
         head = model.head.flops_per_token() * (1 - self.texts["train"].most_told / self.config.seq_len)
         return 3 * (model.flops_per_token(self.config.seq_len) - head)
 
-    def batches(self, position: int) -> Iterator[MaskedBatch]:
-        size, text = self.config.batch_size, self.texts["train"]
-        mine = rows(size)
-        while True:
-            sequences = self.order.at(position * size, size)[mine]
-            yield self._moved(text.training(sequences, position * size + mine.start, self.config.seed))
-            position += 1
+    def batch(self, rows: NDArray[np.int64], place: int) -> MaskedBatch:
+        return self.texts["train"].training(rows, place, self.config.seed)
 
     def step_batches(self, stream: Iterator[MaskedBatch], count: int) -> Iterator[MaskedBatch]:
         batches = list(islice(stream, count))
@@ -111,7 +108,7 @@ class MaskedLanguageModeling(LanguageModeling):
         words, order = Hits(self.device), Hits(self.device)
         size = self.config.batch_size
         with evaluating(model):
-            for batch in map(self._moved, self.judged(self.texts[split].evaluation(size, rows(size)), split)):
+            for batch in map(self.moved, self.judged(self.texts[split].evaluation(size, rows(size)), split)):
                 told, exchanged = encoder.predict(batch.ids, **_inputs(batch))
                 words.add(told, batch.labels)
                 if batch.order is not None:
@@ -120,18 +117,16 @@ class MaskedLanguageModeling(LanguageModeling):
         found = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}
         return {**found, **({"order_accuracy": order.means()[1]} if self.config.sentence_order else {})}
 
-    def describe(self) -> dict[str, Any]:
-        counts = {
+    def counts(self) -> dict[str, Any]:
+        return {
             name: {"tokens": len(text.tokens), "words": len(text.words), "sequences": len(text)}
             for name, text in self.texts.items()
         }
-        parameters = self.model.num_parameters()  # type: ignore[operator]
-        return {"data": self.corpus.name, **self.identity(), "parameters": parameters, "splits": counts}
 
     @torch.no_grad()
     def samples(self, model: nn.Module, count: int, seed: int) -> list[str]:
         """The first sequences of the test text with what is hidden, and what the model puts there."""
-        batch = self._moved(next(self.texts["test"].evaluation(max(count, 1))))
+        batch = self.moved(next(self.texts["test"].evaluation(max(count, 1))))
         encoder: Any = model
         guesses = encoder.predict(batch.ids, **_inputs(batch))[0].argmax(-1)
         told = batch.ids.scatter(1, batch.positions, guesses.where(batch.labels != IGNORE, batch.ids[:, :1]))
@@ -141,10 +136,7 @@ class MaskedLanguageModeling(LanguageModeling):
         ]
 
     def _decoded(self, ids: Tensor) -> str:
-        return self.corpus.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-
-    def _moved(self, batch: MaskedBatch) -> MaskedBatch:
-        return MaskedBatch(*(None if part is None else self.to_device(part) for part in batch))  # type: ignore[arg-type]
+        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 
 def _inputs(batch: MaskedBatch) -> dict[str, Tensor]:

@@ -1,33 +1,61 @@
 """Natural language inference: a head on an encoder's features of sentence pairs."""
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...archs import read_config
 from ...archs.modes import evaluating
 from ..classify import Tally
 from ..config import RunConfig
-from ..data import BlockOrder, load_tokenizer, save_tokenizer
+from ..data import BlockOrder, load_tokenizer
 from ..data.pairs import LABELS, MARKS, Pairs, PairTokens, load_pairs, marks
 from ..data.tokenizer import FILE as TOKENIZER_FILE
 from ..flops import flop_counter
-from ..nli_config import NLIConfig
 from ..nli_model import NLIModel, build_nli_model, load_encoder, load_nli_model, save_nli_model, stored_encoder
-from ..parallel import rows as own_rows
 from ..vision_model import num_parameters
-from .base import Task
+from .text import TextTask
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-class NaturalLanguageInference(Task):
+@dataclass(frozen=True, kw_only=True)
+class NLIConfig(RunConfig):
+    """Natural language inference: a head on an encoder's token features (arXiv 2512.19428, section 4.2)."""
+
+    model: Literal["plucker", "transformer"] = "plucker"
+    """The head: Grassmann-Plücker mixing, or its self-attention baseline. `--set` takes its sizes: d_proj=64 …"""
+    data: str = "snli"
+    """A folder with train, dev and test JSON-lines files in SNLI's format, one such file, or a hub name[:config]."""
+    encoder: str = "distilbert-base-uncased"
+    """What makes the features: a hub name, a local folder, or random (a tiny DistilBERT, to try things out)."""
+    tokenizer: str | None = None
+    """By default the encoder's own (random: bpe:4096); as for lm: bpe:SIZE, a file, a folder or a hub name."""
+    fine_tune: bool = False
+    """Train the encoder too, at the same learning rate; otherwise it is a fixed feature extractor."""
+    max_len: int = 48
+    """Tokens of a pair, [CLS] and both [SEP] included; the longer sentence gives way."""
+    epochs: float | None = 20
+    """Passes over the training data; counts in place of --steps."""
+    eval_epochs: float | None = 1
+    """Passes between validations; counts in place of --eval-every, and for checkpoints if --save-every is not given."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_len < 5:
+            raise ValueError(f"max_len must be at least 5, one token a sentence and three marks, got {self.max_len}")
+
+
+class NaturalLanguageInference(TextTask):
     """One of `LABELS` for each pair of sentences.
 
     Raises what `load_pairs`, `load_tokenizer` and `load_encoder` raise.
@@ -48,10 +76,6 @@ class NaturalLanguageInference(Task):
         super().__init__(model, device)
         self.order = BlockOrder(len(self.splits["train"]), config.seed)
 
-    @property
-    def batches_per_epoch(self) -> float:
-        return len(self.splits["train"]) / self.config.batch_size
-
     @cached_property
     def flops_per_unit(self) -> float:
         ids = torch.zeros(1, self.config.max_len, dtype=torch.int64, device=self.device)
@@ -62,12 +86,8 @@ class NaturalLanguageInference(Task):
         fixed = counter.get_flop_counts().get("NLIModel.encoder", {}) if self.model.frozen else {}
         return 3.0 * total - 2.0 * sum(fixed.values())
 
-    def batches(self, position: int) -> Iterator[tuple[Tensor, ...]]:
-        size = self.config.batch_size
-        while True:
-            rows = self.order.at(position * size, size)[own_rows(size)]
-            yield tuple(map(self.to_device, self.splits["train"].batch(rows)))
-            position += 1
+    def batch(self, rows: NDArray[np.int64], place: int) -> tuple[Tensor, ...]:
+        return self.splits["train"].batch(rows)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         ids, mask, labels = batch
@@ -76,32 +96,24 @@ class NaturalLanguageInference(Task):
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         tally, part = Tally(self.device), self.splits[split]
-        size = self.config.batch_size
         with evaluating(model):
-            for start in self.judged(range(0, len(part), size), split):
-                rows = np.arange(start, start + size)
-                # Row −1 does not count: all processes have rows in every batch.
-                rows[rows >= len(part)] = -1
-                ids, mask, labels = map(self.to_device, part.batch(rows[own_rows(size)]))
+            for rows in self.judged_rows(len(part), split):
+                ids, mask, labels = self.moved(part.batch(rows))
                 tally.add(model(ids, mask), labels)
         found = tally.metrics()
         return {"loss": found["loss"], "error": found["error"], "accuracy": found["top1"], "ece": found["ece"]}
 
-    def save(self, folder: Path, config: RunConfig) -> None:
-        if not (folder / TOKENIZER_FILE).exists():
-            save_tokenizer(self.tokenizer, folder)
-        save_nli_model(self.model, folder, {"task": self.name, "labels": LABELS, "run": config.to_dict()})
+    def save_model(self, folder: Path, extra: dict[str, Any]) -> None:
+        save_nli_model(self.model, folder, {**extra, "labels": LABELS})
 
     def best_model(self, folder: Path) -> nn.Module:
         return load_nli_model(folder, self.device)
 
-    def identity(self) -> dict[str, Any]:
-        return {"data": self.key, "vocab_size": self.tokenizer.get_vocab_size()}
+    def counts(self) -> dict[str, Any]:
+        return {name: {"pairs": len(part), "dropped": self.dropped[name]} for name, part in self.splits.items()}
 
-    def describe(self) -> dict[str, Any]:
-        counts = {name: {"pairs": len(part), "dropped": self.dropped[name]} for name, part in self.splits.items()}
-        sizes = {"parameters": num_parameters(self.model), "head_parameters": num_parameters(self.model.head)}
-        return {"data": self.config.data, **self.identity(), **sizes, "splits": counts}
+    def sizes(self) -> dict[str, int]:
+        return {"parameters": num_parameters(self.model), "head_parameters": num_parameters(self.model.head)}
 
 
 def _tokenizer(config: NLIConfig, train: Pairs) -> "Tokenizer":

@@ -87,7 +87,7 @@ class QuestionAnswering(Finetuning):
         lengths = {"seq_len": config.seq_len, "stride": config.doc_stride, "question_len": config.max_question_len}
         return Windows(part, self.tokenizer, **lengths, name=where)
 
-    def batch(self, rows: NDArray[np.int64]) -> WindowBatch:
+    def batch(self, rows: NDArray[np.int64], place: int) -> WindowBatch:
         return self.windows["train"].batch(rows)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -97,19 +97,16 @@ class QuestionAnswering(Finetuning):
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """loss (nats a window), error (1 − F1) and `answer_metrics`; over the questions of which windows are judged."""
         encoder: Any = model
-        windows, size = self.windows[split], self.config.batch_size
+        windows = self.windows[split]
         nll, found = torch.zeros(2, dtype=torch.float64, device=self.device), []
         with evaluating(model):
-            for start in self.judged(range(0, len(windows), size), split):
-                rows = np.arange(start, start + size)
-                # Row −1 does not count: all processes have rows in every batch.
-                mine = np.where(rows < len(windows), rows, -1)[parallel.rows(size)]
-                batch = self.moved(windows.batch(mine))
+            for rows in self.judged_rows(len(windows), split):
+                batch = self.moved(windows.batch(rows))
                 logits = encoder.span_logits(batch.ids, mask=batch.mask, token_types=batch.types)
                 total = F.cross_entropy(logits, batch.spans, ignore_index=IGNORE, reduction="sum") / 2
                 nll += torch.stack([total.double(), (batch.spans[:, 0] != IGNORE).sum()])
                 best = best_spans(logits, batch.types, self.config.max_answer_len)
-                found.append(torch.stack([part.double() for part in (self.to_device(torch.from_numpy(mine)), *best)]))
+                found.append(torch.stack([part.double() for part in (self.to_device(torch.from_numpy(rows)), *best)]))
         judged = np.concatenate(parallel.gather(torch.cat(found, 1).cpu().numpy()), axis=1).T
         self._answer(windows, judged[judged[:, 0] >= 0])
         gold = [question.answers for question, _ in self.answers]
