@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from grassland.archs import CheckpointError
 from grassland.train.__main__ import main
-from grassland.train.data import load_tokenizer, pairs
+from grassland.train.data import load_tokenizer
 from grassland.train.data.pairs import LABELS, PairTokens, load_pairs, marks
 from grassland.train.log import read_metrics
 from grassland.train.loop import Trainer
@@ -79,9 +79,11 @@ def test_the_hubs_labels_are_told_by_their_names(monkeypatch):
     kinds = datasets.Features(premise=text, hypothesis=text, label=datasets.ClassLabel(names=names))
     rows = {"premise": ["a"] * 4, "hypothesis": ["b"] * 4, "label": [0, 1, 2, -1]}
     table = datasets.Dataset.from_dict(rows, features=kinds)
-    monkeypatch.setattr(pairs, "load_hub", lambda source: dict.fromkeys(("train", "validation", "test"), table))
-    found = load_pairs("someone/pairs")["valid"]
-    assert [LABELS[label] for label in found.labels] == names and found.dropped == 1
+    published = dict.fromkeys(("train", "validation_matched", "validation_mismatched", "test"), table)
+    monkeypatch.setattr("grassland.train.data.splits.load_hub", lambda source: published)
+    found = load_pairs("someone/pairs")
+    assert [LABELS[label] for label in found["test"].labels] == names and found["test"].dropped == 1
+    assert len(found["valid"]) == 6 and found["valid"].dropped == 2
 
 
 def test_the_pooler_of_a_fine_tuned_encoder_is_not_trained(nli, tmp_path):
@@ -222,7 +224,7 @@ def test_bad_settings_are_one_line_that_names_them(fail, folder, tmp_path):
     assert "encoder /nowhere/x: no such folder" in fail("--encoder", "/nowhere/x", *vocabulary)
     assert "no mark for start" in fail("--encoder", "/nowhere/x", "--tokenizer", "bpe:280")
     (tmp_path / "none").mkdir()
-    assert "no train, dev or test JSON-lines file" in fail("--data", tmp_path / "none")
+    assert "no train file (*train*.jsonl)" in fail("--data", tmp_path / "none")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...kernels.losses import IGNORE
-from .sources import ALIASES, HOLDOUT, SPLITS, files_below, load_hub, looks_local, split_of
+from .sources import HOLDOUT, SPLITS
+from .splits import FURTHER, load_splits
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -64,37 +65,21 @@ def load_pairs(source: str) -> dict[str, Pairs]:
 
     Raises FileNotFoundError where nothing is found and ValueError, naming file and line, for what cannot be read.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        splits = _folder(path)
-    elif path.is_file():
-        splits = _held_out(_read(path), source)
-    elif looks_local(source) or source.endswith(".jsonl"):
-        raise FileNotFoundError(f"data {source}: no such file or folder")
-    else:
-        splits = _hub(source)
+    found = load_splits(source, (".jsonl",), _entries)
+    splits = {}
+    for split in SPLITS:
+        # MNLI's second validation split is judged with the first.
+        names = [name for name in (split, f"{split} {FURTHER}") if name in found]
+        if names:
+            splits[split] = _pairs(row for name in names for row in _rows(found[name], f"data {source}, {name}"))
+    if Path(source).expanduser().is_file():
+        splits = _held_out(splits["train"], source)
     for split in SPLITS:
         if split not in splits:
             raise FileNotFoundError(f"data {source}: no {split} split")
         if not len(splits[split]):
             raise ValueError(f"data {source}: no labelled pair in the {split} split")
     return splits
-
-
-def _folder(folder: Path) -> dict[str, Pairs]:
-    files = files_below(folder, (".jsonl",))
-    splits = {}
-    for split, names in ALIASES.items():
-        found = [file for file in files if split_of(file.relative_to(folder)) in names]
-        if found:
-            splits[split] = _pairs(entry for file in found for entry in _entries(file))
-    if not splits:
-        raise FileNotFoundError(f"data {folder}: no train, dev or test JSON-lines file (*.jsonl) in it")
-    return splits
-
-
-def _read(file: Path) -> Pairs:
-    return _pairs(_entries(file))
 
 
 def _held_out(pairs: Pairs, source: str) -> dict[str, Pairs]:
@@ -106,34 +91,30 @@ def _held_out(pairs: Pairs, source: str) -> dict[str, Pairs]:
     return {"train": rest, **splits}
 
 
-def _hub(source: str) -> dict[str, Pairs]:
-    dataset = load_hub(source)
-    splits = {}
-    for split, names in ALIASES.items():
-        name = next((name for name in names if name in dataset), None)
-        if name is not None:
-            rows = ((f"data {source}, {name} row {index}", row) for index, row in enumerate(dataset[name]))
-            names = getattr(dataset[name].features.get("label"), "names", ())
-            splits[split] = _pairs((where, _named(row, names)) for where, row in rows)
-    return splits
+def _rows(part: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """What `_entries` yields; of a table of the hub's the rows and where they are, with the names of their labels where
+    it tells them: not all data sets number them alike."""
+    if isinstance(part, Iterator):
+        yield from part
+        return
+    names = getattr(part.features.get("label"), "names", ())
+    for index, row in enumerate(part):
+        label = row.get("label")
+        named = isinstance(label, int) and 0 <= label < len(names)
+        yield f"{where} row {index}", {**row, "label": names[label]} if named else row
 
 
-def _named(entry: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The entry with the name of its label, where the hub tells the names: not all data sets number them alike."""
-    label = entry.get("label")
-    return {**entry, "label": names[label]} if isinstance(label, int) and 0 <= label < len(names) else entry
-
-
-def _entries(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{file}, line {number}", json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"data {file}: not JSON lines ({error})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data {file}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+def _entries(files: list[Path]) -> Iterator[tuple[str, Any]]:
+    for file in files:
+        try:
+            with file.open(encoding="utf-8-sig") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield f"{file}, line {number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"data {file}: not JSON lines ({error})") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"data {file}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def _pairs(entries: Iterable[tuple[str, Any]]) -> Pairs:
