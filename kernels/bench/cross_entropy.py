@@ -14,9 +14,8 @@ from .. import dispatch
 from ..cross_entropy import linear_cross_entropy
 from ..cross_entropy.op import OP
 from ..testing import normal
-from .rival import Benchmark, Rival, Setting, Step, Unavailable, package, with_gradients
+from .rival import Benchmark, Builder, Rival, Setting, Step, Unavailable, Values, package, with_gradients
 
-Values = dict[str, Any]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 SETTINGS = [
@@ -38,7 +37,7 @@ def inputs(v: Values, dtype: torch.dtype, device: torch.device) -> tuple[Tensor,
     return x, weight, torch.randint(v["vocab"], (v["tokens"],), generator=generator, device=device)
 
 
-def rival(loss: Loss) -> Callable[[Values, torch.dtype, torch.device], dict[str, Step]]:
+def rival(loss: Loss) -> Builder:
     """The modes of loss(x, weight, target), a mean."""
 
     def build(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:

@@ -15,10 +15,8 @@ from .. import dispatch
 from ..kronecker import kronecker_open, kronecker_post, kronecker_pre, kronecker_step
 from ..testing import normal
 from . import kronecker_gpu
-from .rival import Benchmark, Rival, Setting, Step, Unavailable, package, with_gradients
+from .rival import Benchmark, Rival, Setting, Step, Values, of_kind, package, with_gradients
 
-Values = dict[str, Any]
-Builder = Callable[[Values, torch.dtype, torch.device], dict[str, Step]]
 SINKHORN = 20
 SETTINGS = [
     Setting("2x1024 C768", {"kind": "sublayer", "tokens": 2048, "streams": 4, "dim": 768}),
@@ -32,6 +30,7 @@ GPU_SETTINGS = [
     Setting("12 layers 16x512 C768", {"kind": "model", "batch": 16, "length": 512, "depth": 12, "dim": 768}),
 ]
 VOCABULARY = 512
+of_a_sublayer = of_kind("sublayer")
 
 
 def inputs(v: Values, dtype: torch.dtype, device: torch.device, logits: int) -> list[Tensor]:
@@ -112,8 +111,9 @@ def build_ours(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str,
     return with_gradients(run, inputs(v, dtype, device, 2 * stages(v)), partial(run, backend="reference"))
 
 
+@of_kind("model")
 def build_plain(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-    return training(v, dtype, device, residual="plain") if v["kind"] == "model" else {}
+    return training(v, dtype, device, residual="plain")
 
 
 def training(v: Values, dtype: torch.dtype, device: torch.device, **options: Any) -> dict[str, Step]:
@@ -156,13 +156,7 @@ def build_official(v: Values, dtype: torch.dtype, device: torch.device) -> dict[
 
 
 def build_compiled(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-    from torch._dynamo.exc import BackendCompilerFailed
-
-    compiled = torch.compile(sublayer(kromhc_matrix))
-    try:
-        return with_gradients(compiled, inputs(v, dtype, device, 2 * stages(v)))
-    except BackendCompilerFailed as error:
-        raise Unavailable(str(error).splitlines()[0]) from error
+    return with_gradients(torch.compile(sublayer(kromhc_matrix)), inputs(v, dtype, device, 2 * stages(v)))
 
 
 def build_mhc(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
@@ -234,10 +228,6 @@ def build_copy(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str,
     source = {mode: normal(c * v["tokens"] * v["dim"] // 2).to(device, dtype) for mode, c in COPIED.items()}
     target = {mode: torch.empty_like(t) for mode, t in source.items()}
     return {mode: lambda mode=mode: target[mode].copy_(source[mode]) for mode in COPIED}
-
-
-def of_a_sublayer(builder: Builder) -> Builder:
-    return lambda v, dtype, device: builder(v, dtype, device) if v["kind"] == "sublayer" else {}
 
 
 COPIED = {"forward": 14, "forward+backward": 37}

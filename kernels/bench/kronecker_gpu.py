@@ -5,16 +5,12 @@ All three compute the published equations, and differ in the order of their axes
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..testing import normal
-from .rival import Step, Unavailable, package, with_gradients
+from .rival import Builder, Step, Unavailable, Values, package, with_gradients
 
-Values = dict[str, Any]
 SINKHORN, EPS = 20, 1e-6
 
 
@@ -124,7 +120,7 @@ def only_four(v: Values) -> None:
         raise Unavailable(f"has four streams alone, not {v['streams']}")
 
 
-BUILDERS: dict[str, Callable[[Values, torch.dtype, torch.device], dict[str, Step]]] = {
+BUILDERS: dict[str, Builder] = {
     "LigerMHC": build_liger,
     "TransformerEngine mHC": build_transformer_engine,
     "TileKernels mHC": build_tile_kernels,

@@ -19,9 +19,8 @@ from ..moe import Routing, expert_capacity, moe_ffn, moe_route
 from ..testing import normal
 from . import moe_gpu
 from .moe_gpu import Experts, gelu
-from .rival import Benchmark, Rival, Setting, Step, Unavailable, summary, without_check
+from .rival import Benchmark, Rival, Setting, Step, Unavailable, Values, summary, without_check
 
-Values = dict[str, Any]
 Layer = Callable[..., Tensor]
 
 

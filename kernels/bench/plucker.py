@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +14,8 @@ from ..plucker.blend import OP as BLEND
 from ..plucker.cases import PAPER_OFFSETS
 from ..plucker.op import OP
 from ..testing import normal
-from .rival import Benchmark, Rival, Setting, Step, Unavailable, package, with_gradients, without_check
+from .rival import Benchmark, Rival, Setting, Step, Unavailable, Values, package, with_gradients, without_check
 
-Values = dict[str, Any]
 Mixer = Callable[..., Tensor]
 
 
@@ -95,13 +93,7 @@ def build_collapsed(v: Values, dtype: torch.dtype, device: torch.device) -> dict
 
 
 def build_compiled(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-    from torch._dynamo.exc import BackendCompilerFailed
-
-    compiled = torch.compile(mixer(eager.plucker_mix, eager_blend, v))
-    try:
-        return with_gradients(compiled, inputs(v, dtype, device))
-    except BackendCompilerFailed as error:
-        raise Unavailable(str(error).splitlines()[0]) from error
+    return with_gradients(torch.compile(mixer(eager.plucker_mix, eager_blend, v)), inputs(v, dtype, device))
 
 
 Heads = Callable[[Tensor, Tensor, Tensor], Tensor]

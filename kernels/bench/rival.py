@@ -13,6 +13,8 @@ from torch import Tensor
 from ..testing import normal
 
 Step = Callable[[], Any]
+Values = dict[str, Any]
+Builder = Callable[[Values, torch.dtype, torch.device], dict[str, Step]]
 
 
 class Unavailable(Exception):
@@ -28,7 +30,7 @@ class Setting:
     """One problem size, or what else a table has a row for."""
 
     id: str
-    values: dict[str, Any]
+    values: Values
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Rival:
     """
 
     name: str
-    build: Callable[[dict[str, Any], torch.dtype, torch.device], dict[str, Step]]
+    build: Builder
     foreign: bool = False
     recordable: bool = True
 
@@ -65,8 +67,8 @@ class Benchmark:
     ours: str
     settings: Sequence[Setting]
     rivals: Sequence[Rival]
-    flops: Callable[[dict[str, Any], str], float]
-    moved: Callable[[dict[str, Any], str, int], float]
+    flops: Callable[[Values, str], float]
+    moved: Callable[[Values, str, int], float]
     tolerance: dict[torch.dtype, float] = field(default_factory=lambda: {torch.float32: 1e-4, torch.bfloat16: 3e-2})
     gpu_settings: Sequence[Setting] = ()
 
@@ -104,6 +106,15 @@ def with_gradients(
         exact = [grad.double() for grad in grads]
         modes["truth"] = lambda: with_gradients(truth, wide, grads=exact)["check"]()
     return modes
+
+
+def of_kind(kind: str) -> Callable[[Builder], Builder]:
+    """For a builder of a benchmark whose settings are of several kinds: it has nothing to say about the others."""
+
+    def narrowed(builder: Builder) -> Builder:
+        return lambda v, dtype, device: builder(v, dtype, device) if v["kind"] == kind else {}
+
+    return narrowed
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -22,6 +22,8 @@ def build(
     benchmark: Benchmark, setting: Setting, dtype: torch.dtype, device: torch.device, setup_limit: float = 0.0
 ) -> tuple[dict, dict]:
     """The rivals' functions, and the reasons of those that cannot run. setup_limit: seconds, 0 for none."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
     # Else compiled rivals leave sizes open at their second setting, which takes minutes, and later fall back to eager.
     torch.compiler.reset()
     steps, reasons = {}, {}
@@ -33,9 +35,9 @@ def build(
             with device, interrupted(0.0 if rival.name == benchmark.ours else setup_limit, late):
                 steps[rival.name] = tried(rival, setting.values, dtype, device)
         except Exception as error:
-            if not late and not isinstance(error, Unavailable | dispatch.BackendError):
+            if not late and not isinstance(error, Unavailable | dispatch.BackendError | BackendCompilerFailed):
                 raise
-            reasons[rival.name] = str(error)
+            reasons[rival.name] = str(error).partition("\n")[0]
         if late:
             steps.pop(rival.name, None)
             reasons[rival.name] = late[0]

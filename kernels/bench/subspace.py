@@ -7,7 +7,6 @@ a rival of one kind has nothing to say about the other. Steps run in place, agai
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,8 @@ from ..subspace import eager, grassmann_step_, reference, subspace_cross_entropy
 from ..subspace.cases import SCALE, orthonormal
 from ..subspace.op import CROSS_ENTROPY, STEP
 from ..testing import normal
-from .rival import Benchmark, Rival, Setting, Step, package
+from .rival import Benchmark, Builder, Rival, Setting, Step, Values, of_kind, package
 
-Values = dict[str, Any]
 LR, MOMENTUM = 0.1, 0.9
 
 SETTINGS = [
@@ -56,10 +54,9 @@ def stepper(
     return {"step": lambda: step(*tensors)} | ({"check": check} if comparable else {})
 
 
-def step_rival(step: Callable[[Tensor, Tensor, Tensor, int], None], comparable: bool = True) -> Callable:
+def step_rival(step: Callable[[Tensor, Tensor, Tensor, int], None], comparable: bool = True) -> Builder:
+    @of_kind("step")
     def build(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-        if v["kind"] != "step":
-            return {}
         return stepper(v, device, lambda w, b, g: step(w, b, g, v["k"]), comparable)
 
     return build
@@ -112,10 +109,9 @@ def momentum_sgd_step(weight: Tensor, buffer: Tensor, grad: Tensor, k: int) -> N
     weight.add_(buffer, alpha=-LR)
 
 
+@of_kind("step")
 def build_momentum_sgd(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
     """torch.optim.SGD, fused."""
-    if v["kind"] != "step":
-        return {}
     weight, _, grad = stepping(v, device)
     parameter = torch.nn.Parameter(weight)
     parameter.grad = grad
@@ -123,10 +119,9 @@ def build_momentum_sgd(v: Values, dtype: torch.dtype, device: torch.device) -> d
     return {"step": optimizer.step}
 
 
+@of_kind("step")
 def build_pogo(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
     """The optimiser of pogo-torch, with the same momentum."""
-    if v["kind"] != "step":
-        return {}
     pogo = package("pogo", "pogo-torch")
     weight, _, grad = (t.view(-1, v["k"], v["n"]) for t in stepping(v, device))
     parameter = torch.nn.Parameter(weight)
@@ -135,10 +130,9 @@ def build_pogo(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str,
     return {"step": pogo.POGO([parameter], base, lr=LR).step}
 
 
+@of_kind("step")
 def build_geoopt(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
     """geoopt's RiemannianSGD on its Euclidean Stiefel manifold, with the same momentum."""
-    if v["kind"] != "step":
-        return {}
     geoopt = package("geoopt", "geoopt")
     weight, _, grad = stepping(v, device)
     columns = [t.view(-1, v["k"], v["n"]).mT.contiguous() for t in (weight, grad)]
@@ -155,12 +149,11 @@ def head_inputs(v: Values, dtype: torch.dtype, device: torch.device) -> tuple[Te
     return x, weight, labels
 
 
-def head_rival(loss: Callable[[Tensor, Tensor, Tensor, int], Tensor], comparable: bool = True) -> Callable:
+def head_rival(loss: Callable[[Tensor, Tensor, Tensor, int], Tensor], comparable: bool = True) -> Builder:
     """loss(x, weight, labels, k)."""
 
+    @of_kind("head")
     def build(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-        if v["kind"] != "head":
-            return {}
         x, weight, labels = head_inputs(v, dtype, device)
 
         def both() -> tuple[Tensor, ...]:
@@ -181,7 +174,7 @@ def composed_loss(x: Tensor, weight: Tensor, labels: Tensor, k: int) -> Tensor:
     return F.cross_entropy(SCALE * torch.linalg.vector_norm(z, dim=-1), labels)
 
 
-def vector_rival(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
+def vector_rival(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Builder:
     """loss(x, weight, labels) of one row a class: another function, k times smaller."""
     build = head_rival(lambda x, weight, labels, _: loss(x, weight, labels), comparable=False)
     return lambda v, dtype, device: build({**v, "k": 1}, dtype, device)
@@ -195,10 +188,9 @@ def cosine_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(SCALE * F.linear(F.normalize(x), F.normalize(weight)), labels)
 
 
+@of_kind("head")
 def build_liger(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
     """The linear head with liger-kernel's fused cross entropy, which writes no logits; held to the same in float64."""
-    if v["kind"] != "head":
-        return {}
     liger = package("liger_kernel.transformers", "liger-kernel", device)
     fused = liger.LigerFusedLinearCrossEntropyLoss()
     x, weight, labels = head_inputs({**v, "k": 1}, dtype, device)
@@ -213,12 +205,11 @@ def build_liger(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str
     return {"forward+backward": both, "check": both, "truth": truth}
 
 
-def metric_loss_rival(name: str, centres: str) -> Callable:
+def metric_loss_rival(name: str, centres: str) -> Builder:
     """A loss of pytorch-metric-learning with k centres a class; `centres` is what it calls their number."""
 
+    @of_kind("head")
     def build(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
-        if v["kind"] != "head":
-            return {}
         losses = package("pytorch_metric_learning.losses", "pytorch-metric-learning")
         options = {"num_classes": v["classes"], "embedding_size": v["n"], centres: v["k"]}
         loss = getattr(losses, name)(**options).to(device, dtype)
@@ -232,10 +223,9 @@ def build_compiled(v: Values, dtype: torch.dtype, device: torch.device) -> dict[
     return head_rival(torch.compile(composed_loss))(v, dtype, device)
 
 
+@of_kind("head")
 def build_roof(v: Values, dtype: torch.dtype, device: torch.device) -> dict[str, Step]:
     """The head's three matrix products and nothing else."""
-    if v["kind"] != "head":
-        return {}
     x, weight, _ = (t.detach() for t in head_inputs(v, dtype, device))
     z = x @ weight.T
     return {"forward+backward": lambda: (x @ weight.T, z @ weight, z.T @ x)}
