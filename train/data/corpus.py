@@ -50,6 +50,11 @@ class Corpus:
     valid: Split
     test: Split
 
+    @property
+    def splits(self) -> dict[str, Split]:
+        """All of them by their names."""
+        return {name: getattr(self, name) for name in SPLITS}
+
 
 def load_corpus(
     source: str, tokenizer: str, column: str = "text", cache: Path | None = None, *, marked: bool = False

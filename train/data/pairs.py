@@ -15,6 +15,7 @@ from torch import Tensor
 from ...kernels.losses import IGNORE
 from .sources import HOLDOUT, SPLITS
 from .splits import FURTHER, load_splits
+from .tokenizer import SPECIAL
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,8 +25,7 @@ LABELS = ("entailment", "neutral", "contradiction")
 # What annotators did not agree on; such pairs are left out, as in every published result.
 UNDECIDED = ("-", "", None, -1)
 FIELDS = (("sentence1", "sentence2", "gold_label"), ("premise", "hypothesis", "label"))
-# Names of the marks in the vocabularies of BERT's and RoBERTa's families.
-MARKS = {"start": ("[CLS]", "<s>"), "end": ("[SEP]", "</s>"), "pad": ("[PAD]", "<pad>")}
+MARKS = {"start": SPECIAL["cls"], "end": SPECIAL["sep"], "pad": SPECIAL["pad"]}
 # Batches are cut to the longest pair in them, rounded up so that few shapes occur.
 ROUND = 8
 

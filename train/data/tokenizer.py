@@ -22,8 +22,8 @@ class SpecialTokens(NamedTuple):
     mask: int
 
 
-# What those who publish vocabularies call them; the first name is the one given here.
-SPECIAL = (("[PAD]", "<pad>"), ("[CLS]", "<s>"), ("[SEP]", "</s>"), ("[MASK]", "<mask>"))
+# What the vocabularies of BERT's and RoBERTa's families call them; the first name is the one given here.
+SPECIAL = {"pad": ("[PAD]", "<pad>"), "cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>"), "mask": ("[MASK]", "<mask>")}
 
 
 def special_tokens(tokenizer: "Tokenizer") -> SpecialTokens:
@@ -32,7 +32,7 @@ def special_tokens(tokenizer: "Tokenizer") -> SpecialTokens:
     From then on text that reads like one of them is encoded as ordinary text.
     """
     ids = []
-    for names in SPECIAL:
+    for names in SPECIAL.values():
         known = [name for name in names if tokenizer.token_to_id(name) is not None]
         if not known:
             tokenizer.add_special_tokens([names[0]])

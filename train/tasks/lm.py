@@ -37,7 +37,20 @@ class LanguageModeling(TextTask):
         self.order = BlockOrder(num_blocks(len(self.corpus.train.tokens), config.seq_len), config.seed)
 
     def _read_corpus(self, *, marked: bool = False) -> None:
-        self.corpus, self.tokenizer_damaged = read_corpus(self.config, marked=marked)
+        """Set `corpus`, `key` and `tokenizer`, and `tokenizer_damaged` if the run's own vocabulary cannot be read."""
+        config = self.config
+        tokenizer, self.tokenizer_damaged = config.tokenizer, False
+        if config.resume:
+            # A resumed run reads the vocabulary it was trained with, whatever has become of the tokeniser's source.
+            own = str(Path(config.resume) / TOKENIZER_FILE)
+            try:
+                load_tokenizer(own)
+                tokenizer = own
+            except (FileNotFoundError, ValueError) as error:
+                # That it is the same again shows when the state is loaded: it belongs to one text and one vocabulary.
+                print(f"{error}; made again from {tokenizer}", file=sys.stderr)
+                self.tokenizer_damaged = True
+        self.corpus = load_corpus(config.data, tokenizer, config.text_column, marked=marked)
         self.key, self.tokenizer = self.corpus.key, self.corpus.tokenizer
 
     @property
@@ -56,13 +69,15 @@ class LanguageModeling(TextTask):
         return model(inputs, labels=targets)
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        part = self.corpus.valid if split == "valid" else self.corpus.test
-        limit = self.config.valid_batches if split == "valid" else None
-        return evaluate_text(model, part, self.config.seq_len, self.config.batch_size, self.device, limit)
+        config, part = self.config, self.corpus.splits[split]
+        limit = config.valid_batches if split == "valid" else None
+        return evaluate_text(model, part, config.seq_len, config.batch_size, self.device, limit)
 
     def counts(self) -> dict[str, Any]:
-        splits = {"train": self.corpus.train, "valid": self.corpus.valid, "test": self.corpus.test}
-        return {name: {"tokens": len(s.tokens), "words": s.words, "bytes": s.bytes} for name, s in splits.items()}
+        return {
+            name: {"tokens": len(part.tokens), "words": part.words, "bytes": part.bytes}
+            for name, part in self.corpus.splits.items()
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         if self.tokenizer_damaged and is_main():
@@ -80,28 +95,9 @@ class LanguageModeling(TextTask):
         ]
 
 
-def read_corpus(config: LMConfig, *, marked: bool = False) -> tuple[Corpus, bool]:
-    """The corpus, `marked` or not, and whether the run's own vocabulary could not be read."""
-
-    def load(tokenizer: str) -> Corpus:
-        return load_corpus(config.data, tokenizer, config.text_column, marked=marked)
-
-    if not config.resume:
-        return load(config.tokenizer), False
-    # A resumed run reads the vocabulary it has been trained with, whatever has become of the tokeniser's source.
-    own = Path(config.resume) / TOKENIZER_FILE
-    try:
-        load_tokenizer(str(own))
-    except (FileNotFoundError, ValueError) as error:
-        # That it is the same again shows when the state is loaded: it belongs to one text and one vocabulary.
-        print(f"{error}; made again from {config.tokenizer}", file=sys.stderr)
-        return load(config.tokenizer), True
-    return load(str(own)), False
-
-
 def _check_length(corpus: Corpus, config: LMConfig) -> None:
     least = {"train": config.seq_len + 1, "valid": 2, "test": 2}
-    for name, split in (("train", corpus.train), ("valid", corpus.valid), ("test", corpus.test)):
+    for name, split in corpus.splits.items():
         if (count := len(split.tokens)) < least[name]:
             wanted = f"one block of seq_len={config.seq_len} and its target" if name == "train" else "one prediction"
             raise ValueError(f"data {config.data}: the {name} text is too short: {count} tokens, too few for {wanted}")

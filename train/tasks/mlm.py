@@ -19,7 +19,6 @@ from ...kernels.losses import IGNORE
 from ..config import LMConfig
 from ..data import BlockOrder
 from ..data.masked import MaskedBatch, MaskedText
-from ..data.sources import SPLITS
 from ..parallel import rows, total
 from ..parallel import size as processes
 from ..text_model import check_sizes
@@ -65,14 +64,13 @@ class MaskedLanguageModeling(LanguageModeling):
     def __init__(self, config: MLMConfig, device: torch.device) -> None:
         self.config = config
         self._read_corpus(marked=True)
-        self.texts = {name: self._text(name) for name in SPLITS}
+        shape = {"seq_len": config.seq_len, "mask_rate": config.mask_rate, "sentence_order": config.sentence_order}
+        self.texts = {
+            name: MaskedText(part, self.tokenizer, **shape, name=f"data {config.data}: {name}")
+            for name, part in self.corpus.splits.items()
+        }
         Task.__init__(self, self._model(), device)
         self.order = BlockOrder(len(self.texts["train"]), config.seed)
-
-    def _text(self, name: str) -> MaskedText:
-        config, where = self.config, f"data {self.config.data}: {name}"
-        shape = {"seq_len": config.seq_len, "mask_rate": config.mask_rate, "sentence_order": config.sentence_order}
-        return MaskedText(getattr(self.corpus, name), self.tokenizer, **shape, name=where)
 
     def _model(self) -> nn.Module:
         config, overrides = self.config, self.config.overrides()
