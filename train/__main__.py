@@ -8,7 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .config import LMConfig, RunConfig, VisionConfig, default_lm, named_lm
+from .config import EPOCHS, LMConfig, RunConfig, VisionConfig, default_lm, named_lm
 from .optional import optional
 from .recipes import default_vision, named_vision, recipe
 
@@ -325,8 +325,9 @@ def _vision_recipe(arguments: list[str]) -> VisionConfig:
 
 def _lengths(chosen: C, arguments: list[str]) -> C:
     """A length given in steps counts over one in epochs, of a recipe or a run to be resumed."""
-    lengths = (("--steps", "epochs"), ("--warmup", "warmup_epochs"), ("--eval-every", "eval_epochs"))
-    dropped: dict[str, Any] = {name: None for option, name in lengths if _argument(arguments, option) is not None}
+    dropped: dict[str, Any] = {
+        epochs: None for steps, epochs in EPOCHS.items() if _argument(arguments, f"--{steps.replace('_', '-')}")
+    }
     return replace(chosen, steps=chosen.steps or 1, **dropped)
 
 

@@ -15,6 +15,8 @@ RESUMABLE = frozenset(
     {"steps", "epochs", "eval_every", "save_every", "eval_epochs", "log_every"}
     | {"out", "resume", "tensorboard", "samples", "workers", "on_nan", "bad_images", "parallel"}
 )
+# Lengths in steps, with the setting that has them in epochs: one that is given takes the place of the other.
+EPOCHS = {"steps": "epochs", "warmup": "warmup_epochs", "eval_every": "eval_epochs"}
 
 
 @dataclass(frozen=True, kw_only=True)

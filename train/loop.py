@@ -159,7 +159,8 @@ class Trainer:
 
     def _backward(self, batch: Any) -> torch.Tensor:
         """A micro-batch's share of the step's loss; its gradients are added to the parameters'."""
-        loss = self._loss(batch) / self.config.grad_accum
+        with self._autocast():
+            loss = self.task.loss(self.model, batch) / self.config.grad_accum
         loss.backward()
         return loss.detach()
 
@@ -341,10 +342,6 @@ class Trainer:
         factor = multiplier(self.step, self.steps, config.schedule, warmup=self.warmup, **shape)
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor
-
-    def _loss(self, batch: Any) -> torch.Tensor:
-        with self._autocast():
-            return self.task.loss(self.model, batch)
 
     def _look(self) -> list[tuple[float, float]]:
         """Losses and gradient norms since the last report; TrainingError at the first that is not finite."""

@@ -19,7 +19,8 @@ from .data import BlockOrder, block_batch, num_blocks
 from .env import hardware
 from .optim import build_optimizer
 from .optional import optional
-from .start import pick_device, seed_everything
+from .seeds import seed_everything
+from .start import pick_device
 
 NUMBERS, PICTURE = "profile.jsonl", "profile.png"
 PARTS = ("data", "embedding", "mixer", "residual", "ffn", "head", "optimiser")

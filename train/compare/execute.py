@@ -24,7 +24,7 @@ from ..lock import check_free
 from ..start import AUTO
 from .options import changed
 from .plan import FREE, Comparison
-from .results import SHOWN, Record, Selection, alone, done, is_diverged, is_done, mark, outcome, select, unselected
+from .results import Record, Selection, alone, done, is_diverged, is_done, mark, outcome, select, summary, unselected
 
 # Of an arm alone: the median of windows is what a machine does while nothing else disturbs it. One more goes before
 # them, whose first steps are not timed.
@@ -122,7 +122,7 @@ class Runner:
     def _note(self, run: Run, records: dict[Run, Record], exitcode: int | None = None) -> None:
         records[run] = self._record(run, exitcode)
         name = f"{self.plan.name}/{run.arm} lr {run.lr:g} seed {run.seed}"
-        print(f"{name}: {_summary(records[run])}", flush=True)
+        print(f"{name}: {summary(records[run])}", flush=True)
 
     def _record(self, run: Run, exitcode: int | None) -> Record:
         plan, folder = self.plan, self._place(run)
@@ -289,11 +289,3 @@ def _check_same(folder: Path, config: RunConfig) -> None:
     if other:
         was = ", ".join(f"{name}={stored[name]!r} (now {planned[name]!r})" for name in other)
         raise ValueError(f"{folder}: a run with other settings is there: {was}; give another --out")
-
-
-def _summary(record: Record) -> str:
-    if record["status"] != "done":
-        return f"FAILED: {record['error']}"
-    _, shown, factor, form, label = SHOWN[record["task"]]
-    valid, test = (factor * record[split][shown] for split in ("valid", "test"))
-    return f"{label} valid {valid:{form}}, test {test:{form}} ({record['elapsed_s']:.0f} s)"

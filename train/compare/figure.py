@@ -30,7 +30,7 @@ def plot(records: Sequence[Record], path: Path) -> bool:
         for index, arm in enumerate(arms):
             runs = curves[arm]
             _curve(axes, runs, key, factor, f"C{index % 10}", arm if len(runs) == 1 else f"{arm} ({len(runs)} seeds)")
-        axes.set(xlabel=label, ylabel=f"validation {SHOWN[task][4]}")
+        axes.set(xlabel=label, ylabel=f"validation {SHOWN[task].label}")
         if task == "lm":
             scale_by_log(axes)
         if key == "units":
@@ -55,7 +55,7 @@ def _timed(run: Record, rate: float) -> Record:
 
 def _curve(axes: Any, runs: Sequence[Record], key: str, factor: float, colour: str, label: str) -> None:
     """Runs of one arm validate at the same steps, but need not take the same time to get there."""
-    scale = SHOWN[runs[0]["task"]][2]
+    scale = SHOWN[runs[0]["task"]].factor
     x = [factor * statistics.fmean(place) for place in zip(*(run["curve"][key] for run in runs), strict=True)]
     columns = list(zip(*([scale * value for value in run["curve"]["metric"]] for run in runs), strict=True))
     axes.plot(x, [mean(column) for column in columns], "o-", ms=3, color=colour, label=label)

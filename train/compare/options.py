@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ...archs.registry import unknown
-from ..config import RunConfig, parse_setting
+from ..config import EPOCHS, RunConfig, parse_setting
 from .plan import Comparison
 
-# A length given in one unit replaces the one given in the other.
-REPLACES = {"steps": "epochs", "warmup": "warmup_epochs", "eval_every": "eval_epochs"}
 # Settings that the comparison itself decides.
 DECIDED = {"model", "set", "lr", "seed", "out", "resume"}
 
@@ -72,7 +70,7 @@ class CompareOptions:
 def changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     """The settings with those of `changes` that are theirs."""
     own = {name: value for name, value in changes.items() if hasattr(config, name)}
-    dropped = {REPLACES[name]: None for name in own if name in REPLACES and REPLACES[name] not in changes}
+    dropped = {EPOCHS[name]: None for name in own if name in EPOCHS and EPOCHS[name] not in changes}
     return replace(config, **{**dropped, **own})
 
 

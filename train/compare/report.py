@@ -9,7 +9,7 @@ from typing import Any
 
 from ..env import hardware, on_gpu
 from ..log import nulls_as_nan, to_json
-from .results import FURTHER, SHOWN, Record, done
+from .results import FURTHER, SHOWN, Record, done, shown_value
 from .statistics import Difference, holm, paired, spread
 
 FILE = "report.jsonl"
@@ -78,7 +78,7 @@ def arm_table(records: Sequence[Record]) -> str:
 def arm_rows(records: Sequence[Record]) -> list[list[str]]:
     """The cells of `arm_table`, its heads first."""
     finished = done(records)
-    unit, label = finished[0]["unit"], SHOWN[finished[0]["task"]][4]
+    unit, label = finished[0]["unit"], SHOWN[finished[0]["task"]].label
     heads = ["arm", "lr", "parameters", f"training FLOPs / {unit}", f"{unit}s/s", "peak memory"]
     heads += [f"valid {label}", f"test {label}", "test − first arm [95 %]", "p", "p (Holm)"]
     differences = {arm: difference(records, arm) for arm in by(records, "arm")}
@@ -98,7 +98,7 @@ def row(arm: str, records: Sequence[Record], gap: Difference | None, adjusted: f
     cells = [arm, f"{first['lr']:g}{'*' if first['edge'] else ''}", f"{first['parameters']:,}"]
     cells += [f"{first['flops_per_unit']:.3g}", f"{statistics.median(rates):,.0f}" if rates else ""]
     cells += [f"{max(record['peak_bytes'] for record in chosen) / 2**20:,.0f} MiB"]
-    cells += [mean_text(values(chosen, split), SHOWN[first["task"]][3]) for split in ("valid", "test")]
+    cells += [mean_text(values(chosen, split), SHOWN[first["task"]].form) for split in ("valid", "test")]
     return [*cells, gap_text(gap, first["task"]), p_text(gap and gap.p), p_text(adjusted)]
 
 
@@ -146,7 +146,7 @@ def difference(records: Sequence[Record], arm: str) -> Difference | None:
 
 def values(records: Sequence[Record], split: str) -> dict[int, float]:
     """Seed → metric, as it is shown."""
-    return {r["seed"]: SHOWN[r["task"]][2] * r[split][SHOWN[r["task"]][1]] for r in records}
+    return {record["seed"]: shown_value(record, split) for record in records}
 
 
 def grid_table(records: Sequence[Record]) -> str:
@@ -156,16 +156,16 @@ def grid_table(records: Sequence[Record]) -> str:
     lrs = sorted({record["lr"] for record in grid})
     if len(lrs) < 2:
         return ""
-    cells = {(r["arm"], r["lr"]): cell(r, task) for r in grid}
+    cells = {(r["arm"], r["lr"]): cell(r) for r in grid}
     rows = [[arm, *(cells.get((arm, lr), "") for lr in lrs)] for arm in by(grid, "arm")]
-    title = f"Validation {SHOWN[task][4]} over the grid, seed {seed}:"
+    title = f"Validation {SHOWN[task].label} over the grid, seed {seed}:"
     return f"{title}\n\n{markdown(['arm', *(f'lr {lr:g}' for lr in lrs)], rows)}"
 
 
-def cell(record: Record, task: str) -> str:
+def cell(record: Record) -> str:
     if record["status"] != "done":
         return "failed"
-    text = f"{SHOWN[task][2] * record['valid'][SHOWN[task][1]]:{SHOWN[task][3]}}"
+    text = f"{shown_value(record, 'valid'):{SHOWN[record['task']].form}}"
     return f"**{text}**" if record["chosen"] else text
 
 
@@ -283,7 +283,7 @@ def mean_text(found: dict[int, float], form: str) -> str:
 def gap_text(gap: Difference | None, task: str) -> str:
     if gap is None:
         return ""
-    form = f"+{SHOWN[task][3]}"
+    form = f"+{SHOWN[task].form}"
     return f"{gap.mean:{form}}" + (f" [{gap.interval[0]:{form}}, {gap.interval[1]:{form}}]" if gap.interval else "")
 
 

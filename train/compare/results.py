@@ -5,17 +5,32 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..log import read_metrics
 from ..watch import MAX_SKIPS
 
 Record = dict[str, Any]
-# For each task: what validation picks by (the smaller the better), what tables show, its factor, format and name.
-SHOWN = {"lm": ("loss", "perplexity", 1, ".2f", "perplexity"), "vision": ("error", "top1", 100, ".2f", "top-1, %")}
+
+
+class Shown(NamedTuple):
+    """How a task is told of. picks: the entry by which validation picks, the smaller the better. entry: what tables
+    show, times `factor`, in the format `form`, called `label`. unit: what throughput counts."""
+
+    picks: str
+    entry: str
+    factor: int
+    form: str
+    label: str
+    unit: str
+
+
+SHOWN = {
+    "lm": Shown("loss", "perplexity", 1, ".2f", "perplexity", "tokens"),
+    "vision": Shown("error", "top1", 100, ".2f", "top-1, %", "images"),
+}
 # What is told of a text beside that: entry, format and name.
 FURTHER = {"lm": (("word_perplexity", ",.1f", "word perplexity"), ("bits_per_byte", ".3f", "bits per byte"))}
-UNITS = {"lm": "tokens", "vision": "images"}
 
 
 @dataclass(frozen=True)
@@ -63,10 +78,10 @@ def outcome(folder: Path, task: str) -> Record:
     start = next(e for e in events if e["event"] == "start")
     end = next(e for e in reversed(events) if e["event"] == "end")
     valid = [e for e in events if e["event"] == "valid"]
-    shown, unit, config = SHOWN[task][1], UNITS[task], start["config"]
+    shown, config = SHOWN[task], start["config"]
     per_step = config["batch_size"] * config["grad_accum"] * config.get("seq_len", 1)
     return {
-        "unit": unit.removesuffix("s"),
+        "unit": shown.unit.removesuffix("s"),
         "steps": end["step"],
         "best_step": end["best_step"],
         # Where the metric was never finite, none is the best.
@@ -74,14 +89,14 @@ def outcome(folder: Path, task: str) -> Record:
         "test": _metrics(next(e for e in reversed(events) if e["event"] == "test")),
         "train_loss": next(e["loss"] for e in reversed(events) if e["event"] == "train"),
         "flops_per_unit": end["flops_per_unit"],
-        "units_per_s": end[f"{unit}_per_s"],
+        "units_per_s": end[f"{shown.unit}_per_s"],
         "peak_bytes": end["peak_bytes"],
         "elapsed_s": end["elapsed_s"],
         "curve": {
             "step": [e["step"] for e in valid],
             "units": [e["step"] * per_step for e in valid],
             "seconds": [round(e["elapsed_s"], 3) for e in valid],
-            "metric": [e[shown] for e in valid],
+            "metric": [e[shown.entry] for e in valid],
         },
         "data": Path(config["data"]).name or config["data"],
         "tested_on": start.get("tested_on", "test"),
@@ -97,7 +112,7 @@ def alone(folder: Path, task: str) -> Record:
     """How fast a run was that had the device to itself: the median over its lines, but for the first, in which not all
     steps are timed."""
     start, *_, end = events = read_metrics(folder)
-    _, *rates = (e[f"{UNITS[task]}_per_s"] for e in events if e["event"] == "train")
+    _, *rates = (e[f"{SHOWN[task].unit}_per_s"] for e in events if e["event"] == "train")
     rate = statistics.median(rate for rate in rates if rate is not None)
     return {"units_per_s": rate, "steps": end["step"], **_origin(start)}
 
@@ -105,6 +120,21 @@ def alone(folder: Path, task: str) -> Record:
 def done(records: Iterable[Record]) -> list[Record]:
     """The records of finished runs."""
     return [record for record in records if record["status"] == "done"]
+
+
+def shown_value(record: Record, split: str) -> float:
+    """The metric of a split as tables show it."""
+    shown = SHOWN[record["task"]]
+    return shown.factor * record[split][shown.entry]
+
+
+def summary(record: Record) -> str:
+    """A run in one line."""
+    if record["status"] != "done":
+        return f"FAILED: {record['error']}"
+    shown = SHOWN[record["task"]]
+    valid, test = (f"{split} {shown_value(record, split):{shown.form}}" for split in ("valid", "test"))
+    return f"{shown.label} {valid}, {test} ({record['elapsed_s']:.0f} s)"
 
 
 def select(records: Iterable[Record], seed: int) -> dict[str, Selection]:
@@ -120,7 +150,7 @@ def select(records: Iterable[Record], seed: int) -> dict[str, Selection]:
         if record["status"] == "done" or record["diverged"]:
             tried.setdefault(record["arm"], []).append(record["lr"])
         if record["status"] == "done":
-            value = record["valid"][SHOWN[record["task"]][0]]
+            value = record["valid"][SHOWN[record["task"]].picks]
             rank = (value if math.isfinite(value) else math.inf, record["lr"])
             best[record["arm"]] = min(best.get(record["arm"], rank), rank)
     return {arm: Selection(lr, tuple(sorted(tried[arm]))) for arm, (_, lr) in best.items()}
