@@ -3,6 +3,7 @@ import os
 import random
 import signal
 import socket
+import time
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -63,20 +64,6 @@ def numbers():
 
 
 @pytest.fixture
-def assert_same_run(numbers):
-    """Two runs have the same numbers, weights and states."""
-
-    def comparing(one, other):
-        assert numbers(other) == numbers(one)
-        for name in ("model.safetensors", "state.safetensors"):
-            left, right = load_file(one / name), load_file(other / name)
-            assert left.keys() == right.keys()
-            assert all(torch.equal(left[key], right[key]) for key in left), name
-
-    return comparing
-
-
-@pytest.fixture
 def stop_at(monkeypatch):
     """While entered, a process gets SIGTERM while it makes this step."""
     from grassland.train.loop import Trainer
@@ -95,6 +82,48 @@ def stop_at(monkeypatch):
             yield
 
     return stopping
+
+
+@pytest.fixture
+def assert_resumes(tmp_path, stop_at, numbers):
+    """A run that is stopped at `step` goes on to the numbers, weights and states of one that is not; both folders.
+
+    more: options of the resumption. gone: a folder that is not there any more by then.
+    """
+    from grassland.train.__main__ import main
+    from grassland.train.checkpoint import load_state
+    from grassland.train.start import run
+
+    def comparing(task, settings, step, *more, gone=None):
+        straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+        assert run(task, replace(settings, out=str(straight))) == 0
+        with stop_at(step):
+            assert run(task, replace(settings, out=str(stopped))) == 128 + signal.SIGTERM
+        assert load_state(stopped)["step"] == step
+        if gone is not None:
+            gone.rename(tmp_path / "gone")
+        assert main([task.name, "--resume", str(stopped), *more]) == 0
+        assert numbers(stopped) == numbers(straight)
+        for name in ("model.safetensors", "state.safetensors"):
+            left, right = load_file(straight / name), load_file(stopped / name)
+            assert left.keys() == right.keys()
+            assert all(torch.equal(left[key], right[key]) for key in left), name
+        return straight, stopped
+
+    return comparing
+
+
+@pytest.fixture
+def until():
+    """Waits until something has happened; for five minutes at the most, for the machine may be busy."""
+
+    def waiting(happened):
+        end = time.monotonic() + 300
+        while not happened():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    return waiting
 
 
 @pytest.fixture
@@ -230,16 +259,26 @@ def start(tmp_path):
 
 
 @pytest.fixture
-def launch(start):
-    """Runs `main(arguments)` in so many connected processes, as torchrun does; what the first one prints."""
+def start_all(start):
+    """Starts `main(arguments)` in so many connected processes, as torchrun does; what `start` gives, for each."""
 
-    def launching(count, *arguments, before=""):
+    def starting(count, arguments, before=""):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
         ranks = [{**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-        started = [start(arguments, rank, before) for rank in ranks]
+        return [start(arguments, rank, before) for rank in ranks]
+
+    return starting
+
+
+@pytest.fixture
+def launch(start_all):
+    """Runs `main(arguments)` in so many connected processes; what the first one prints."""
+
+    def launching(count, *arguments, before=""):
+        started = start_all(count, arguments, before)
         for process, output in started:
             process.join(600)
             assert process.exitcode == 0, output.read_text()
@@ -254,7 +293,7 @@ def arguments():
 
     def options(settings, **changes):
         words = [settings.__class__.__name__.removesuffix("Config").lower()]
-        default = type(settings)(steps=1)
+        default = type(settings)(steps=1 << 30)  # a length that no test has: the command has another by default
         for field in fields(settings):
             value = changes.get(field.name, getattr(settings, field.name))
             if value != getattr(default, field.name) or field.name in ("model", "data", "set"):

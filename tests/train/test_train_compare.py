@@ -6,7 +6,6 @@ import multiprocessing.connection
 import os
 import signal
 import statistics
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
@@ -365,31 +364,22 @@ def test_an_interrupted_run_is_resumed_to_the_same_numbers(config, tmp_path):
     assert any(e["event"] == "resume" for e in read_metrics(folder))
 
 
-def waited_for(happened, seconds=60):
-    """Look until it has happened."""
-    end = time.monotonic() + seconds
-    while not (found := happened()):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    return found
-
-
-def test_a_run_ends_with_the_comparison_that_was_killed(variant, tmp_path, start):
+def test_a_run_ends_with_the_comparison_that_was_killed(variant, tmp_path, start, until):
     path, out = written(variant(steps=100_000, log_every=1), tmp_path, seeds=[0]), tmp_path / "out"
     killed, _ = start(["compare", path, "--out", out])
     folder = out / "tiny" / "attention" / "lr0.01-seed0"
-    waited_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text().count("\n") > 3)
+    until(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text().count("\n") > 3)
     os.kill(killed.pid, signal.SIGKILL)
     log = folder.with_name("lr0.01-seed0.log")
-    waited_for(lambda: "stopped by SIGTERM, saved at step" in log.read_text())
+    until(lambda: "stopped by SIGTERM, saved at step" in log.read_text())
     assert load_state(folder)["step"] > 1
 
 
-def test_nothing_is_run_beside_a_run_that_goes_on(config, tmp_path, start, capsys):
+def test_nothing_is_run_beside_a_run_that_goes_on(config, tmp_path, start, capsys, until):
     path, out = written(config, tmp_path, seeds=[0]), tmp_path / "out"
     folder = out / "tiny" / "grassmann" / "lr0.01-seed0"
     holder, _ = start([], before=HOLD.format(folder=str(folder)))
-    waited_for(lambda: (folder / "held").exists())
+    until(lambda: (folder / "held").exists())
     assert run(path, out) == 2
     assert f"error: {folder}: another process is at work there (process {holder.pid} on " in capsys.readouterr().err
     assert not (out / "tiny" / "attention").exists()

@@ -186,17 +186,9 @@ def damage(path, kind):
 
 @pytest.mark.parametrize("name", [STATE_FILE, "config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl"])
 @pytest.mark.parametrize("kind", ["cut", "gone", "empty", "noise"])
-def test_any_one_file_of_a_run_can_be_damaged(variant, straight, tmp_path, capsys, monkeypatch, name, kind):
+def test_any_one_file_of_a_run_can_be_damaged(variant, straight, tmp_path, capsys, stop_at, name, kind):
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        advance = Trainer.advance
-
-        def advance_and_stop(self):
-            advance(self)
-            if self.step == 10:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        patch.setattr(Trainer, "advance", advance_and_stop)
+    with stop_at(10):
         run(LanguageModeling, variant(out=str(folder), samples=0))
     damage(folder / name, kind)
     capsys.readouterr()

@@ -4,14 +4,13 @@ import csv
 import json
 import math
 import random
-import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from grassland.archs import load_model
+from grassland.archs import create_model, load_model, save_model
 from grassland.train.__main__ import main
 from grassland.train.data.labelled import LabelledText, encode_labelled, load_labelled
 from grassland.train.data.tokenizer import load_tokenizer, special_tokens
@@ -286,17 +285,8 @@ def test_what_has_no_part_in_classifying_is_not_trained(config, mlm, tmp_path, h
     assert trained.keys() == {name for name, _ in task.model.named_parameters() if not name.startswith("head.")}
 
 
-def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(
-    config, encoder, tmp_path, stop_at, assert_same_run
-):
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    assert run(TextClassification, replace(config, out=str(straight))) == 0
-    with stop_at(4):
-        assert run(TextClassification, replace(config, out=str(stopped))) == 128 + signal.SIGTERM
-    # All that a resumption needs is in its own folder.
-    encoder.rename(tmp_path / "gone")
-    assert main(["finetune", "--resume", str(stopped)]) == 0
-    assert_same_run(straight, stopped)
+def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(config, encoder, assert_resumes):
+    assert_resumes(TextClassification, config, 4, gone=encoder)
 
 
 def test_the_command_learns_and_says_how_well(encoder, rows, tmp_path):
@@ -336,27 +326,18 @@ def test_batches_of_an_evaluation_have_one_size(config):
     ],
     ids=["nothing", "seq-len", "column", "recipe"],
 )
-def test_bad_settings_are_one_line_that_names_them(encoder, rows, tmp_path, capsys, arguments, named):
-    capsys.readouterr()
-    data = write(tmp_path / "data.jsonl", rows)
-    command = [str(encoder), "--data", data, "--out", str(tmp_path / "out"), *arguments] if arguments else []
-    assert main(["finetune", *command]) == 2
-    error = capsys.readouterr().err
+def test_bad_settings_are_one_line_that_names_them(config, tmp_path, capsys, arguments, named):
+    command = [config.model, "--data", config.data, "--out", str(tmp_path / "out"), *arguments]
+    assert main(["finetune", *(command if arguments else [])]) == 2
+    error = capsys.readouterr().err  # after the progress of reading a table
     assert named in error and error.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_language_model_is_no_encoder(language_model, rows, tmp_path, capsys):
-    assert main(["finetune", str(language_model), "--data", write(tmp_path / "d.jsonl", rows)]) == 2
-    assert "a model of kind 'lm', not a text encoder" in capsys.readouterr().err
-
-
-@pytest.fixture
-def language_model(tmp_path):
-    from grassland.archs import create_model, save_model
-
+def test_a_language_model_is_no_encoder(rows, tmp_path, capsys):
     save_model(create_model("lm", dim=8, depth=1, ffn_dim=8, vocab_size=9, rank=4), tmp_path / "lm")
-    return tmp_path / "lm"
+    assert main(["finetune", str(tmp_path / "lm"), "--data", write(tmp_path / "d.jsonl", rows)]) == 2
+    assert "a model of kind 'lm', not a text encoder" in capsys.readouterr().err
 
 
 def test_a_validation_may_see_some_batches_and_a_test_sees_all(config, judged):

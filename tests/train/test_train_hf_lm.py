@@ -1,7 +1,6 @@
 """Causal language models of Hugging Face transformers in the loop of grassland's own."""
 
 import json
-import signal
 import sys
 from dataclasses import replace
 
@@ -14,8 +13,6 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from grassland.archs import CheckpointError, create_model
 from grassland.train.__main__ import main
-from grassland.train.checkpoint import load_state
-from grassland.train.config import LMConfig
 from grassland.train.hf_lm import HuggingFaceLM
 from grassland.train.log import read_metrics
 from grassland.train.optim import parameter_groups
@@ -124,18 +121,9 @@ def test_the_balance_of_experts_is_part_of_the_loss_of_training_alone():
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(
-    kind, variant, tmp_path, stop_at, assert_same_run
-):
+def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(kind, variant, assert_resumes):
     config = variant(model=f"hf/{kind}", set=setting(SIZES[kind]), optimizer="muon" if kind == "gpt2" else "adamw")
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    assert run(LanguageModeling, replace(config, out=str(straight))) == 0
-    with stop_at(6):
-        assert run(LanguageModeling, replace(config, out=str(stopped))) == 128 + signal.SIGTERM
-    assert load_state(stopped)["step"] == 6
-    stored = LMConfig.from_dict(json.loads((stopped / "config.json").read_text())["run"])
-    assert run(LanguageModeling, replace(stored, resume=str(stopped))) == 0
-    assert_same_run(straight, stopped)
+    assert_resumes(LanguageModeling, config, 6)
 
 
 @pytest.mark.parametrize("kind", SIZES)

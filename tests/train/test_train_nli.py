@@ -2,7 +2,6 @@
 
 import json
 import random
-import signal
 import sys
 from dataclasses import replace
 
@@ -13,7 +12,6 @@ import torch
 pytest.importorskip("transformers")
 
 from grassland.archs import CheckpointError
-from grassland.train.__main__ import main
 from grassland.train.data import load_tokenizer
 from grassland.train.data.pairs import LABELS, PairTokens, load_pairs, marks
 from grassland.train.log import read_metrics
@@ -169,15 +167,8 @@ def test_flops_include_attention(nli, tuned):
 
 
 @pytest.mark.parametrize("tuned", [False, True])
-def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(
-    nli, tmp_path, tuned, stop_at, assert_same_run
-):
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    assert run(NaturalLanguageInference, nli(out=str(straight), fine_tune=tuned)) == 0
-    with stop_at(5):
-        assert run(NaturalLanguageInference, nli(out=str(stopped), fine_tune=tuned)) == 128 + signal.SIGTERM
-    assert main(["nli", "--resume", str(stopped)]) == 0
-    assert_same_run(straight, stopped)
+def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(nli, tuned, assert_resumes):
+    assert_resumes(NaturalLanguageInference, nli(fine_tune=tuned), 5)
 
 
 def test_an_encoder_from_a_folder_brings_its_tokenizer(nli, tmp_path, shared):
@@ -196,16 +187,16 @@ def test_an_encoder_from_a_folder_brings_its_tokenizer(nli, tmp_path, shared):
 
 
 @pytest.fixture
-def fail(capsys, folder, tmp_path):
-    def failing(*arguments):
-        small = ["--data", str(folder), "--encoder", "random", "--tokenizer", "bpe:280", "--steps", "1"]
-        assert main(["nli", *small, "--out", str(tmp_path / "out"), *map(str, arguments)]) == 2
+def refused(fail, folder, tmp_path):
+    """A command with a mistake, which writes nothing; the line that it ends with."""
+
+    def refusing(*arguments):
+        small = ["--data", folder, "--encoder", "random", "--tokenizer", "bpe:280", "--steps", 1]
+        error = fail("nli", *small, "--out", tmp_path / "out", *arguments)
         assert not (tmp_path / "out").exists()
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1, error
         return error
 
-    return failing
+    return refusing
 
 
 def test_settings_out_of_range_are_named(nli):
@@ -215,16 +206,16 @@ def test_settings_out_of_range_are_named(nli):
         nli(model="mlp")
 
 
-def test_bad_settings_are_one_line_that_names_them(fail, folder, tmp_path):
-    assert "/nowhere: no such file or folder" in fail("--data", "/nowhere")
-    assert "head plucker: " in fail("--set", "dproj=3")
-    assert "num_heads must divide rank=64" in fail("--set", "num_heads=3")
+def test_bad_settings_are_one_line_that_names_them(refused, folder, tmp_path):
+    assert "/nowhere: no such file or folder" in refused("--data", "/nowhere")
+    assert "head plucker: " in refused("--set", "dproj=3")
+    assert "num_heads must divide rank=64" in refused("--set", "num_heads=3")
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\ndog")
     vocabulary = ("--tokenizer", tmp_path / "vocab.txt")
-    assert "encoder /nowhere/x: no such folder" in fail("--encoder", "/nowhere/x", *vocabulary)
-    assert "no mark for start" in fail("--encoder", "/nowhere/x", "--tokenizer", "bpe:280")
+    assert "encoder /nowhere/x: no such folder" in refused("--encoder", "/nowhere/x", *vocabulary)
+    assert "no mark for start" in refused("--encoder", "/nowhere/x", "--tokenizer", "bpe:280")
     (tmp_path / "none").mkdir()
-    assert "no train file (*train*.jsonl)" in fail("--data", tmp_path / "none")
+    assert "no train file (*train*.jsonl)" in refused("--data", tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -237,17 +228,17 @@ def test_bad_settings_are_one_line_that_names_them(fail, folder, tmp_path):
         ('{"sentence1": "a", "sentence2": "b", "gold_label": "-"}', "no labelled pair in the valid split"),
     ],
 )
-def test_bad_data_is_one_line_that_names_file_and_line(fail, folder, line, named):
+def test_bad_data_is_one_line_that_names_file_and_line(refused, folder, line, named):
     (folder / "snli_1.0_dev.jsonl").write_text(line + "\n")
-    assert named in fail()
+    assert named in refused()
 
 
-def test_a_missing_split_and_a_missing_library_are_named(fail, folder, monkeypatch):
+def test_a_missing_split_and_a_missing_library_are_named(refused, folder, monkeypatch):
     (folder / "snli_1.0_dev.jsonl").rename(folder / "other.jsonl")
-    assert "no valid split" in fail()
+    assert "no valid split" in refused()
     (folder / "other.jsonl").rename(folder / "snli_1.0_dev.jsonl")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "transformers is not installed: pip install 'grassland[hf]'" in fail()
+    assert "transformers is not installed: pip install 'grassland[hf]'" in refused()
 
 
 def test_a_checkpoint_of_another_kind_is_refused(nli, tmp_path):

@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 
@@ -39,8 +38,8 @@ def curves(folder, *keys):
     return [{key: value for key, value in event.items() if key in names} for event in chosen]
 
 
-def assert_same(folder, expected, rel=1e-4):
-    found, wanted = curves(folder), curves(expected)
+def assert_same(folder, expected, *keys, rel=1e-4):
+    found, wanted = curves(folder, *keys), curves(expected, *keys)
     assert len(found) == len(wanted) > 0
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours == pytest.approx(theirs, rel=rel)
@@ -80,14 +79,22 @@ def test_image_processes_have_the_losses_of_one(vision, arguments, launch, tmp_p
     assert_same(tmp_path / "many", tmp_path / "one", rel=1e-3)
 
 
-@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_masked_text_processes_have_the_losses_of_one(mlm, arguments, launch, tmp_path, mode):
+@pytest.mark.parametrize(
+    "mode, parts",
+    [("ddp", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("fsdp", 1), ("ddp", 2), ("fsdp", 2)))],
+)
+def test_masked_text_processes_have_the_losses_of_one(mlm, arguments, launch, tmp_path, mode, parts):
     shape = ("dim=16", "depth=2", "ffn_dim=24", "embed_dim=8", "num_heads=2", "max_len=32", "dropout=0")
-    # Rows have not equally many masked words; the order of sentences and the balance of experts do not count by them.
-    settings = mlm(set=(*shape, *QUIET), sentence_order=True, steps=4, log_every=1, samples=0)
+    # Rows have not equally many masked words; the order of sentences and the balance of experts do not count by them,
+    # and the balance is that of a micro-batch.
+    balance = ("balance_weight=0.0",) if parts > 1 else ()
+    settings = mlm(set=(*shape, *QUIET, *balance), sentence_order=True, batch_size=8, steps=4, log_every=1, samples=0)
     run(MaskedLanguageModeling, mlm(**vars(settings) | {"out": str(tmp_path / "one")}))
-    launch(2, *arguments(settings, out=tmp_path / "many", parallel=mode))
-    assert_same(tmp_path / "many", tmp_path / "one", rel=1e-3)
+    several = {"batch_size": 8 // parts, "grad_accum": parts, "parallel": mode}
+    launch(2, *arguments(settings, out=tmp_path / "many", **several))
+    assert_same(tmp_path / "many", tmp_path / "one", "accuracy", "order_accuracy", rel=1e-3)
+    shares = [[e["expert_share"] for e in read_metrics(tmp_path / f) if "expert_share" in e] for f in ("one", "many")]
+    assert shares[0] == shares[1] and len(shares[0]) == 4
 
 
 def losses(folder):
@@ -218,14 +225,9 @@ def test_torchrun_starts_again_after_a_kill(variant, arguments, tmp_path):
     assert [event["event"] for event in read_metrics(tmp_path / "run")].count("resume") == 1
 
 
-def test_a_process_that_has_lost_another_says_so(variant, arguments, start, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_a_process_that_has_lost_another_says_so(variant, arguments, start_all, tmp_path):
     words = arguments(variant(set=SMALL, batch_size=8, samples=0, log_every=100), out=tmp_path / "run")
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [{**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    (first, said), (second, _) = [start(words, rank, DIE_ONCE) for rank in ranks]
+    (first, said), (second, _) = start_all(2, words, DIE_ONCE)
     second.join(600)
     first.join(600)
     assert second.exitcode == -signal.SIGKILL and first.exitcode == 2, said.read_text()
@@ -234,10 +236,7 @@ def test_a_process_that_has_lost_another_says_so(variant, arguments, start, tmp_
 
 
 @pytest.mark.parametrize("wrong", ["data", "mixing"])
-def test_a_mistake_in_the_settings_is_one_line_of_every_process(variant, vision, arguments, start, tmp_path, wrong):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_a_mistake_in_the_settings_is_one_line_of_every_process(variant, vision, arguments, start_all, tmp_path, wrong):
     missing = tmp_path / "missing.txt"
     settings, message = {
         "data": (variant(data=str(missing)), f"error: data {missing}: no such file or folder\n"),
@@ -247,9 +246,7 @@ def test_a_mistake_in_the_settings_is_one_line_of_every_process(variant, vision,
             "error: batch_size must be a multiple of twice the 2 processes for mixup and cutmix, got 6\n",
         ),
     }[wrong]
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [{**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    for process, said in [start(arguments(settings, out=tmp_path / "run"), rank) for rank in ranks]:
+    for process, said in start_all(2, arguments(settings, out=tmp_path / "run")):
         process.join(600)
         assert (process.exitcode, said.read_text()) == (2, message)
     assert not (tmp_path / "run").exists()

@@ -2,7 +2,6 @@
 
 import json
 import random
-import signal
 from dataclasses import replace
 
 import numpy as np
@@ -402,17 +401,8 @@ def test_a_handful_of_questions_is_learnt_by_heart(encoder, tmp_path, unanswerab
     assert encoder_from(out, {}, num_classes=2).span_head is None
 
 
-def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(
-    config, encoder, tmp_path, stop_at, assert_same_run
-):
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    assert run(QuestionAnswering, replace(config, out=str(straight))) == 0
-    with stop_at(4):
-        assert run(QuestionAnswering, replace(config, out=str(stopped))) == 128 + signal.SIGTERM
-    # All that a resumption needs is in its own folder.
-    encoder.rename(tmp_path / "gone")
-    assert main(["qa", "--resume", str(stopped)]) == 0
-    assert_same_run(straight, stopped)
+def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(config, encoder, assert_resumes):
+    straight, stopped = assert_resumes(QuestionAnswering, config, 4, gone=encoder)
     for name in ("predictions.json", "null_odds.json"):
         assert (stopped / name).read_bytes() == (straight / name).read_bytes()
 

@@ -1,6 +1,5 @@
 """The loop with --cuda-graph."""
 
-import os
 import signal
 from dataclasses import replace
 
@@ -42,20 +41,13 @@ def test_a_recorded_run_has_the_losses_of_a_plain_one(variant, tmp_path, name, g
 
 
 @pytest.mark.gpu
-def test_a_recorded_run_that_is_resumed_goes_on_as_if_nothing_had_happened(variant, tmp_path, monkeypatch):
+def test_a_recorded_run_that_is_resumed_goes_on_as_if_nothing_had_happened(variant, tmp_path, stop_at):
     small = (*SMALL[:-1], "dropout=0.1")
     settings = {"set": small, "steps": 8, "log_every": 1, "eval_every": 0, "save_every": 4, "samples": 0}
-    advance, folder = Trainer.advance, tmp_path / "stopped"
-
-    def advance_and_stop(self):
-        advance(self)
-        if self.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
+    folder = tmp_path / "stopped"
     whole = variant(out=str(tmp_path / "whole"), cuda_graph=True, device="cuda", **settings)
     assert run(LanguageModeling, whole) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "advance", advance_and_stop)
+    with stop_at(4):
         assert run(LanguageModeling, replace(whole, out=str(folder))) == 128 + signal.SIGTERM
     assert run(LanguageModeling, replace(whole, out=str(folder), resume=str(folder))) == 0
     assert losses(folder) == losses(tmp_path / "whole")

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,16 +46,8 @@ def test_checkpoints_are_made_with_validations_or_as_often_as_told(variant, tmp_
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
-def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(
-    variant, tmp_path, changes, stop_at, assert_same_run
-):
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    assert run(LanguageModeling, variant(out=str(straight), **changes)) == 0
-    with stop_at(6):
-        assert run(LanguageModeling, variant(out=str(stopped), **changes)) == 128 + signal.SIGTERM
-    assert load_state(stopped)["step"] == 6
-    assert resume(stopped) == 0
-    assert_same_run(straight, stopped)
+def test_an_interrupted_run_ends_with_the_very_numbers_of_a_straight_one(variant, changes, assert_resumes):
+    assert_resumes(LanguageModeling, variant(**changes), 6)
 
 
 def test_a_run_killed_after_a_save_repeats_the_lost_steps(variant, tmp_path, monkeypatch, numbers):
@@ -250,14 +241,7 @@ def started(folder):
     return (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text().count("\n") > 2
 
 
-def until(happened):
-    end = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def test_runs_that_start_together_get_folders_of_their_own(variant, arguments, tmp_path, start):
+def test_runs_that_start_together_get_folders_of_their_own(variant, arguments, tmp_path, start, until):
     words, begun, go = arguments(variant(steps=1, samples=0)), [], tmp_path / "go-0"
     for number in range(2):
         code, ready, _ = slow(tmp_path, number)
@@ -276,7 +260,7 @@ def test_runs_that_start_together_get_folders_of_their_own(variant, arguments, t
         assert events[0]["config"]["out"] == f"runs/{folder.name}"
 
 
-def test_a_run_that_goes_on_is_no_other_processes(variant, arguments, tmp_path, start, capsys):
+def test_a_run_that_goes_on_is_no_other_processes(variant, arguments, tmp_path, start, capsys, until):
     folder = tmp_path / "run"
     long = variant(steps=100_000, eval_every=0, save_every=0, samples=0)
     process, _ = start(arguments(long, out=folder))
@@ -292,7 +276,7 @@ def test_a_run_that_goes_on_is_no_other_processes(variant, arguments, tmp_path, 
     assert main(["lm", "--resume", str(folder), "--steps", "1"]) == 0
 
 
-def test_a_folder_that_another_run_has_filled_since_is_left_alone(variant, arguments, tmp_path, start):
+def test_a_folder_that_another_run_has_filled_since_is_left_alone(variant, arguments, tmp_path, start, until):
     folder = tmp_path / "run"
     code, ready, go = slow(tmp_path, 0)
     for resume_ in (None, "auto"):
