@@ -36,8 +36,8 @@ class KVCache(MixerState):
     def reset(self) -> None:
         """Begin anew."""
         super().reset()
-        self.keys.zero_()
-        self.values.zero_()
+        self.keys = torch.zeros_like(self.keys)
+        self.values = torch.zeros_like(self.values)
 
     def write(self, keys: Tensor, values: Tensor, lengths: Tensor | None) -> Tensor:
         """Store a chunk (B, H, T, D/H) and return its positions (B, T)."""
@@ -50,9 +50,15 @@ class KVCache(MixerState):
             valid = torch.arange(length, device=positions.device) < lengths[:, None]
             slots = torch.where(valid, positions, self.max_len)
         index = slots[:, None, :, None].expand(keys.shape)
-        self.keys.scatter_(2, index, keys.to(self.keys.dtype))
-        self.values.scatter_(2, index, values.to(self.values.dtype))
+        self.keys = _written(self.keys, index, keys.to(self.keys.dtype))
+        self.values = _written(self.values, index, values.to(self.values.dtype))
         return positions
+
+
+def _written(cache: Tensor, index: Tensor, chunk: Tensor) -> Tensor:
+    """The cache with the chunk in it, in place unless the backward of earlier steps needs what they have read."""
+    recorded = cache.requires_grad or (chunk.requires_grad and torch.is_grad_enabled())
+    return cache.scatter(2, index, chunk) if recorded else cache.scatter_(2, index, chunk)
 
 
 @register_slot("mixer", "attention")

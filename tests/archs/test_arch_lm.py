@@ -65,6 +65,28 @@ def test_decoding_equals_the_full_pass(mixer, norm, dtype):
         torch.testing.assert_close(logits, full[:, start - 1], atol=tolerance * full.abs().max().item(), rtol=0)
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_decoding_has_the_gradients_of_the_full_pass(mixer):
+    model, ids = tiny(mixer), tokens(2, 9)
+    lengths = torch.tensor([4, 2])
+
+    def gradients(logits):
+        return torch.autograd.grad(logits.square().sum(), [*model.parameters()])
+
+    state = model.init_state(2)
+    steps = [model.decode(ids[:, :4], state, lengths)]
+    rest = torch.stack([ids[0, 4:8], ids[1, 2:6]])
+    steps += [model.decode(chunk, state) for chunk in rest.split((1, 1, 2), 1)]
+    full = model(ids)
+    expected = [full[torch.arange(2), lengths - 1 + more] for more in (0, 1, 2, 4)]
+    with torch.no_grad():
+        model.decode(rest[:, :1], state)
+    found = gradients(torch.stack(steps))
+    torch.testing.assert_close(found, gradients(torch.stack(expected)), atol=1e-9, rtol=1e-9)
+    state.layers[0].reset()
+    assert not any(t.requires_grad for t in vars(state.layers[0]).values() if isinstance(t, torch.Tensor))
+
+
 def test_decoding_divides_by_the_smallest_norm_asked_for():
     mixer = CausalGrassmannMixer(8, rank=4, offsets=(1, 3), eps=0.5, dtype=torch.float64)
     x = 0.1 * torch.randn(2, 6, 8, dtype=torch.float64)
