@@ -25,14 +25,21 @@ def _scale_outputs(blocks: nn.Module, factor: float) -> None:
             weight.mul_(factor)
 
 
+def reset_layers(module: nn.Module) -> None:
+    """Draw all weights anew."""
+    module.apply(init_weights)
+
+
 def init_weights(module: nn.Module) -> None:
     """For `Module.apply`: N(0, 0.02) for linear and embedding weights, zero biases, else the module's own rule.
 
     `apply` visits children first, so a module with a `reset_parameters` of its own has the last word on its subtree.
+    `reset_layers` is none: the layers inside have been drawn.
     """
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=INIT_STD)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif callable(reset := getattr(module, "reset_parameters", None)):
+    elif getattr(type(module), "reset_parameters", reset_layers) is not reset_layers:
+        reset: Any = module.reset_parameters
         reset()

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_input, check_positive
-from ..init import init_weights
+from ..init import reset_layers
 from ..registry import register_slot
 
 
@@ -27,7 +27,9 @@ class MLP(nn.Module):
         self.dim = dim
         self.up = nn.Linear(dim, hidden_dim, **dd)
         self.down = nn.Linear(hidden_dim, dim, **dd)
-        self.apply(init_weights)
+        self.reset_parameters()
+
+    reset_parameters = reset_layers
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, dim) → (…, dim). ValueError for another width, TypeError for another dtype than the weights'."""

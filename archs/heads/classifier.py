@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...kernels.dispatch import transformed
 from ...kernels.losses import IGNORE, check_labels, check_loss
 from ..checks import check_input, check_positive
-from ..init import init_weights
+from ..init import reset_layers
 from ..registry import register_slot
 
 
@@ -53,7 +53,9 @@ class ClassifierHead(nn.Module):
         check_positive(dim=dim, num_classes=num_classes)
         self.dim = dim
         self.proj = nn.Linear(dim, num_classes, device=device, dtype=dtype)
-        self.apply(init_weights)
+        self.reset_parameters()
+
+    reset_parameters = reset_layers
 
     def forward(self, x: Tensor) -> Tensor:
         """As `logits`."""

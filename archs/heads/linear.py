@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...kernels.cross_entropy import linear_cross_entropy
 from ..checks import check_input, check_positive, is_plain
-from ..init import init_weights
+from ..init import reset_layers
 from ..registry import register_slot
 from ..sharing import Reference
 from .classifier import checked_labels, cross_entropy
@@ -34,7 +34,9 @@ class LinearHead(nn.Module):
         check_positive(dim=dim, num_classes=num_classes)
         self.dim = dim
         self.proj = nn.Linear(dim, num_classes, bias=False, device=device, dtype=dtype)
-        self.apply(init_weights)
+        self.reset_parameters()
+
+    reset_parameters = reset_layers
 
     @property
     def weight(self) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..checks import check_dropout, check_input, check_positive
 from ..ffns import MLP
-from ..init import init_weights
+from ..init import init_weights, reset_layers
 from ..mixers import BidirectionalAttention
 from ..mixers.window import WindowGrassmannMixer
 from ..residuals import PlainResidual
@@ -58,6 +58,8 @@ class NLIHead(nn.Module):
         self.classifier = nn.Linear(d_model, num_classes, **dd)
         for part in (self.proj, self.hidden, self.classifier):
             part.apply(init_weights)
+
+    reset_parameters = reset_layers
 
     @abstractmethod
     def mixer(self, dd: dict[str, Any]) -> nn.Module:

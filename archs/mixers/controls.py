@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...kernels.plucker import checked_offsets
 from ..checks import check_input, check_positive
-from ..init import init_weights
+from ..init import init_weights, reset_layers
 from ..registry import register_slot
 from .grassmann import ReducedHistory, blended
 from .state import home
@@ -60,7 +60,9 @@ class Control(nn.Module, ABC):
         self.build(dd)
         self.out_proj = nn.Linear(dim, dim, **dd) if out_proj else None
         self.gate = nn.Linear(2 * dim, dim, **dd)
-        self.apply(init_weights)
+        self.reset_parameters()
+
+    reset_parameters = reset_layers
 
     @abstractmethod
     def build(self, dd: dict[str, Any]) -> None:
@@ -181,7 +183,9 @@ class CausalConvolution(Control):
         self.project = nn.Linear(self.width, self.dim, **dd)
 
     def reset_parameters(self) -> None:
-        """Taps of 1/m."""
+        """Draw all weights anew; taps of 1/m."""
+        for layer in self.children():
+            layer.apply(init_weights)
         nn.init.constant_(self.taps, 1 / len(self.taps))
 
     def parameters_of(self, width: int) -> int:

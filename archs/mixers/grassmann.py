@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...kernels.plucker import checked_offsets, gated_blend, plucker_coordinates, plucker_mix
 from ..checks import check_input, check_positive, is_plain
-from ..init import init_weights
+from ..init import reset_layers
 from ..registry import register_slot
 from .state import MixerState, home
 
@@ -97,7 +97,9 @@ class CausalGrassmannMixer(nn.Module):
         self.plucker = nn.Linear(rank * (rank - 1) // 2, dim, **dd)
         self.out_proj = nn.Linear(dim, dim, **dd) if out_proj else None
         self.gate = nn.Linear(2 * dim, dim, **dd)
-        self.apply(init_weights)
+        self.reset_parameters()
+
+    reset_parameters = reset_layers
 
     def forward(
         self,

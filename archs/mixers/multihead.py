@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_input, check_positive
-from ..init import init_weights
+from ..init import reset_layers
 
 
 class MultiHead(nn.Module):
@@ -32,7 +32,9 @@ class MultiHead(nn.Module):
         self.dim, self.num_heads = dim, num_heads
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.out_proj = nn.Linear(dim, dim, **dd)
-        self.apply(init_weights)
+        self.reset_parameters()
+
+    reset_parameters = reset_layers
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, dim) → q, k, v of (B, H, T, dim/H)."""

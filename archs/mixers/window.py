@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_input, check_positive
-from ..init import init_weights
+from ..init import reset_layers
 from .grassmann import blended, mean_coordinates
 
 
@@ -55,7 +55,9 @@ class WindowGrassmannMixer(nn.Module):
         self.reduce = nn.Linear(dim, rank, **dd)
         self.plucker = nn.Linear(num_heads * size * (size - 1) // 2, dim, **dd)
         self.gate = nn.Linear(2 * dim, dim, **dd)
-        self.apply(init_weights)
+        self.reset_parameters()
+
+    reset_parameters = reset_layers
 
     def forward(self, x: Tensor, state: None = None, lengths: None = None, mask: Tensor | None = None) -> Tensor:
         """Mix (B, T, dim). mask (B, T) bool: False for padding, which no token sees; what padding gets means nothing.

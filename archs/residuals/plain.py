@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import branch_output, check_eps, check_input, check_positive
+from ..init import init_weights
 from ..registry import register_slot
 
 
@@ -43,6 +44,10 @@ class PlainResidual(nn.Module):
         self.norm_first = norm == "pre"
         self.norm = nn.LayerNorm(dim, eps=norm_eps, device=device, dtype=dtype)
         self.dropout = nn.Dropout(dropout)
+
+    def reset_parameters(self) -> None:
+        """First values of the norm; those of the branch stay."""
+        self.norm.apply(init_weights)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The stream after the branch, or `(stream, *rest)` if the branch returns a tuple."""

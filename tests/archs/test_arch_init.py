@@ -1,11 +1,21 @@
 """How the weights of a model start."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
-from grassland.archs import create_model, load_model, save_model
+from grassland.archs import (
+    CausalGrassmannMixer,
+    PluckerNLIHead,
+    TransformerNLIHead,
+    create_model,
+    load_model,
+    save_model,
+)
+from grassland.archs.mixers.window import WindowGrassmannMixer
 from grassland.archs.registry import slot_choices, slot_class
 
 COMMON = {"dim": 12, "depth": 3, "ffn_dim": 16, "norm": "pre", "num_heads": 2}
@@ -54,6 +64,36 @@ def test_reset_parameters_draws_scaled_weights_again(tmp_path):
     loaded = load_model(tmp_path)
     assert loaded.config.scaled_init
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+LAYERS = {
+    **{choice: partial(slot_class("mixer", choice), 32) for choice in slot_choices("mixer")},
+    **{choice: partial(slot_class("ffn", choice), 32, 24) for choice in slot_choices("ffn")},
+    **{choice: partial(slot_class("head", choice), 32, 24) for choice in slot_choices("head") if choice != "tied"},
+    **{choice: partial(slot_class("residual", choice), None, 32) for choice in slot_choices("residual")},
+    **{cls.__name__: partial(cls, 32) for cls in (PluckerNLIHead, TransformerNLIHead, WindowGrassmannMixer)},
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_made_without_memory_is_drawn_by_reset_parameters(name):
+    torch.manual_seed(0)
+    made, layer = LAYERS[name](), LAYERS[name](device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in layer.state_dict().values():
+            tensor.fill_(torch.nan)
+    layer.reset_parameters()
+    for key, found in layer.state_dict().items():
+        wanted = made.state_dict()[key]
+        torch.testing.assert_close(found.mean(), wanted.mean(), atol=0.04, rtol=0)
+        torch.testing.assert_close(found.std(correction=0), wanted.std(correction=0), atol=1e-7, rtol=0.25)
+    assert made.state_dict().keys() == layer.state_dict().keys()
+
+
+def test_a_rule_of_ones_own_has_the_last_word_in_a_model(monkeypatch):
+    monkeypatch.setattr(CausalGrassmannMixer, "reset_parameters", lambda self: nn.init.ones_(self.gate.weight))
+    model = create_model("lm", mixer="grassmann", rank=4, dim=12, depth=2, ffn_dim=16, vocab_size=31, max_len=16)
+    assert all((block.mixer.branch.gate.weight == 1).all() for block in model.blocks)
 
 
 def test_a_mixer_that_carries_its_input_starts_as_ever():
