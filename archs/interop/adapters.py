@@ -39,9 +39,9 @@ class GrassmannAttention(nn.Module):
     holds the reduced vectors z in place of the keys: rank numbers a token and layer. The cache is the keyword argument
     that has a `get_seq_length`, whatever the decoder calls it.
 
-    ValueError for left padding (right padding needs no mask, since the mixing is causal), for cross-attention, for a
-    cache of fixed size, past the window of sliding attention, and for more than one positional argument, such as the
-    residual stream that BLOOM's attention adds.
+    ValueError for padding before a token (right padding needs no mask, since the mixing is causal), for
+    cross-attention, for a cache of fixed size, past the window of sliding attention, and for more than one positional
+    argument, such as the residual stream that BLOOM's attention adds.
     """
 
     def __init__(self, dim: int, layer_idx: int, **options: Any) -> None:
@@ -82,14 +82,13 @@ class GrassmannAttention(nn.Module):
 
 
 def _check_padding(mask: Tensor) -> None:
-    if mask.dim() == 2:
-        first = mask[:, 0] != 0
-    else:
-        # (B, 1, T, T'): whether the last token sees the first; added to scores, 0 shows and −∞ hides.
-        first = mask[:, 0, -1, 0] if mask.dtype == torch.bool else mask[:, 0, -1, 0] == 0
-    if not bool(first.all()):
+    # (B, T'): what the last token sees, of a mask (B, 1, T, T'); added to scores, 0 shows and −∞ hides.
+    seen = mask if mask.dim() == 2 else mask[:, 0, -1]
+    seen = seen == 0 if mask.dim() > 2 and mask.dtype != torch.bool else seen.bool()
+    if not bool(seen[:, :1].all() & (seen[:, :-1] | ~seen[:, 1:]).all()):
         raise ValueError(
-            "attention_mask must not hide the first token: Grassmann mixing takes no left padding and no sliding window"
+            "attention_mask must hide the end of a row alone: Grassmann mixing takes no left padding and no sliding "
+            "window, and generates nothing after right padding"
         )
 
 

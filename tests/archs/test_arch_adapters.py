@@ -210,8 +210,10 @@ def test_grassmann_mixing_refuses_left_padding_and_takes_right_padding(gpt2, imp
     mask = torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]])
     padded, alone = gpt2(IDS, attention_mask=mask).logits, gpt2(IDS[1:, :4]).logits
     assert torch.allclose(padded[1:, :4], alone, atol=1e-5)
-    with pytest.raises(ValueError, match="attention_mask must not hide the first token"):
+    with pytest.raises(ValueError, match="attention_mask must hide the end of a row alone"):
         gpt2(IDS, attention_mask=mask.flip(1))
+    with pytest.raises(ValueError, match="generates nothing after right padding"):
+        gpt2.generate(IDS, attention_mask=mask, max_new_tokens=2, pad_token_id=0)
     with pytest.raises(ValueError, match="cache must be a DynamicCache"):
         gpt2.generate(IDS, max_new_tokens=2, cache_implementation="static", disable_compile=True)
 
