@@ -94,9 +94,12 @@ def _check_padding(mask: Tensor) -> None:
 
 def grassmann_attention(**options: Any) -> Callable[[Any], GrassmannAttention]:
     """A factory for `swap`: a Hugging Face self-attention to `GrassmannAttention` with `CausalGrassmannMixer`'s
-    options."""
+    options. ValueError for one that is not causal, such as BERT's, and for what is none."""
 
     def make(old: Any) -> GrassmannAttention:
+        if not (hasattr(old, "config") and hasattr(old, "layer_idx") and getattr(old, "is_causal", True)):
+            wanted = "the causal self-attention of a decoder of transformers"
+            raise ValueError(f"grassmann_attention takes {wanted}, got {type(old).__name__}")
         return GrassmannAttention(old.config.hidden_size, old.layer_idx, **options)
 
     return make

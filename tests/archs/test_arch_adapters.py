@@ -194,6 +194,16 @@ def test_the_cache_is_found_by_whatever_name_it_comes(name, where):
     assert torch.allclose(torch.cat(parts, 1), model(IDS).logits[:, 2:], atol=1e-5)
 
 
+def test_an_encoders_attention_is_not_replaced_by_a_causal_one():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    for name, kind in (("Bert", "BertSelfAttention"), ("ViT", "ViTAttention")):
+        model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes))
+        where = "*.self" if name == "Bert" else "*.attention"
+        with pytest.raises(ValueError, match=f"takes the causal self-attention of a decoder .*, got {kind}"):
+            swap(model, {where: grassmann_attention(rank=4)})
+
+
 def test_a_sliding_window_is_named_past_its_end():
     mistral = decoder("Mistral", num_key_value_heads=2, sliding_window=4)
     swap(mistral, {"*.self_attn": grassmann_attention(rank=4, offsets=(1, 2))}, example=IDS[:, :4])
