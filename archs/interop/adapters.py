@@ -69,6 +69,7 @@ class GrassmannAttention(nn.Module):
 
     def _state(self, x: Tensor, cache: Any) -> Any:
         """The mixer's state before x; the cache gets x's reduced vectors."""
+        cache = getattr(cache, "self_attention_cache", cache)  # beside one of cross-attention
         z = self.mixer.reduce(x)[:, None]
         history = cache.update(z, z[..., :0], self.layer_idx)[0][:, 0, : -x.shape[1]]
         if cache.get_seq_length(self.layer_idx) != history.shape[1] + x.shape[1]:

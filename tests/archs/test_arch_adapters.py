@@ -204,6 +204,24 @@ def test_an_encoders_attention_is_not_replaced_by_a_causal_one():
             swap(model, {where: grassmann_attention(rank=4)})
 
 
+def test_a_decoder_with_cross_attention_generates_with_the_cache_what_it_does_without():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, forced_eos_token_id=None,
+    )  # fmt: skip
+    bart = transformers.BartForConditionalGeneration(config).eval()
+    example = {"input_ids": IDS, "decoder_input_ids": IDS}
+    swap(bart, {"*.decoder.layers.*.self_attn": grassmann_attention(rank=4, offsets=(1, 3))}, example=example)
+    with torch.no_grad():
+        for p in bart.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    for beams in (1, 3):
+        options = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams}
+        assert torch.equal(bart.generate(IDS, **options), bart.generate(IDS, use_cache=False, **options))
+
+
 def test_a_sliding_window_is_named_past_its_end():
     mistral = decoder("Mistral", num_key_value_heads=2, sliding_window=4)
     swap(mistral, {"*.self_attn": grassmann_attention(rank=4, offsets=(1, 2))}, example=IDS[:, :4])
