@@ -178,7 +178,8 @@ def test_classes_that_splits_number_differently_are_told_by_their_names(tmp_path
         kinds = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=names))
         return datasets.Dataset.from_dict({"text": ["a"] * len(labels), "label": labels}, features=kinds)
 
-    published = {"train": table(["no", "yes"], [0, 1, 1]), "validation": table(["yes", "no"], [0, 1])}
+    published = {"train_extra": table(["no", "yes"], [1]), "train": table(["no", "yes"], [0, 1, 1])}
+    published["validation"] = table(["yes", "no"], [0, 1])
     monkeypatch.setattr("grassland.train.data.splits.load_hub", lambda source: published)
     found = load_labelled("someone/texts").splits
     assert found["train"].classes.tolist() == [0, 1, 1] and found["valid"].classes.tolist() == [1, 0]

@@ -105,7 +105,9 @@ def _hub(source: str) -> dict[str, Any]:
     found = load_hub(source)
     tables = {}
     for split, names in ALIASES.items():
-        own, further = _apart([name for alias in names for name in found if split_of(Path(name)) == alias], str)
+        # "train" before "train_extra".
+        listed = sorted(found, key=lambda name: name not in names)
+        own, further = _apart([name for alias in names for name in listed if split_of(Path(name)) == alias], str)
         # Of several, such as ANLI's rounds, the first one stands for the split.
         tables |= {name: found[part[0]] for name, part in ((split, own), (f"{split} {FURTHER}", further)) if part}
     if "train" not in tables:
