@@ -32,7 +32,9 @@ def route(logits: Tensor, mask: Tensor | None, top_k: int, capacity: int, renorm
     pairs = tokens * top_k
     order = experts.new_full((pairs + 1,), -1)
     order[torch.where(fits, slots, pairs).flatten()] = torch.arange(pairs, device=logits.device)
-    balance = (balance_slope(counts, live.sum(), top_k, gates.dtype) * (probabilities * live[:, None]).sum(0)).sum()
+    # not by a product: a masked token may be NaN
+    mass = torch.where(live[:, None], probabilities, 0).sum(0)
+    balance = (balance_slope(counts, live.sum(), top_k, gates.dtype) * mass).sum()
     return Routing(gates, balance, experts, slots, order[:pairs].clone(), offsets, counts), probabilities
 
 

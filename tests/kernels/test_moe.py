@@ -159,6 +159,15 @@ def test_masked_tokens_are_as_if_they_were_not_there(backend):
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, *FLOAT32[1:]])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_masked_token_of_any_value_leaves_the_balance_alone(backend, value):
+    logits, mask = normal(6, 4).float(), torch.tensor([True, True, False, True, False, True])
+    logits[2, 1] = value
+    balance = moe_route(logits, mask=mask, backend=backend).balance
+    torch.testing.assert_close(balance, moe_route(logits[mask], backend=backend).balance)
+
+
 @pytest.mark.parametrize("backend", FLOAT32)
 def test_dropout_is_fixed_by_its_seed_and_keeps_the_mean(backend):
     x, logits, w = normal(64, 32).float(), normal(64, 4).float(), weights(4, 32, 48, torch.float32)
