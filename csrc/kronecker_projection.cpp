@@ -65,7 +65,7 @@ GRASSLAND_MULTIARCH void unfold(const Projection& p, const float* dweight, Proje
         const float along = p.mixing * scale[c] * g[c];
         da[c * columns + k] = -along;
         da[c * columns + k + 1] = along;
-        mixing[c] += static_cast<double>(a[c * columns + k + 1] - a[c * columns + k]) * g[c];
+        mixing[c] += (static_cast<double>(a[c * columns + k + 1]) - a[c * columns + k]) * g[c];
       }
     const double root = std::sqrt(static_cast<double>(p.width));
     for (int64_t c = 0; c < count; ++c) {
