@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from grassland.archs import GrassmannHead
 from grassland.archs.interop.timm import put_grassmann_head
 from grassland.train.optim import build_optimizer
+from grassland.train.spread import Spread
 
 RANKS, STEPS, CLASSES = 2, 6, 5
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
@@ -40,6 +41,11 @@ def train(model, parameters_of, shard, dtype):
     return torch.stack(losses)
 
 
+def normalised():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(10, 4), nn.BatchNorm1d(4))
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
@@ -50,6 +56,10 @@ def work(rank, folder):
             rows = slice(rank * 20 // RANKS, (rank + 1) * 20 // RANKS)
             losses = train(DistributedDataParallel(model), model, rows, dtype)
             results[dtype] = {"losses": losses, "weights": model.state_dict()}
+        spread = Spread([normalised()], "ddp", torch.device("cpu"))
+        spread.module(batch(0, torch.float32)[0][rows])
+        spread.after_step()
+        results["statistics"] = spread.model[1].state_dict()
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -81,3 +91,16 @@ def test_losses_and_weights_are_those_of_one_process_on_the_joint_batch(ranks, d
     torch.testing.assert_close(found.mean(0), expected, rtol=0, atol=tolerance)
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(ranks[0][dtype]["weights"][name], weight, rtol=0, atol=tolerance, msg=name)
+
+
+def test_statistics_of_batch_normalisation_are_the_mean_over_the_ranks(ranks):
+    alone = []
+    for rows in batch(0, torch.float32)[0].chunk(RANKS):
+        model = normalised()
+        model(rows)
+        alone.append(model[1].state_dict())
+    assert not torch.equal(alone[0]["running_mean"], alone[1]["running_mean"])
+    for name in ("running_mean", "running_var"):
+        mean = torch.stack([statistics[name] for statistics in alone]).mean(0)
+        for results in ranks:
+            torch.testing.assert_close(results["statistics"][name], mean)
