@@ -14,6 +14,7 @@ import torch
 
 from . import dispatch
 
+CPU_INFO = Path("/proc/cpuinfo")
 PACKAGES = ("grassland", "torch", "triton", "numpy", "safetensors", "einops")
 
 
@@ -52,10 +53,11 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    """The processor, with its family and model where they are known: in virtual machines many have one name."""
+    lines = CPU_INFO.read_text().partition("\n\n")[0].splitlines() if CPU_INFO.exists() else []
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    return f"{name}, family {told['cpu family']} model {told['model']}" if "cpu family" in told else name
 
 
 def driver() -> str | None:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grassland.kernels import dispatch
+from grassland.kernels import dispatch, machine
 from grassland.kernels.bench import command, setup, timing
 from grassland.kernels.bench.report import regressions, uncompared
 from grassland.kernels.bench.rival import Disagreement, Rival, Setting, Unavailable, with_gradients
@@ -241,6 +241,16 @@ def test_an_unreadable_baseline_names_itself(tiny, tmp_path):
 def test_readme_tables_are_those_of_the_results():
     done = subprocess.run([sys.executable, ROOT / "benchmarks/tables.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_processors_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "cpuinfo")
+    assert machine.cpu_name() == (machine.platform.processor() or machine.platform.machine())
+    core = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n"
+    machine.CPU_INFO.write_text(f"{core}\n{core.replace('17', '2')}\n")
+    assert machine.cpu_name() == "AMD EPYC, family 25 model 17"
+    machine.CPU_INFO.write_text("processor\t: 0\nmodel name\t: Neoverse\n")
+    assert machine.cpu_name() == "Neoverse"
 
 
 def lent_machine(tmp_path, *stages):
