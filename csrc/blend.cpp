@@ -91,8 +91,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
   return {dx, dg, dlogit, dweight};
 }
 
-bool is_half(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
-
 std::tuple<Tensor, Tensor> gated_blend_cpu(const Tensor& x, const Tensor& operand, const Tensor& g,
                                            const Tensor& weight, const Tensor& bias) {
   if (is_half(x)) return forward<bf16, bf16>(x, operand, g, weight, bias);

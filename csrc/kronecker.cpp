@@ -1,8 +1,12 @@
 // The operators of KromHC on the CPU: blocks of tokens through what kronecker.h declares.
 #include "kronecker.h"
+#include "vec.h"
 
 namespace grassland::kronecker {
 namespace {
+
+#define GRASSLAND_SOURCE "kronecker_rows.h"
+#include "units.h"
 
 // Parts of the weight gradient: at most this many, each of at least this many tokens. Independent of the threads.
 constexpr int64_t kMostParts = 64;
@@ -70,7 +74,7 @@ Begun begin_all(const T* x, const T* source, const Tensor& like, const Tensor& w
     for_each_block(first, last, [&](int64_t base, int64_t count) {
       before(base, count);
       const Upcoming<T> next = upcoming(source, s, base + count, last);
-      begin(x + base * s.row(), w, b, to.at(base, s), s, count, sums.data(), next);
+      GRASSLAND_BEST(begin)(x + base * s.row(), w, b, to.at(base, s), s, count, sums.data(), next);
     });
   });
   return out;
@@ -89,7 +93,7 @@ Tensor post(const Tensor& x, const Tensor& y, const Tensor& h) {
   const Tensor out = empty(x, {s.tokens, s.streams, s.dim}, kDtype<T>);
   const Ending<T> a = ending<T>(x, y, h);
   torch::stable::parallel_for(0, s.tokens, 2 * kTokens, [&](int64_t first, int64_t last) {
-    mix(a.at(first, s), s, last - first, data<T>(out) + first * s.row());
+    GRASSLAND_BEST(mix)(a.at(first, s), s, last - first, data<T>(out) + first * s.row());
   });
   return out;
 }
@@ -102,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> step(const Tensor& x, const Tensor& y
   const Ending<T> a = ending<T>(x, y, h);
   T* following = data<T>(out);
   const Begun b = begin_all<T>(following, a.x, x, weight, bias, s, [&](int64_t base, int64_t count) {
-    mix(a.at(base, s), s, count, following + base * s.row());
+    GRASSLAND_BEST(mix)(a.at(base, s), s, count, following + base * s.row());
   });
   return {out, b.u, b.h, b.saved};
 }
@@ -136,7 +140,7 @@ std::tuple<Tensor, Tensor> sum_parts(const Tensor& weight, const Shape& s, F&& f
   });
   torch::stable::parallel_for(0, stride, 1 << 12, [&](int64_t begin, int64_t end) {
     for (int64_t p = 0; p < parts.count; ++p)
-      add(data<float>(partial) + p * stride + begin, end - begin, data<float>(sum) + begin);
+      GRASSLAND_BEST(add)(data<float>(partial) + p * stride + begin, end - begin, data<float>(sum) + begin);
   });
   float *to = data<float>(dweight), *from = data<float>(sum);
   for_each_piece(s, [&](int64_t a, int64_t b, int64_t size) { std::memcpy(to + b, from + a, size * sizeof(float)); });
@@ -158,8 +162,8 @@ std::tuple<Tensor, Tensor, Tensor> pre_backward(const std::optional<Tensor>& dx,
         LogitGradients logits(s);
         for_each_block(first, last, [&](int64_t base, int64_t count) {
           const T* rows = streams + base * s.row();
-          logits_backward(rows, g.at(base, s), s, count, logits, db);
-          streams_backward(rows, g.at(base, s), s, count, logits, w, dw, data<T>(out) + base * s.row(),
+          GRASSLAND_BEST(logits_backward)(rows, g.at(base, s), s, count, logits, db);
+          GRASSLAND_BEST(streams_backward)(rows, g.at(base, s), s, count, logits, w, dw, data<T>(out) + base * s.row(),
                            upcoming(streams, s, base + count, last));
         });
       });
@@ -174,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor> post_backward(const Tensor& grad, const Tenso
   const Ending<T> a = ending<T>(x, y, h);
   const EndingGradient<T> d{data<T>(dx), data<T>(dy), data<float>(dh)};
   torch::stable::parallel_for(0, s.tokens, 2 * kTokens, [&](int64_t first, int64_t last) {
-    mix_backward(a.at(first, s), d.at(first, s), s, last - first, data<T>(grad) + first * s.row());
+    GRASSLAND_BEST(mix_backward)(a.at(first, s), d.at(first, s), s, last - first, data<T>(grad) + first * s.row());
   });
   return {dx, dy, dh};
 }
@@ -198,11 +202,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step_backward(const Tensor& d
         std::vector<T> following(kTokens * s.row());
         std::vector<float> grad(kTokens * s.row());
         for_each_block(first, last, [&](int64_t base, int64_t count) {
-          mix(a.at(base, s), s, count, following.data());
-          logits_backward(following.data(), g.at(base, s), s, count, logits, db);
-          streams_backward(following.data(), g.at(base, s), s, count, logits, w, dw, grad.data(),
+          GRASSLAND_BEST(mix)(a.at(base, s), s, count, following.data());
+          GRASSLAND_BEST(logits_backward)(following.data(), g.at(base, s), s, count, logits, db);
+          GRASSLAND_BEST(streams_backward)(following.data(), g.at(base, s), s, count, logits, w, dw, grad.data(),
                            upcoming(a.x, s, base + count, last));
-          mix_backward(a.at(base, s), d.at(base, s), s, count, grad.data());
+          GRASSLAND_BEST(mix_backward)(a.at(base, s), d.at(base, s), s, count, grad.data());
         });
       });
   return {dx, dy, dh, dweight, dbias};

@@ -1,9 +1,9 @@
-// KromHC on the CPU (arXiv 2601.21579; algebra in kernels/kronecker/eager.py): what its three files share.
+// KromHC on the CPU (arXiv 2601.21579; algebra in kernels/kronecker/eager.py): what rows and operators share.
 //
 //   X' = H_res X + h_post (x) y        z = r W vec(X'), r = 1 / max(|vec X'|, eps)
 //   h = sigmoid, 2 sigmoid, sigmoid of z + b        u = h_pre X'
 //
-// kronecker.cpp has the operators, which take blocks of tokens through the functions below: their rows stay in the cache
+// kronecker.cpp has the operators, which take blocks of tokens through the functions of kronecker_*_rows.h: they stay in the cache
 // between the mixing, the projection and the pre-mix. Rows are (streams, dim), one token after the other; a pointer is to
 // the first token of the block.
 #pragma once
@@ -84,39 +84,5 @@ struct Upcoming {
   const T* x;
   int64_t tokens;
 };
-
-// X' of `count` tokens.
-void mix(const Ending<float>& a, const Shape& s, int64_t count, float* out);
-void mix(const Ending<bf16>& a, const Shape& s, int64_t count, bf16* out);
-
-// Through the mixing, for the gradient of X'.
-void mix_backward(const Ending<float>& a, const EndingGradient<float>& d, const Shape& s, int64_t count, const float* grad);
-void mix_backward(const Ending<bf16>& a, const EndingGradient<bf16>& d, const Shape& s, int64_t count, const bf16* grad);
-void mix_backward(const Ending<bf16>& a, const EndingGradient<bf16>& d, const Shape& s, int64_t count, const float* grad);
-
-// Coefficients and pre-mix of at most kTokens tokens; `sums` has room for kTokens x padded_columns vectors.
-void begin(const float* x, const float* weight, const float* bias, const Beginning<float>& b, const Shape& s, int64_t count,
-           float* sums, const Upcoming<float>& next);
-void begin(const bf16* x, const float* weight, const float* bias, const Beginning<bf16>& b, const Shape& s, int64_t count,
-           float* sums, const Upcoming<bf16>& next);
-
-// The gradients of the logits of at most kTokens tokens; adds to dbias.
-void logits_backward(const float* x, const BeginningGradient<float>& g, const Shape& s, int64_t count, LogitGradients& l,
-                     float* dbias);
-void logits_backward(const bf16* x, const BeginningGradient<bf16>& g, const Shape& s, int64_t count, LogitGradients& l,
-                     float* dbias);
-
-// dX = h_pre du + (r g) W + shrink X + what else flows into X, into `out`; dW += (r g) X in the packed layout.
-void streams_backward(const float* x, const BeginningGradient<float>& g, const Shape& s, int64_t count,
-                      const LogitGradients& l, const float* weight, float* dweight, float* out,
-                      const Upcoming<float>& next);
-void streams_backward(const bf16* x, const BeginningGradient<bf16>& g, const Shape& s, int64_t count,
-                      const LogitGradients& l, const float* weight, float* dweight, bf16* out, const Upcoming<bf16>& next);
-void streams_backward(const bf16* x, const BeginningGradient<bf16>& g, const Shape& s, int64_t count,
-                      const LogitGradients& l, const float* weight, float* dweight, float* out,
-                      const Upcoming<bf16>& next);
-
-// out += x
-void add(const float* x, int64_t size, float* out);
 
 }  // namespace grassland::kronecker

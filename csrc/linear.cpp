@@ -3,6 +3,10 @@
 #include "linear.h"
 #include "vec.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
 // oneDNN's product, from the C interface for ahead-of-time compiled models. Its header takes no stable-ABI extension, and
 // not every build of torch has it: a weak symbol is null where it is missing.
 #if defined(__GNUC__) && !defined(__APPLE__)
@@ -24,13 +28,13 @@ namespace {
 constexpr int64_t kWork = 1 << 20;
 
 // Whether oneDNN is to multiply. Where mm is MKL on a processor of its maker, mm is never slower, and twice as fast in
-// float32 for a wide w that is contiguous along m. On AMD's, mm takes 1.6 to 2.5 times as long as oneDNN.
+// float32 for a wide w that is contiguous along m. On AMD's, mm leaves AVX-512 unused and takes 1.6 to 2.5 times as long as
+// oneDNN on Zen 5; without AVX-512 (Zen 3) it is the faster one, by a tenth to a third.
 bool use_onednn(ScalarType dtype, int64_t multiplications) {
 #ifdef GRASSLAND_HAS_ONEDNN
   if (multiplications < kWork) return false;
 #if defined(__x86_64__)
-  // In bfloat16 it needs AVX-512.
-  if (dtype == ScalarType::Float ? __builtin_cpu_is("intel") : !__builtin_cpu_supports("avx512bw")) return false;
+  if (dtype == ScalarType::Float && (__builtin_cpu_is("intel") || !__builtin_cpu_supports("avx512f"))) return false;
 #else
   return false;  // not measured, and not every one takes bfloat16
 #endif
@@ -49,52 +53,8 @@ struct Matrix {
 // Columns of `from` that a thread turns at a time, so that a page of it serves several vectors.
 constexpr int64_t kColumns = 4 * kLanes;
 
-// `live` rows from r on and `width` columns from c on; constants but at the edges.
-template <typename R, typename C>
-GRASSLAND_INLINE void turn_tile(const Matrix<float>& from, const Matrix<float>& to, int64_t r, int64_t c, R live, C width,
-                                bool add) {
-  Vec m[kLanes] = {};
-  for (int64_t i = 0; i < live; ++i) m[i] = load(from.at + (r + i) * from.row + c, width);
-  transpose(m);
-  for (int64_t i = 0; i < width; ++i) {
-    float* out = to.at + (c + i) * to.row + r;
-    store(add ? load(out, live) + m[i] : m[i], out, live);
-  }
-}
-
-// to (columns, rows) = or += the transpose of columns `begin` to `end` of from (rows, columns).
-GRASSLAND_MULTIARCH void turn(const Matrix<float>& from, const Matrix<float>& to, int64_t rows, int64_t begin, int64_t end,
-                              bool add) {
-  for (int64_t block = begin; block < end; block += kColumns)
-    for_each_vector(rows, [&](int64_t r, auto live) GRASSLAND_INLINE_LAMBDA {
-      for_each_vector(std::min(kColumns, end - block), [&](int64_t c, auto width) GRASSLAND_INLINE_LAMBDA {
-        turn_tile(from, to, r, block + c, live, width, add);
-      });
-    });
-}
-
-template <typename From, typename To>
-GRASSLAND_INLINE void put_rows_of(const Matrix<From>& from, const Matrix<To>& to, int64_t columns, int64_t begin,
-                                  int64_t end, bool add) {
-  for (int64_t r = begin; r < end; ++r) {
-    const From* in = from.at + r * from.row;
-    To* out = to.at + r * to.row;
-    for_each_vector(columns, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-      const Vec v = load(in + c, live);
-      store(add ? load(out + c, live) + v : v, out + c, live);
-    });
-  }
-}
-
-#define GRASSLAND_PUT(From, To)                                                                             \
-  GRASSLAND_MULTIARCH void put_rows(const Matrix<From>& from, const Matrix<To>& to, int64_t columns,        \
-                                    int64_t begin, int64_t end, bool add) {                                 \
-    put_rows_of(from, to, columns, begin, end, add);                                                        \
-  }
-GRASSLAND_PUT(float, float)
-GRASSLAND_PUT(float, bf16)
-GRASSLAND_PUT(bf16, float)
-GRASSLAND_PUT(bf16, bf16)
+#define GRASSLAND_SOURCE "linear_rows.h"
+#include "units.h"
 
 template <typename T>
 Matrix<T> matrix(const Tensor& x) {
@@ -108,11 +68,9 @@ template <typename From, typename To>
 void put_as(const Tensor& from, const Tensor& to, bool add) {
   const int64_t columns = from.size(1);
   torch::stable::parallel_for(0, from.size(0), grain(columns), [&](int64_t begin, int64_t end) {
-    put_rows(matrix<From>(from), matrix<To>(to), columns, begin, end, add);
+    GRASSLAND_BEST(put_rows)(matrix<From>(from), matrix<To>(to), columns, begin, end, add);
   });
 }
-
-bool is_half(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
 
 // A weight whose rows or columns lie side by side: others oneDNN multiplies a thousand times slower, and ATen copies columns
 // number by number.
@@ -122,6 +80,26 @@ Tensor dense(const Tensor& w) {
   if (w.stride(0) == w.size(1)) return w;
   const Tensor out = empty(w, {w.size(0), w.size(1)}, w.scalar_type());
   put(w, out);
+  return out;
+}
+
+// x, whose rows or columns lie side by side, in float32
+Tensor widened(const Tensor& x) {
+  if (!is_half(x)) return x;
+  if (x.stride(1) != 1) return x.stride(0) == 1 ? flipped(widened(flipped(x))) : widened(torch::stable::contiguous(x));
+  const Tensor out = empty(x, {x.size(0), x.size(1)}, ScalarType::Float);
+  put(x, out);
+  return out;
+}
+
+Tensor widened_row(const Tensor& x) {
+  const Tensor row = torch::stable::view(x, {1, x.size(0)});
+  return torch::stable::view(widened(row), {x.size(0)});
+}
+
+Tensor narrowed(const Tensor& x) {
+  const Tensor out = empty(x, {x.size(0), x.size(1)}, ScalarType::BFloat16);
+  put(x, out);
   return out;
 }
 
@@ -147,7 +125,7 @@ Tensor onednn_plus(const Tensor& sum, const Tensor&, const Tensor&) { return sum
 void turn_into(const Tensor& to, const Tensor& from, bool add) {
   const int64_t blocks = (from.size(1) + kColumns - 1) / kColumns;
   torch::stable::parallel_for(0, blocks, grain(from.size(0) * kColumns), [&](int64_t begin, int64_t end) {
-    turn(matrix<float>(from), matrix<float>(to), from.size(0), begin * kColumns, std::min(end * kColumns, from.size(1)), add);
+    GRASSLAND_BEST(turn)(matrix<float>(from), matrix<float>(to), from.size(0), begin * kColumns, std::min(end * kColumns, from.size(1)), add);
   });
 }
 
@@ -157,15 +135,32 @@ Tensor turned(const Tensor& x) {
   return out;
 }
 
-// to = left^T right, all bfloat16
+// to = left^T right, all bfloat16 and multiplied as such
 void halves_product(const Tensor& to, const Tensor& left, const Tensor& right) {
   skinny_bf16_outer_fits(left, right) ? skinny_bf16_outer(to, left, right, false) : mm(to, flipped(left), right);
 }
 
 }  // namespace
 
+bool multiplies_halves() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool found = [] {
+    unsigned features, b, c, d;
+    return __builtin_cpu_supports("avx512bw") && __get_cpuid_count(7, 1, &features, &b, &c, &d) && (features >> 5 & 1) != 0;
+  }();
+  return found;
+#else
+  return false;
+#endif
+}
+
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias) {
   if (skinny_fits(x, w)) return skinny(x, w, bias);
+  if (is_half(x) && !multiplies_halves()) {
+    if (bias == nullptr) return narrowed(linear(widened(x), widened(w)));
+    const Tensor wide = widened_row(*bias);
+    return narrowed(linear(widened(x), widened(w), &wide));
+  }
   if (skinny_bf16_fits(x, w)) return skinny_bf16(x, w, bias);
   if (use_onednn(x.scalar_type(), x.size(0) * w.numel())) return onednn(x, w, bias);
   const Tensor out = empty(x, {x.size(0), w.size(0)}, x.scalar_type());
@@ -185,6 +180,7 @@ void put(const Tensor& from, const Tensor& to, bool add) {
 }
 
 Tensor plus_linear(const Tensor& sum, const Tensor& x, const Tensor& w) {
+  if (is_half(x) && !multiplies_halves()) return narrowed(plus_linear(widened(sum), widened(x), widened(w)));
   if (use_onednn(x.scalar_type(), x.size(0) * w.numel())) return onednn_plus(sum, x, w);
   addmm(sum, x, flipped(w), 1.0);
   return sum;
@@ -210,6 +206,8 @@ void OuterSum::add(const Tensor& left, const Tensor& right) {
     skinny_bf16_outer(*total_, left, right, held_);
   } else if (dense && left.size(0) <= kSkinny && m_ * h_ >= kLarge) {
     skinny_outer(total(left), left, right, held_);
+  } else if (is_half(left) && !multiplies_halves()) {
+    add(widened(left), widened(right));
   } else if (is_half(left)) {
     if (halves_.size() == 2) fold();
     halves_.push_back(empty(left, {m_, h_}, ScalarType::BFloat16));
@@ -256,6 +254,10 @@ void outer_product(const Tensor& total, const Tensor& left, const Tensor& right,
     OuterSum sum(total, add);
     sum.add(left, right);
     sum.result(total);
+  } else if (!multiplies_halves()) {
+    OuterSum sum(total.size(0), total.size(1));
+    sum.add(left, right);
+    put(sum.result(total), total, add);
   } else if (add) {
     addmm(total, flipped(left), right, 1.0);
   } else {

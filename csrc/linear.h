@@ -14,6 +14,12 @@ inline Tensor flipped(const Tensor& x) {
   return torch::stable::transpose(base, 0, 1);
 }
 
+inline bool is_half(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
+
+// Whether the processor multiplies bfloat16 (AVX512_BF16, which those with AMX have, too). Elsewhere a product of bfloat16
+// is one of float32 that is rounded: a library's is ten to a hundred times slower. Python's is products.multiplies_halves.
+bool multiplies_halves();
+
 // x w^T + bias for x (n, k), w (m, k) of any strides.
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias = nullptr);
 

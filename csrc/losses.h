@@ -16,30 +16,6 @@ struct Sums {
   double powers = 0, along = 0, mass = 0, hit = 0;
 };
 
-// below(c, live): the logits less their peak from column c on. Their exponentials go to `powers`.
-template <bool weighted, typename F>
-GRASSLAND_INLINE Sums exponentials(int64_t n, float* powers, const float* q, const F& below) {
-  Sums sums;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    Vec p = {}, a = {}, m = {}, h = {};
-    for_each_vector(std::min(kBlock, n - begin), [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-      Vec l = below(begin + c, live), power = exp_below(l);
-      store(power, powers + begin + c, live);
-      for (int64_t i = live; i < kLanes; ++i) l[i] = power[i] = 0;
-      p += power;
-      a += l;
-      if (!weighted) return;
-      const Vec share = load(q + begin + c, live);
-      m += share;
-      h += share * l;
-    });
-    sums.powers += total(p);
-    sums.along += total(a);
-    if (weighted) sums.mass += total(m), sums.hit += total(h);
-  }
-  return sums;
-}
-
 // A chunk has as many bytes as malloc hands back without asking the system, or as the weight, whose gradient would be summed
 // for each chunk more; and enough rows for an efficient product.
 constexpr int64_t kChunkBytes = 31 << 20;

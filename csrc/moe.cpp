@@ -19,15 +19,6 @@ struct Shape {
   int64_t tokens, top_k, experts, dim, inner, pairs;
 };
 
-template <typename Bits>
-GRASSLAND_INLINE Bits hashed(Bits x) {
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
-  return x ^ (x >> 16);
-}
-
 // Dropout of one matrix of rows: element c of a pair's row is zero if its hash is below the threshold.
 struct Dropout {
   uint32_t seed, threshold;
@@ -35,202 +26,8 @@ struct Dropout {
   bool on;
 };
 
-GRASSLAND_INLINE uint32_t row_hash(const Dropout& d, int64_t pair) {
-  return d.on ? hashed(static_cast<uint32_t>(pair) ^ hashed(d.seed)) : 0u;
-}
-
-// The factors of the elements from c on.
-template <bool drop>
-GRASSLAND_INLINE Vec factors(const Dropout& d, uint32_t row, int64_t c) {
-  if (!drop) return Vec{} + 1.0f;
-  constexpr VecBits lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return keep(Vec{} + d.scale, (VecBits)(hashed((lanes + static_cast<uint32_t>(c)) ^ row) >= d.threshold));
-}
-
-// gelu(x) = x sigmoid(1.6 x (1 + 0.045 x^2)): that sigmoid, and what it lacks to one, which a difference would not be as
-// exact in.
-struct Gate {
-  Vec open, shut;
-};
-
-GRASSLAND_INLINE Gate gate_of_gelu(const Vec& x) {
-  const Vec e = exp_clamped(-1.5957691216f * x * (1.0f + 0.044715f * x * x)), open = 1.0f / (1.0f + e);
-  return {open, e * open};
-}
-
-GRASSLAND_INLINE Vec gelu(const Vec& x) { return x * gate_of_gelu(x).open; }
-
-// Beyond 10 the gate's clamped exponential is not small enough for x^3.
-GRASSLAND_INLINE Vec gelu_slope(const Vec& x, const Gate& g) {
-  const Vec most = Vec{} + 10.0f, below = x > most ? most : x, v = below < -most ? -most : below;
-  return g.open + v * g.open * g.shut * 1.5957691216f * (1.0f + 0.134145f * v * v);
-}
-
-// use(a, b) with the flags as constants.
-template <typename F>
-GRASSLAND_INLINE void with_constants(bool a, bool b, const F& use) {
-  if (a)
-    b ? use(std::true_type{}, std::true_type{}) : use(std::true_type{}, std::false_type{});
-  else
-    b ? use(std::false_type{}, std::true_type{}) : use(std::false_type{}, std::false_type{});
-}
-
-// a = drop(gelu(h)), over h
-template <bool drop, typename T>
-GRASSLAND_INLINE void up_row(const Dropout& d, uint32_t row, int64_t width, T* h) {
-  for_each_vector(width, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-    store(gelu(load(h + c, live)) * factors<drop>(d, row, c), h + c, live);
-  });
-}
-
-// `kept` gets h itself, if there is one.
-template <typename T>
-GRASSLAND_INLINE void up_body(const int64_t* order, const Dropout& d, int64_t width, int64_t begin, int64_t end, T* h,
-                              T* kept) {
-  for (int64_t r = begin; r < end; ++r) {
-    const uint32_t row = row_hash(d, order[r]);
-    T* hr = h + r * width;
-    if (kept != nullptr) std::memcpy(kept + r * width, hr, width * sizeof(T));
-    d.on ? up_row<true>(d, row, width, hr) : up_row<false>(d, row, width, hr);
-  }
-}
-
-// total += gate drop(act(o))
-template <bool act, bool drop, typename T>
-GRASSLAND_INLINE void add_row(const T* o, float gate, const Dropout& d, uint32_t row, int64_t dim, float* total) {
-  for_each_vector(dim, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-    const Vec v = load(o + c, live);
-    store(load(total + c, live) + gate * factors<drop>(d, row, c) * (act ? gelu(v) : v), total + c, live);
-  });
-}
-
-// y_t = sum_k g_tk drop(act(o)) over the kept pairs of a token
-template <typename T>
-GRASSLAND_INLINE void combine_body(const T* const* rows, const float* gates, const int64_t* slots, const Dropout& d, bool act,
-                                   const Shape& s, int64_t begin, int64_t end, T* y) {
-  std::vector<float> sum(s.dim);
-  with_constants(act, d.on, [&](auto activated, auto dropped) GRASSLAND_INLINE_LAMBDA {
-    for (int64_t t = begin; t < end; ++t) {
-      std::fill(sum.begin(), sum.end(), 0.0f);
-      for (int64_t pair = t * s.top_k; pair < (t + 1) * s.top_k; ++pair)
-        if (slots[pair] >= 0)
-          add_row<activated(), dropped()>(rows[slots[pair]], gates == nullptr ? 1.0f : gates[pair], d,
-                                          row_hash(d, pair), s.dim, sum.data());
-      for_each_vector(s.dim, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-        store(load(sum.data() + c, live), y + t * s.dim + c, live);
-      });
-    }
-  });
-}
-
-// The output row's gradient before the gate, G = dy_t drop act'(o), and what it adds to d gate: <dy drop, act(o)> with an
-// activation, <G, b_down> without.
-template <bool act, bool drop, typename T>
-GRASSLAND_INLINE float output_backward_row(const T* dy, const T* o, const T* bias, const Dropout& d, uint32_t row,
-                                           int64_t dim, T* g) {
-  Vec sum = {};
-  for_each_vector(dim, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-    const Vec v = load(dy + c, live) * factors<drop>(d, row, c);
-    if (act) {
-      const Vec pre = load(o + c, live);
-      const Gate gate = gate_of_gelu(pre);
-      sum += v * pre * gate.open;
-      store(v * gelu_slope(pre, gate), g + c, live);
-    } else {
-      sum += v * load(bias + c, live);
-      store(v, g + c, live);
-    }
-  });
-  return total(sum);
-}
-
-template <typename T>
-GRASSLAND_INLINE void output_backward_body(const T* grad, const T* o, const T* bias, const int64_t* order,
-                                           const Dropout& d, bool act, const Shape& s, int64_t begin, int64_t end, T* g,
-                                           float* dgate) {
-  with_constants(act, d.on, [&](auto activated, auto dropped) GRASSLAND_INLINE_LAMBDA {
-    for (int64_t r = begin; r < end; ++r)
-      dgate[order[r]] = output_backward_row<activated(), dropped()>(grad + order[r] / s.top_k * s.dim,
-                                                                    activated() ? o + r * s.dim : nullptr, bias, d,
-                                                                    row_hash(d, order[r]), s.dim, g + r * s.dim);
-  });
-}
-
-// From D = G W_down and h: a g (over a), dh = g drop gelu'(h) D (over D), and <D, a> for d gate.
-template <bool drop, typename T>
-GRASSLAND_INLINE float down_backward_row(const T* h, float gate, const Dropout& d, uint32_t row, int64_t width, T* dh,
-                                         T* a) {
-  Vec sum = {};
-  for_each_vector(width, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-    const Vec x = load(h + c, live), v = load(dh + c, live), kept = factors<drop>(d, row, c);
-    const Gate half = gate_of_gelu(x);
-    const Vec value = x * half.open * kept;
-    sum += v * value;
-    store(value * gate, a + c, live);
-    store(v * gate * kept * gelu_slope(x, half), dh + c, live);
-  });
-  return total(sum);
-}
-
-template <typename T>
-GRASSLAND_INLINE void down_backward_body(const T* h, const float* gates, const int64_t* order, const Dropout& d,
-                                         bool act, int64_t width, int64_t begin, int64_t end, T* dh, T* a,
-                                         float* dgate) {
-  for (int64_t r = begin; r < end; ++r) {
-    const uint32_t row = row_hash(d, order[r]);
-    const float gate = gates[order[r]];
-    const int64_t at = r * width;
-    const float sum = d.on ? down_backward_row<true>(h + at, gate, d, row, width, dh + at, a + at)
-                           : down_backward_row<false>(h + at, gate, d, row, width, dh + at, a + at);
-    if (!act) dgate[order[r]] += sum;
-  }
-}
-
-// Column sums of n rows, weighted by the gates if given, in blocks so that the rounding error stays small.
-template <typename T>
-GRASSLAND_INLINE void column_sums_body(const T* x, const float* gates, const int64_t* order, int64_t n, int64_t width,
-                                       int64_t begin, int64_t end, float* out) {
-  std::vector<float> block(end - begin);
-  std::fill(out + begin, out + end, 0.0f);
-  for (int64_t base = 0; base < n; base += 64) {
-    std::fill(block.begin(), block.end(), 0.0f);
-    float* b = block.data();
-    for (int64_t r = base; r < std::min(base + 64, n); ++r) {
-      const float gate = gates == nullptr ? 1.0f : gates[order[r]];
-      const T* row = x + r * width + begin;
-      for_each_vector(end - begin, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-        store(load(b + c, live) + gate * load(row + c, live), b + c, live);
-      });
-    }
-    for (int64_t c = begin; c < end; ++c) out[c] += block[c - begin];
-  }
-}
-
-#define GRASSLAND_MOE(T)                                                                                              \
-  GRASSLAND_MULTIARCH void up_rows(const int64_t* order, const Dropout& d, int64_t width, int64_t begin, int64_t end, \
-                                   T* h, T* kept) {                                                                   \
-    up_body(order, d, width, begin, end, h, kept);                                                                    \
-  }                                                                                                                   \
-  GRASSLAND_MULTIARCH void combine(const T* const* rows, const float* gates, const int64_t* slots, const Dropout& d,  \
-                                   bool act, const Shape& s, int64_t begin, int64_t end, T* y) {                      \
-    combine_body(rows, gates, slots, d, act, s, begin, end, y);                                                       \
-  }                                                                                                                   \
-  GRASSLAND_MULTIARCH void output_backward(const T* grad, const T* o, const T* bias, const int64_t* order,            \
-                                           const Dropout& d, bool act, const Shape& s, int64_t begin, int64_t end,    \
-                                           T* g, float* dgate) {                                                      \
-    output_backward_body(grad, o, bias, order, d, act, s, begin, end, g, dgate);                                      \
-  }                                                                                                                   \
-  GRASSLAND_MULTIARCH void down_backward(const T* h, const float* gates, const int64_t* order, const Dropout& d,      \
-                                         bool act, int64_t width, int64_t begin, int64_t end, T* dh, T* a,            \
-                                         float* dgate) {                                                              \
-    down_backward_body(h, gates, order, d, act, width, begin, end, dh, a, dgate);                                     \
-  }                                                                                                                   \
-  GRASSLAND_MULTIARCH void column_sums(const T* x, const float* gates, const int64_t* order, int64_t n,               \
-                                       int64_t width, int64_t begin, int64_t end, float* out) {                       \
-    column_sums_body(x, gates, order, n, width, begin, end, out);                                                     \
-  }
-GRASSLAND_MOE(float)
-GRASSLAND_MOE(bf16)
+#define GRASSLAND_SOURCE "moe_rows.h"
+#include "units.h"
 
 template <typename F>
 void parallel(int64_t n, int64_t grain, const F& body) {
@@ -363,14 +160,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gates,
     const Tensor a = linear(gather<T>(x, pairs + begin, s, n), ups[e], &up_biases[e]);
     T* kept = save ? data<T>(h) + begin * s.inner : nullptr;
     parallel(n, kGrain, [&](int64_t first, int64_t last) {
-      up_rows(pairs + begin, inner, s.inner, first, last, data<T>(a), kept);
+      GRASSLAND_BEST(up_rows)(pairs + begin, inner, s.inner, first, last, data<T>(a), kept);
     });
     out.set(e, begin, linear(a, downs[e], &down_biases[e]));
     if (save && act) std::copy_n(out.pointers[begin], n * s.dim, data<T>(o) + begin * s.dim);
   });
   const Tensor y = empty(x, {s.tokens, s.dim}, kDtype<T>);
   parallel(s.tokens, kGrain, [&](int64_t begin, int64_t end) {
-    combine(out.pointers.data(), data<float>(gates), data<int64_t>(slots), outer, act, s, begin, end, data<T>(y));
+    GRASSLAND_BEST(combine)(out.pointers.data(), data<float>(gates), data<int64_t>(slots), outer, act, s, begin, end, data<T>(y));
   });
   if (save) zero_tail<T>(h, sizes.rows);
   if (save && act) zero_tail<T>(o, sizes.rows);
@@ -381,7 +178,7 @@ template <typename T>
 void bias_gradient(const Tensor& x, const float* gates, const int64_t* order, int64_t n, float* out) {
   const int64_t width = x.size(1);
   parallel(width, 128, [&](int64_t begin, int64_t end) {
-    column_sums(data<T>(x), gates, order, n, width, begin, end, out);
+    GRASSLAND_BEST(column_sums)(data<T>(x), gates, order, n, width, begin, end, out);
   });
 }
 
@@ -417,12 +214,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
     const Tensor g = empty(x, {n, s.dim}, kDtype<T>), a = empty(x, {n, s.inner}, kDtype<T>);
     const T* outputs = act ? data<T>(o) + begin * s.dim : nullptr;
     parallel(n, kGrain, [&](int64_t first, int64_t last) {
-      output_backward(data<T>(grad), outputs, data<T>(b_down) + e * s.dim, pairs, outer, act, s, first, last, data<T>(g),
+      GRASSLAND_BEST(output_backward)(data<T>(grad), outputs, data<T>(b_down) + e * s.dim, pairs, outer, act, s, first, last, data<T>(g),
                       data<float>(dgates));
     });
     const Tensor d = linear(g, downs[e]);
     parallel(n, kGrain, [&](int64_t first, int64_t last) {
-      down_backward(data<T>(h) + begin * s.inner, gate, pairs, inner, act, s.inner, first, last, data<T>(d), data<T>(a),
+      GRASSLAND_BEST(down_backward)(data<T>(h) + begin * s.inner, gate, pairs, inner, act, s.inner, first, last, data<T>(d), data<T>(a),
                     data<float>(dgates));
     });
     if (total_down) outer_product(down_totals[e], g, a, accumulate);
@@ -434,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
   const Tensor dx = empty(x, {s.tokens, s.dim}, kDtype<T>);
   const Dropout off{0, 0, 1.0f, false};
   parallel(s.tokens, kGrain, [&](int64_t begin, int64_t end) {
-    combine(dsorted.pointers.data(), nullptr, data<int64_t>(slots), off, false, s, begin, end, data<T>(dx));
+    GRASSLAND_BEST(combine)(dsorted.pointers.data(), nullptr, data<int64_t>(slots), off, false, s, begin, end, data<T>(dx));
   });
   return {dx, dgates, db_up, db_down};
 }
@@ -443,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor> moe_ffn_cpu(const Tensor& x, const Tensor& ga
                                                const Tensor& order, const Tensor& offsets, const Tensor& w_up,
                                                const Tensor& b_up, const Tensor& w_down, const Tensor& b_down,
                                                double rate, std::optional<Tensor> seed, bool act, bool save) {
-  const auto run = x.scalar_type() == ScalarType::BFloat16 ? forward<bf16> : forward<float>;
+  const auto run = is_half(x) ? forward<bf16> : forward<float>;
   return run(x, gates, slots, order, offsets, w_up, b_up, w_down, b_down, rate, seed, act, save);
 }
 
@@ -452,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_ffn_backward_cpu(
     const Tensor& offsets, const Tensor& w_up, const Tensor& w_down, const Tensor& b_down, const Tensor& h,
     const Tensor& o, double rate, std::optional<Tensor> seed, bool act, std::optional<Tensor> total_up,
     std::optional<Tensor> total_down, bool accumulate) {
-  const auto run = x.scalar_type() == ScalarType::BFloat16 ? backward<bf16> : backward<float>;
+  const auto run = is_half(x) ? backward<bf16> : backward<float>;
   return run(grad, x, gates, slots, order, offsets, w_up, w_down, b_down, h, o, rate, seed, act, total_up, total_down,
              accumulate);
 }

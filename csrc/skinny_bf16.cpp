@@ -25,6 +25,8 @@ namespace grassland {
 #define GRASSLAND_PAIRS_APART GRASSLAND_PAIRS __attribute__((noinline))
 namespace {
 
+using Vec = Register<float, kLanes>::type;
+
 // A tile is at most kTile rows by four vectors of columns; a block of w has kDepth terms of the sum.
 constexpr int64_t kTile = 6, kVectors = 4, kPanel = kVectors * kLanes, kDepth = 256;
 constexpr int64_t kStep = 8;             // terms between two looks ahead
@@ -34,10 +36,8 @@ constexpr int64_t kLeast = 1 << 14;      // numbers of a weight
 
 bool has_pairs() {
   static const bool found = [] {
-    unsigned a, b, c, d, features;
-    if (!__builtin_cpu_supports("avx512bw") || !__get_cpuid_count(7, 1, &features, &b, &c, &d)) return false;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    return (features >> 5 & 1) != 0 && (d >> 22 & 1) == 0;  // AVX512_BF16, AMX-BF16
+    unsigned a, b, c, d;
+    return multiplies_halves() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) == 0;  // AMX-BF16
   }();
   return found;
 }
@@ -290,7 +290,7 @@ void outer(const Outer<T>& p) {
 }  // namespace
 
 bool skinny_bf16_fits(const Tensor& x, const Tensor& w) {
-  return x.scalar_type() == ScalarType::BFloat16 && x.numel() > 0 && x.size(0) <= kMost && x.size(1) % 2 == 0 &&
+  return is_half(x) && x.numel() > 0 && x.size(0) <= kMost && x.size(1) % 2 == 0 &&
          w.numel() >= kLeast && x.stride(1) == 1 && (w.stride(1) == 1 || w.stride(0) == 1) && has_pairs();
 }
 
@@ -308,7 +308,7 @@ Tensor skinny_bf16(const Tensor& x, const Tensor& w, const Tensor* bias) {
 }
 
 bool skinny_bf16_outer_fits(const Tensor& g, const Tensor& x) {
-  return g.scalar_type() == ScalarType::BFloat16 && g.numel() > 0 && g.size(0) <= kMost &&
+  return is_half(g) && g.numel() > 0 && g.size(0) <= kMost &&
          g.size(1) * x.size(1) >= kLeast && has_pairs();
 }
 

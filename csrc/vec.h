@@ -1,10 +1,14 @@
-// Sixteen floats as one value, which each clone of a function splits into the registers it has. Lanes past the end of a row
-// are loaded as zero and not stored.
+// Sixteen floats as one value: one register of AVX-512, a pair of AVX2's, a pair of pairs of SSE's or NEON's. A compiler that
+// splits a vector of sixteen itself keeps it in memory and fills and shuffles it number by number.
+//
+// units.h has the names that kernels use.
 #pragma once
 
 #include "common.h"
 
+#include <cstdlib>
 #include <limits>
+#include <string_view>
 #include <utility>
 
 // Nothing here is called across a function boundary, so that the ABI of vector arguments does not matter.
@@ -12,77 +16,281 @@
 
 namespace grassland {
 
-typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
-typedef int32_t VecInts __attribute__((vector_size(kLanes * sizeof(int32_t))));
-typedef uint32_t VecBits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-typedef uint16_t VecHalves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+// n numbers in one register
+template <typename T, int n>
+struct Register {
+  typedef T type __attribute__((vector_size(n * sizeof(T))));
+};
 
-GRASSLAND_INLINE Vec load_full(const float* p) {
-  Vec v;
+template <typename Half>
+struct Pair {
+  Half low, high;
+};
+
+// `lanes` numbers in registers of n.
+template <typename T, int lanes, int n>
+struct Split {
+  using type = Pair<typename Split<T, lanes / 2, n>::type>;
+};
+template <typename T, int n>
+struct Split<T, n, n> {
+  using type = typename Register<T, n>::type;
+};
+
+// Numbers from and to memory
+template <typename V, typename T>
+GRASSLAND_INLINE void take(const T* p, V& v) {
   __builtin_memcpy(&v, p, sizeof(v));
-  return v;
 }
 
-GRASSLAND_INLINE void store_full(const Vec& v, float* p) { __builtin_memcpy(p, &v, sizeof(v)); }
+template <typename H, typename T>
+GRASSLAND_INLINE void take(const T* p, Pair<H>& v) {
+  take(p, v.low);
+  take(p + sizeof(H) / sizeof(T), v.high);
+}
 
-// memcpy of up to 64 bytes, an even number of them, without a call.
-GRASSLAND_INLINE void copy_few(void* to, const void* from, int64_t bytes) {
-  if (__builtin_constant_p(bytes)) {
-    std::memcpy(to, from, bytes);
-    return;
+template <typename V, typename T>
+GRASSLAND_INLINE void give(const V& v, T* p) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+template <typename H, typename T>
+GRASSLAND_INLINE void give(const Pair<H>& v, T* p) {
+  give(v.low, p);
+  give(v.high, p + sizeof(H) / sizeof(T));
+}
+
+template <typename V>
+constexpr int kLanesOf = sizeof(V) / sizeof(float);
+
+#define GRASSLAND_PAIRWISE(op)                                                                             \
+  template <typename H, typename G>                                                                        \
+  GRASSLAND_INLINE auto operator op(const Pair<H>& a, const Pair<G>& b) {                                  \
+    return Pair<decltype(a.low op b.low)>{a.low op b.low, a.high op b.high};                               \
+  }                                                                                                        \
+  template <typename H, typename S, typename = std::enable_if_t<std::is_arithmetic_v<S>>>                  \
+  GRASSLAND_INLINE auto operator op(const Pair<H>& a, S b) {                                               \
+    return Pair<decltype(a.low op b)>{a.low op b, a.high op b};                                            \
+  }                                                                                                        \
+  template <typename H, typename S, typename = std::enable_if_t<std::is_arithmetic_v<S>>>                  \
+  GRASSLAND_INLINE auto operator op(S a, const Pair<H>& b) {                                               \
+    return Pair<decltype(a op b.low)>{a op b.low, a op b.high};                                            \
   }
-  int64_t at = 0;
-#pragma GCC unroll 6
-  for (int64_t part = 64; part >= 2; part /= 2)
-    if (bytes & part) {
-      std::memcpy(static_cast<char*>(to) + at, static_cast<const char*>(from) + at, part);
-      at += part;
-    }
+GRASSLAND_PAIRWISE(+)
+GRASSLAND_PAIRWISE(-)
+GRASSLAND_PAIRWISE(*)
+GRASSLAND_PAIRWISE(/)
+GRASSLAND_PAIRWISE(&)
+GRASSLAND_PAIRWISE(^)
+GRASSLAND_PAIRWISE(>>)
+GRASSLAND_PAIRWISE(<<)
+GRASSLAND_PAIRWISE(<)
+GRASSLAND_PAIRWISE(<=)
+GRASSLAND_PAIRWISE(>)
+GRASSLAND_PAIRWISE(>=)
+GRASSLAND_PAIRWISE(!=)
+
+#define GRASSLAND_INTO(op)                                                      \
+  template <typename H, typename O>                                             \
+  GRASSLAND_INLINE Pair<H>& operator op##=(Pair<H>& a, const O& b) {            \
+    return a = a op b;                                                          \
+  }
+GRASSLAND_INTO(+)
+GRASSLAND_INTO(-)
+GRASSLAND_INTO(*)
+GRASSLAND_INTO(^)
+
+template <typename H>
+GRASSLAND_INLINE Pair<H> operator-(const Pair<H>& a) {
+  return {-a.low, -a.high};
 }
 
-GRASSLAND_INLINE Vec load(const float* p, int64_t live) {
-  Vec v = {};
-  copy_few(&v, p, live * sizeof(float));
-  return v;
-}
+// What is done to registers one by one.
+template <typename V>
+struct Each {
+  static constexpr int n = kLanesOf<V>;
+  using Ints = typename Register<int32_t, n>::type;
+  using Bits = typename Register<uint32_t, n>::type;
+  using Halves = typename Register<uint16_t, n>::type;
 
-GRASSLAND_INLINE void store(const Vec& v, float* p, int64_t live) { copy_few(p, &v, live * sizeof(float)); }
+  GRASSLAND_INLINE V load(const float* p) {
+    V v;
+    take(p, v);
+    return v;
+  }
+  GRASSLAND_INLINE V load(const bf16* p) {
+    Halves halves;
+    take(p, halves);
+    return (V)(__builtin_convertvector(halves, Bits) << 16);
+  }
+  GRASSLAND_INLINE Bits load(const uint32_t* p) {
+    Bits v;
+    take(p, v);
+    return v;
+  }
+  GRASSLAND_INLINE void store(const V& v, float* p) { give(v, p); }
+  // Round to nearest even; a NaN stays a NaN.
+  GRASSLAND_INLINE void store(const V& v, bf16* p) {
+    const Bits bits = (Bits)v, nan = (Bits)(v != v);
+    const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Halves halves = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), Halves);
+    give(halves, p);
+  }
+  // The numbers from `first` on.
+  GRASSLAND_INLINE Bits count(uint32_t first) {
+    Bits lanes;
+    for (int i = 0; i < n; ++i) lanes[i] = i;
+    return lanes + first;
+  }
+  GRASSLAND_INLINE V keep(const V& x, const Ints& mask) { return (V)((Ints)x & mask); }
+  GRASSLAND_INLINE V choose(const Ints& mask, const V& a, const V& b) { return mask ? a : b; }
+  // 2^x for whole x
+  GRASSLAND_INLINE V power(const V& x) { return (V)((__builtin_convertvector(x, Ints) + 127) << 23); }
+};
 
-GRASSLAND_INLINE Vec widen(const VecHalves& halves) {
-  const VecBits bits = __builtin_convertvector(halves, VecBits) << 16;
-  Vec v;
-  __builtin_memcpy(&v, &bits, sizeof(v));
-  return v;
-}
+template <typename H>
+struct Each<Pair<H>> {
+  using V = Pair<H>;
+  using Ints = Pair<typename Each<H>::Ints>;
+  using Bits = Pair<typename Each<H>::Bits>;
+  static constexpr int half = kLanesOf<H>;
 
-// Round to nearest even; a NaN stays a NaN.
-GRASSLAND_INLINE VecHalves narrow_halves(const Vec& v) {
-  VecBits bits;
-  __builtin_memcpy(&bits, &v, sizeof(bits));
-  const VecBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const VecBits nan = (VecBits)(v != v);
-  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), VecHalves);
-}
+  GRASSLAND_INLINE Bits load(const uint32_t* p) { return {Each<H>::load(p), Each<H>::load(p + half)}; }
+  template <typename T>
+  GRASSLAND_INLINE V load(const T* p) {
+    return {Each<H>::load(p), Each<H>::load(p + half)};
+  }
+  template <typename T>
+  GRASSLAND_INLINE void store(const V& v, T* p) {
+    Each<H>::store(v.low, p);
+    Each<H>::store(v.high, p + half);
+  }
+  GRASSLAND_INLINE Bits count(uint32_t first) { return {Each<H>::count(first), Each<H>::count(first + half)}; }
+  GRASSLAND_INLINE V keep(const V& x, const Ints& mask) {
+    return {Each<H>::keep(x.low, mask.low), Each<H>::keep(x.high, mask.high)};
+  }
+  GRASSLAND_INLINE V choose(const Ints& mask, const V& a, const V& b) {
+    return {Each<H>::choose(mask.low, a.low, b.low), Each<H>::choose(mask.high, a.high, b.high)};
+  }
+  GRASSLAND_INLINE V power(const V& x) { return {Each<H>::power(x.low), Each<H>::power(x.high)}; }
+};
 
-GRASSLAND_INLINE Vec load(const bf16* p, int64_t live) {
-  VecHalves halves = {};
-  copy_few(&halves, p, live * sizeof(bf16));
-  return widen(halves);
-}
-
-GRASSLAND_INLINE void store(const Vec& v, bf16* p, int64_t live) {
-  const VecHalves halves = narrow_halves(v);
-  copy_few(p, &halves, live * sizeof(bf16));
-}
-
-// Lanes of low and high side by side, by their index in 0 .. 31.
-template <size_t... index>
-GRASSLAND_INLINE Vec shuffled(const Vec& low, const Vec& high) {
+// Lanes of low and high side by side, by their index.
+template <size_t... index, typename V>
+GRASSLAND_INLINE V shuffled(const V& low, const V& high) {
 #if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(low, high, index...);
 #else
-  return __builtin_shuffle(low, high, VecBits{index...});
+  return __builtin_shuffle(low, high, typename Each<V>::Bits{index...});
 #endif
+}
+
+// Lane i of v is lane i ^ step.
+template <size_t step, typename V, size_t... lane>
+GRASSLAND_INLINE V across(const V& v, std::index_sequence<lane...>) {
+  return shuffled<(lane ^ step)...>(v, v);
+}
+
+template <size_t step, typename V, typename F>
+GRASSLAND_INLINE float reduced_by(const V& v, const F& f) {
+  const V folded = f(v, across<step>(v, std::make_index_sequence<kLanesOf<V>>{}));
+  if constexpr (step == 1)
+    return folded[0];
+  else
+    return reduced_by<step / 2>(folded, f);
+}
+
+// All lanes by a commutative function of two vectors.
+template <typename V, typename F>
+GRASSLAND_INLINE float reduced(const V& v, const F& f) {
+  return reduced_by<kLanesOf<V> / 2>(v, f);
+}
+
+template <typename H, typename F>
+GRASSLAND_INLINE float reduced(const Pair<H>& v, const F& f) {
+  return reduced(f(v.low, v.high), f);
+}
+
+template <size_t step, typename V, size_t... lane>
+GRASSLAND_INLINE void fold(V* m, std::index_sequence<lane...> lanes) {
+  constexpr size_t n = kLanesOf<V>;
+  for (size_t i = 0; i < step; ++i) {
+    const V low = m[i], high = m[i + step];
+    m[i] = shuffled<(lane & step ? lane + n : lane)...>(low, high) +
+           shuffled<(lane & step ? lane + n - step : lane + step)...>(low, high);
+  }
+  if constexpr (step > 1) fold<step / 2>(m, lanes);
+}
+
+// Lane i is the total of the i-th of as many vectors as one has lanes; they are used up.
+template <typename V>
+GRASSLAND_INLINE V totals(V* m) {
+  fold<kLanesOf<V> / 2>(m, std::make_index_sequence<kLanesOf<V>>{});
+  return m[0];
+}
+
+template <typename H>
+GRASSLAND_INLINE Pair<H> totals(Pair<H>* m) {
+  constexpr int half = kLanesOf<H>;
+  H low[half], high[half];
+#pragma GCC unroll 8
+  for (int i = 0; i < half; ++i) {
+    low[i] = m[i].low + m[i].high;
+    high[i] = m[half + i].low + m[half + i].high;
+  }
+  return {totals(low), totals(high)};
+}
+
+// Exchanges the lanes whose index has the bit `step` with the vectors whose index has it, from `step` on.
+template <size_t step, typename V, size_t... lane>
+GRASSLAND_INLINE void exchange(V* m, std::index_sequence<lane...> lanes) {
+  constexpr size_t n = kLanesOf<V>;
+#pragma GCC unroll 16
+  for (size_t i = 0; i < n; ++i) {
+    if (i & step) continue;
+    const V low = m[i], high = m[i + step];
+    m[i] = shuffled<(lane & step ? lane - step + n : lane)...>(low, high);
+    m[i + step] = shuffled<(lane & step ? lane + n : lane + step)...>(low, high);
+  }
+  if constexpr (2 * step < n) exchange<2 * step>(m, lanes);
+}
+
+// Of a square of as many vectors as one has lanes.
+template <typename V>
+GRASSLAND_INLINE void transpose(V* m) {
+  exchange<1>(m, std::make_index_sequence<kLanesOf<V>>{});
+}
+
+template <typename H>
+GRASSLAND_INLINE void transpose(Pair<H>* m) {
+  constexpr int half = kLanesOf<H>;
+  H quarter[4][half];
+#pragma GCC unroll 8
+  for (int i = 0; i < half; ++i) {
+    quarter[0][i] = m[i].low;
+    quarter[1][i] = m[half + i].low;
+    quarter[2][i] = m[i].high;
+    quarter[3][i] = m[half + i].high;
+  }
+#pragma GCC unroll 4
+  for (auto& q : quarter) transpose(q);
+#pragma GCC unroll 8
+  for (int i = 0; i < half; ++i) {
+    m[i] = {quarter[0][i], quarter[1][i]};
+    m[half + i] = {quarter[2][i], quarter[3][i]};
+  }
+}
+
+// Up to kLanes numbers, without a call.
+template <typename T>
+GRASSLAND_INLINE void copy_few(T* to, const T* from, int64_t count) {
+  int64_t at = 0;
+#pragma GCC unroll 5
+  for (int64_t part = kLanes; part >= 1; part /= 2)
+    if (count & part) {
+      std::memcpy(to + at, from + at, part * sizeof(T));
+      at += part;
+    }
 }
 
 // f(c, live) for each vector of a row; `live` is a constant in all but the last, so that only that one has a tail.
@@ -93,126 +301,34 @@ GRASSLAND_INLINE void for_each_vector(int64_t size, F&& f) {
   if (c < size) f(c, size - c);
 }
 
-template <size_t step, size_t... lane>
-GRASSLAND_INLINE Vec across(const Vec& v, std::index_sequence<lane...>) {
-  return shuffled<(lane ^ step)...>(v, v);
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+enum class VectorUnit { plain, avx2, avx512 };
+
+// The best that the processor has, or what is asked of PyTorch's kernels: ATEN_CPU_CAPABILITY=default or avx2.
+inline VectorUnit best_unit() {
+  static const VectorUnit found = [] {
+    const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string_view most = asked == nullptr ? "" : asked;
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (!avx2 || most == "default") return VectorUnit::plain;
+    return avx512 && most != "avx2" ? VectorUnit::avx512 : VectorUnit::avx2;
+  }();
+  return found;
 }
 
-// All lanes by a commutative function of two vectors.
-template <typename F>
-GRASSLAND_INLINE float reduced(Vec v, const F& f) {
-  constexpr auto lanes = std::make_index_sequence<kLanes>{};
-  v = f(v, across<8>(v, lanes));
-  v = f(v, across<4>(v, lanes));
-  v = f(v, across<2>(v, lanes));
-  return f(v, across<1>(v, lanes))[0];
-}
-
-GRASSLAND_INLINE float total(const Vec& v) {
-  return reduced(v, [](const Vec& a, const Vec& b) GRASSLAND_INLINE_LAMBDA { return a + b; });
-}
-
-// x where `mask` has all bits of a lane, 0 where it has none.
-GRASSLAND_INLINE Vec keep(const Vec& x, const VecBits& mask) {
-  VecBits bits;
-  __builtin_memcpy(&bits, &x, sizeof(bits));
-  bits &= mask;
-  Vec kept;
-  __builtin_memcpy(&kept, &bits, sizeof(kept));
-  return kept;
-}
-
-// The largest of n numbers that are no NaN.
-template <typename T>
-GRASSLAND_INLINE float largest(const T* x, int64_t n) {
-  Vec peak = Vec{} - std::numeric_limits<float>::infinity();
-  for_each_vector(n, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-    Vec v = load(x + c, live);
-    for (int64_t i = live; i < kLanes; ++i) v[i] = peak[i];
-    peak = v > peak ? v : peak;
-  });
-  return reduced(peak, [](const Vec& a, const Vec& b) GRASSLAND_INLINE_LAMBDA { return a > b ? a : b; });
-}
-
-// As exp_approx of common.h for |v| <= 87: adding and taking away 1.5 x 2^23 rounds to an integer.
-GRASSLAND_INLINE Vec exp_within(const Vec& v) {
-  const Vec n = (v * 1.44269504f + 12582912.0f) - 12582912.0f;
-  const Vec r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec p = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
-  p = (p * r) * r + r + 1.0f;
-  const VecBits bits = __builtin_convertvector(__builtin_convertvector(n, VecInts) + 127, VecBits) << 23;
-  Vec scale;
-  __builtin_memcpy(&scale, &bits, sizeof(scale));
-  return p * scale;
-}
-
-// e^x for x <= 0
-GRASSLAND_INLINE Vec exp_below(const Vec& x) {
-  const Vec least = Vec{} - 87.0f;
-  return exp_within(x < least ? least : x);
-}
-
-GRASSLAND_INLINE Vec exp_clamped(const Vec& x) {
-  const Vec most = Vec{} + 87.0f;
-  return exp_below(x > most ? most : x);
-}
-
-GRASSLAND_INLINE Vec square_root(const Vec& v) {
-  float part[kLanes];
-  store_full(v, part);
-#pragma omp simd
-  for (int64_t i = 0; i < kLanes; ++i) part[i] = std::sqrt(part[i]);
-  return load_full(part);
-}
-
-template <size_t step, size_t... lane>
-GRASSLAND_INLINE void fold(Vec (&m)[kLanes], std::index_sequence<lane...>) {
-  for (size_t i = 0; i < step; ++i) {
-    const Vec low = m[i], high = m[i + step];
-    m[i] = shuffled<(lane & step ? lane + kLanes : lane)...>(low, high) +
-           shuffled<(lane & step ? lane + kLanes - step : lane + step)...>(low, high);
+// The function `f` of the best unit that the processor has, to be called.
+#define GRASSLAND_BEST(f)                                        \
+  [](auto&&... given) {                                          \
+    switch (best_unit()) {                                       \
+      case VectorUnit::avx512: return avx512::f(given...);             \
+      case VectorUnit::avx2: return avx2::f(given...);                 \
+      default: return plain::f(given...);                        \
+    }                                                            \
   }
-}
-
-// Lane i is the total of the i-th of sixteen vectors, which are used up.
-GRASSLAND_INLINE Vec totals(Vec (&m)[kLanes]) {
-  constexpr auto lanes = std::make_index_sequence<kLanes>{};
-  fold<8>(m, lanes);
-  fold<4>(m, lanes);
-  fold<2>(m, lanes);
-  fold<1>(m, lanes);
-  return m[0];
-}
-
-// The same of vectors that lie one behind the other.
-GRASSLAND_INLINE Vec totals(const float* rows) {
-  Vec m[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) m[i] = load_full(rows + i * kLanes);
-  return totals(m);
-}
-
-// Exchanges the lanes whose index has the bit `step` with the vectors whose index has it.
-template <int step, size_t... lane>
-GRASSLAND_INLINE void exchange(Vec (&m)[kLanes], std::index_sequence<lane...>) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & step) continue;
-    const Vec low = m[i], high = m[i + step];
-    m[i] = shuffled<(lane & step ? lane - step + kLanes : lane)...>(low, high);
-    m[i + step] = shuffled<(lane & step ? lane + kLanes : lane + step)...>(low, high);
-  }
-}
-
-GRASSLAND_INLINE void transpose(Vec (&m)[kLanes]) {
-  constexpr auto lanes = std::make_index_sequence<kLanes>{};
-  exchange<1>(m, lanes);
-  exchange<2>(m, lanes);
-  exchange<4>(m, lanes);
-  exchange<8>(m, lanes);
-}
+#else
+#define GRASSLAND_BEST(f) [](auto&&... given) { return plain::f(given...); }
+#endif
 
 }  // namespace grassland

@@ -266,7 +266,10 @@ def test_models_of_timm_survive_a_checkpoint_and_mark_their_parameters(vision, t
     task.save(tmp_path, config)
     images = torch.randn(2, 3, 32, 32)
     loaded = load_vision_model(tmp_path)
-    assert torch.equal(loaded(images), task.eval_model(images))
+    for name, tensor in task.eval_model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    # Not to the bit: libraries' products differ with where in memory their operands lie.
+    torch.testing.assert_close(loaded(images), task.eval_model(images))
     groups = parameter_groups(loaded)
     assert any(p is loaded.pos_embed for p in groups["no_decay"])
     assert any(p is loaded.head.weight for p in groups["decay"])

@@ -1,10 +1,5 @@
 // The mixing H_res of KromHC and its backward: a butterfly on registers, stage by stage e = q (x_0 - x_1), x_0 -= e,
 // x_1 += e. The n x n matrix never exists.
-#include "kronecker.h"
-#include "vec.h"
-
-namespace grassland::kronecker {
-namespace {
 
 // The number of streams, N or, with N = 0, one known at run time; kSize is what there must be room for.
 template <int N>
@@ -89,43 +84,16 @@ GRASSLAND_INLINE void by_streams(int64_t n, F&& f) {
 }
 
 template <typename T>
-GRASSLAND_INLINE void mix_body(const Ending<T>& a, const Shape& s, int64_t count, T* out) {
+GRASSLAND_UNIT void mix(const Ending<T>& a, const Shape& s, int64_t count, T* out) {
   by_streams(s.streams, [&](auto n) GRASSLAND_INLINE_LAMBDA {
     for (int64_t t = 0; t < count; ++t) mix_token<n>(a.at(t, s), s, out + t * s.row());
   });
 }
 
 template <typename T, typename G>
-GRASSLAND_INLINE void mix_backward_body(const Ending<T>& a, const EndingGradient<T>& d, const Shape& s, int64_t count,
+GRASSLAND_UNIT void mix_backward(const Ending<T>& a, const EndingGradient<T>& d, const Shape& s, int64_t count,
                                         const G* grad) {
   by_streams(s.streams, [&](auto n) GRASSLAND_INLINE_LAMBDA {
     for (int64_t t = 0; t < count; ++t) mix_backward_token<n>(a.at(t, s), d.at(t, s), s, grad + t * s.row());
   });
 }
-
-}  // namespace
-
-GRASSLAND_MULTIARCH void mix(const Ending<float>& a, const Shape& s, int64_t count, float* out) {
-  mix_body(a, s, count, out);
-}
-
-GRASSLAND_MULTIARCH void mix(const Ending<bf16>& a, const Shape& s, int64_t count, bf16* out) {
-  mix_body(a, s, count, out);
-}
-
-GRASSLAND_MULTIARCH void mix_backward(const Ending<float>& a, const EndingGradient<float>& d, const Shape& s, int64_t count,
-                                      const float* grad) {
-  mix_backward_body(a, d, s, count, grad);
-}
-
-GRASSLAND_MULTIARCH void mix_backward(const Ending<bf16>& a, const EndingGradient<bf16>& d, const Shape& s, int64_t count,
-                                      const bf16* grad) {
-  mix_backward_body(a, d, s, count, grad);
-}
-
-GRASSLAND_MULTIARCH void mix_backward(const Ending<bf16>& a, const EndingGradient<bf16>& d, const Shape& s, int64_t count,
-                                      const float* grad) {
-  mix_backward_body(a, d, s, count, grad);
-}
-
-}  // namespace grassland::kronecker

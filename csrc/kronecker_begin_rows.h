@@ -1,9 +1,4 @@
 // Where a KromHC sublayer begins: norm, projection, coefficients and pre-mix, and the backward of all that.
-#include "kronecker.h"
-#include "vec.h"
-
-namespace grassland::kronecker {
-namespace {
 
 // Tokens x kGroup columns that are summed up in registers, along kTile channels of a stream: few enough that they are
 // still near when the next columns need them, enough that loading and storing the sums does not count. Of 128, 384 and
@@ -23,8 +18,10 @@ GRASSLAND_INLINE void fetch(const Upcoming<T>& next, int64_t row, int64_t offset
 
 // sums[t][j] += x_t * column j for kHalf tokens and kGroup columns of one tile of stream k. A tile has sums of its own: one
 // chain of additions along all streams would lose more than PyTorch's products do.
+//
+// A function of its own: inlined into the loops over the tiles, its sums do not all stay in registers.
 template <typename T>
-GRASSLAND_INLINE void project_tile(const T* const* x, const float* weight, int64_t columns, int64_t size, float* sums) {
+__attribute__((noinline)) GRASSLAND_UNIT void project(const T* const* x, const float* weight, int64_t columns, int64_t size, float* sums) {
   Vec sum[kHalf][kGroup] = {};
   for_each_vector(size, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
     Vec v[kHalf];
@@ -39,15 +36,6 @@ GRASSLAND_INLINE void project_tile(const T* const* x, const float* weight, int64
       float* to = sums + (t * columns + j) * kLanes;
       store_full(load_full(to) + sum[t][j], to);
     }
-}
-
-// Functions of their own: inlined into the loops over the tiles, their sums do not all stay in registers.
-__attribute__((noinline)) GRASSLAND_MULTIARCH void project(const float* const* x, const float* weight, int64_t columns, int64_t size, float* sums) {
-  project_tile(x, weight, columns, size, sums);
-}
-
-__attribute__((noinline)) GRASSLAND_MULTIARCH void project(const bf16* const* x, const float* weight, int64_t columns, int64_t size, float* sums) {
-  project_tile(x, weight, columns, size, sums);
 }
 
 template <typename T>
@@ -66,7 +54,7 @@ GRASSLAND_INLINE void add_squares(const T* const* x, int64_t size, Vec* squares)
 GRASSLAND_INLINE float top(int64_t column, int64_t n) { return column >= n && column < 2 * n ? 2.0f : 1.0f; }
 
 template <typename T>
-GRASSLAND_INLINE void begin_body(const T* x, const float* weight, const float* bias, const Beginning<T>& b, const Shape& s,
+GRASSLAND_UNIT void begin(const T* x, const float* weight, const float* bias, const Beginning<T>& b, const Shape& s,
                                  int64_t count, float* sums, const Upcoming<T>& next) {
   const int64_t columns = s.padded_columns;
   Vec squares[kTokens] = {};
@@ -125,7 +113,7 @@ GRASSLAND_INLINE void along_streams(const T* x, const T* du, const Shape& s, flo
 }
 
 template <typename T>
-GRASSLAND_INLINE void logits_backward_body(const T* x, const BeginningGradient<T>& all, const Shape& s, int64_t count,
+GRASSLAND_UNIT void logits_backward(const T* x, const BeginningGradient<T>& all, const Shape& s, int64_t count,
                                            LogitGradients& l, float* dbias) {
   std::fill(l.scaled.begin(), l.scaled.end(), 0.0f);
   std::fill(l.shrink, l.shrink + kTokens, 0.0f);
@@ -147,7 +135,7 @@ GRASSLAND_INLINE void logits_backward_body(const T* x, const BeginningGradient<T
 }
 
 template <typename T, typename O>
-GRASSLAND_INLINE void streams_backward_body(const T* x, const BeginningGradient<T>& g, const Shape& s, int64_t count,
+GRASSLAND_UNIT void streams_backward(const T* x, const BeginningGradient<T>& g, const Shape& s, int64_t count,
                                             const LogitGradients& l, const float* weight, float* dweight, O* out,
                                             const Upcoming<T>& next) {
   const T* row[kTokens];
@@ -188,48 +176,7 @@ GRASSLAND_INLINE void streams_backward_body(const T* x, const BeginningGradient<
     });
 }
 
-}  // namespace
-
-GRASSLAND_MULTIARCH void begin(const float* x, const float* weight, const float* bias, const Beginning<float>& b,
-                               const Shape& s, int64_t count, float* sums, const Upcoming<float>& next) {
-  begin_body(x, weight, bias, b, s, count, sums, next);
-}
-
-GRASSLAND_MULTIARCH void begin(const bf16* x, const float* weight, const float* bias, const Beginning<bf16>& b,
-                               const Shape& s, int64_t count, float* sums, const Upcoming<bf16>& next) {
-  begin_body(x, weight, bias, b, s, count, sums, next);
-}
-
-GRASSLAND_MULTIARCH void logits_backward(const float* x, const BeginningGradient<float>& g, const Shape& s, int64_t count,
-                                         LogitGradients& l, float* dbias) {
-  logits_backward_body(x, g, s, count, l, dbias);
-}
-
-GRASSLAND_MULTIARCH void logits_backward(const bf16* x, const BeginningGradient<bf16>& g, const Shape& s, int64_t count,
-                                         LogitGradients& l, float* dbias) {
-  logits_backward_body(x, g, s, count, l, dbias);
-}
-
-GRASSLAND_MULTIARCH void streams_backward(const float* x, const BeginningGradient<float>& g, const Shape& s, int64_t count,
-                                          const LogitGradients& l, const float* weight, float* dweight, float* out,
-                                          const Upcoming<float>& next) {
-  streams_backward_body(x, g, s, count, l, weight, dweight, out, next);
-}
-
-GRASSLAND_MULTIARCH void streams_backward(const bf16* x, const BeginningGradient<bf16>& g, const Shape& s, int64_t count,
-                                          const LogitGradients& l, const float* weight, float* dweight, bf16* out,
-                                          const Upcoming<bf16>& next) {
-  streams_backward_body(x, g, s, count, l, weight, dweight, out, next);
-}
-
-GRASSLAND_MULTIARCH void streams_backward(const bf16* x, const BeginningGradient<bf16>& g, const Shape& s, int64_t count,
-                                          const LogitGradients& l, const float* weight, float* dweight, float* out,
-                                          const Upcoming<bf16>& next) {
-  streams_backward_body(x, g, s, count, l, weight, dweight, out, next);
-}
-
-GRASSLAND_MULTIARCH void add(const float* x, int64_t size, float* out) {
+// out += x
+GRASSLAND_UNIT void add(const float* x, int64_t size, float* out) {
   for (int64_t i = 0; i < size; ++i) out[i] += x[i];
 }
-
-}  // namespace grassland::kronecker
