@@ -17,8 +17,8 @@
 
 #include "check.h"
 
-// One function of plain loops, compiled for AVX-512, AVX2 and the baseline; the loader picks what the CPU has. Vectors that are
-// written as such are compiled by units.h.
+// One function of plain loops, compiled for AVX-512, AVX2 and the baseline; the loader picks what the CPU has. For functions
+// on vectors there is units.h.
 // Compilers before GCC 12 and clang 18 do not clone for the levels of x86-64; their AVX2 has no fused multiply-add.
 #if defined(__clang__) ? __clang_major__ >= 18 : __GNUC__ >= 12
 #define GRASSLAND_LEVELS "arch=x86-64-v4", "arch=x86-64-v3"

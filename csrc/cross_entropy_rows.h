@@ -1,8 +1,8 @@
 // The rows of cross_entropy.cpp, for each vector unit.
 #include "losses_rows.h"
 
-// The loss of the row l, which becomes its gradient times s.share; NaN for a NaN logit, and the gradient, too. room: l itself, or room for
-// as many float32.
+// The loss of the row l, which becomes its gradient times s.share; NaN for a NaN logit, and the gradient, too. room: l itself,
+// or room for as many float32.
 template <typename T>
 GRASSLAND_INLINE double softmax_row(const Softmax& s, int64_t label, T* l, float* room) {
   const float peak = largest(l, s.vocab);
@@ -30,7 +30,7 @@ GRASSLAND_INLINE float* room_of(bf16*, std::vector<float>& room) { return room.d
 // Rows `begin` to `end` of the batch, whose logits start at row `base`.
 template <typename T>
 GRASSLAND_UNIT void softmax_rows(const Softmax& s, int64_t base, int64_t begin, int64_t end, T* logits,
-                                      double* losses) {
+                                 double* losses) {
   std::vector<float> room(std::is_same_v<T, float> ? 0 : s.vocab);
   for (int64_t row = begin; row < end; ++row) {
     T* l = logits + (row - base) * s.vocab;

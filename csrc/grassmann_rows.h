@@ -32,7 +32,7 @@ GRASSLAND_INLINE void product_of(double* out, const double* a, bool at, const do
 
 // out = alpha op(a) b + beta out, for matrices k x k
 GRASSLAND_UNIT void product(double* out, const double* a, bool at, const double* b, int64_t k, double alpha,
-                                 double beta) {
+                            double beta) {
   switch (k) {
     case 4: return product_of<4>(out, a, at, b, k, alpha, beta);
     case 8: return product_of<8>(out, a, at, b, k, alpha, beta);

@@ -164,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> pre_backward(const std::optional<Tensor>& dx,
           const T* rows = streams + base * s.row();
           GRASSLAND_BEST(logits_backward)(rows, g.at(base, s), s, count, logits, db);
           GRASSLAND_BEST(streams_backward)(rows, g.at(base, s), s, count, logits, w, dw, data<T>(out) + base * s.row(),
-                           upcoming(streams, s, base + count, last));
+                                           upcoming(streams, s, base + count, last));
         });
       });
   return {out, dweight, dbias};
@@ -205,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> step_backward(const Tensor& d
           GRASSLAND_BEST(mix)(a.at(base, s), s, count, following.data());
           GRASSLAND_BEST(logits_backward)(following.data(), g.at(base, s), s, count, logits, db);
           GRASSLAND_BEST(streams_backward)(following.data(), g.at(base, s), s, count, logits, w, dw, grad.data(),
-                           upcoming(a.x, s, base + count, last));
+                                           upcoming(a.x, s, base + count, last));
           GRASSLAND_BEST(mix_backward)(a.at(base, s), d.at(base, s), s, count, grad.data());
         });
       });

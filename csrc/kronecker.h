@@ -3,9 +3,9 @@
 //   X' = H_res X + h_post (x) y        z = r W vec(X'), r = 1 / max(|vec X'|, eps)
 //   h = sigmoid, 2 sigmoid, sigmoid of z + b        u = h_pre X'
 //
-// kronecker.cpp has the operators, which take blocks of tokens through the functions of kronecker_*_rows.h: they stay in the cache
-// between the mixing, the projection and the pre-mix. Rows are (streams, dim), one token after the other; a pointer is to
-// the first token of the block.
+// kronecker.cpp has the operators, which take blocks of tokens through the functions of kronecker_*_rows.h: their rows stay
+// in the cache between the mixing, the projection and the pre-mix. Rows are (streams, dim), one token after the other; a
+// pointer is to the first token of the block.
 #pragma once
 
 #include "common.h"

@@ -21,7 +21,8 @@ GRASSLAND_INLINE void fetch(const Upcoming<T>& next, int64_t row, int64_t offset
 //
 // A function of its own: inlined into the loops over the tiles, its sums do not all stay in registers.
 template <typename T>
-__attribute__((noinline)) GRASSLAND_UNIT void project(const T* const* x, const float* weight, int64_t columns, int64_t size, float* sums) {
+__attribute__((noinline)) GRASSLAND_UNIT void project(const T* const* x, const float* weight, int64_t columns,
+                                                      int64_t size, float* sums) {
   Vec sum[kHalf][kGroup] = {};
   for_each_vector(size, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
     Vec v[kHalf];
@@ -55,7 +56,7 @@ GRASSLAND_INLINE float top(int64_t column, int64_t n) { return column >= n && co
 
 template <typename T>
 GRASSLAND_UNIT void begin(const T* x, const float* weight, const float* bias, const Beginning<T>& b, const Shape& s,
-                                 int64_t count, float* sums, const Upcoming<T>& next) {
+                          int64_t count, float* sums, const Upcoming<T>& next) {
   const int64_t columns = s.padded_columns;
   Vec squares[kTokens] = {};
   std::memset(sums, 0, kTokens * columns * kLanes * sizeof(float));
@@ -114,7 +115,7 @@ GRASSLAND_INLINE void along_streams(const T* x, const T* du, const Shape& s, flo
 
 template <typename T>
 GRASSLAND_UNIT void logits_backward(const T* x, const BeginningGradient<T>& all, const Shape& s, int64_t count,
-                                           LogitGradients& l, float* dbias) {
+                                    LogitGradients& l, float* dbias) {
   std::fill(l.scaled.begin(), l.scaled.end(), 0.0f);
   std::fill(l.shrink, l.shrink + kTokens, 0.0f);
   for (int64_t t = 0; t < count; ++t) {
@@ -136,8 +137,8 @@ GRASSLAND_UNIT void logits_backward(const T* x, const BeginningGradient<T>& all,
 
 template <typename T, typename O>
 GRASSLAND_UNIT void streams_backward(const T* x, const BeginningGradient<T>& g, const Shape& s, int64_t count,
-                                            const LogitGradients& l, const float* weight, float* dweight, O* out,
-                                            const Upcoming<T>& next) {
+                                     const LogitGradients& l, const float* weight, float* dweight, O* out,
+                                     const Upcoming<T>& next) {
   const T* row[kTokens];
   for (int64_t t = 0; t < kTokens; ++t) row[t] = x + std::min(t, count - 1) * s.row();
   const float* scaled = l.scaled.data();

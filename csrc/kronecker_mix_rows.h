@@ -92,7 +92,7 @@ GRASSLAND_UNIT void mix(const Ending<T>& a, const Shape& s, int64_t count, T* ou
 
 template <typename T, typename G>
 GRASSLAND_UNIT void mix_backward(const Ending<T>& a, const EndingGradient<T>& d, const Shape& s, int64_t count,
-                                        const G* grad) {
+                                 const G* grad) {
   by_streams(s.streams, [&](auto n) GRASSLAND_INLINE_LAMBDA {
     for (int64_t t = 0; t < count; ++t) mix_backward_token<n>(a.at(t, s), d.at(t, s), s, grad + t * s.row());
   });

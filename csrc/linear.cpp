@@ -125,7 +125,8 @@ Tensor onednn_plus(const Tensor& sum, const Tensor&, const Tensor&) { return sum
 void turn_into(const Tensor& to, const Tensor& from, bool add) {
   const int64_t blocks = (from.size(1) + kColumns - 1) / kColumns;
   torch::stable::parallel_for(0, blocks, grain(from.size(0) * kColumns), [&](int64_t begin, int64_t end) {
-    GRASSLAND_BEST(turn)(matrix<float>(from), matrix<float>(to), from.size(0), begin * kColumns, std::min(end * kColumns, from.size(1)), add);
+    const int64_t last = std::min(end * kColumns, from.size(1));
+    GRASSLAND_BEST(turn)(matrix<float>(from), matrix<float>(to), from.size(0), begin * kColumns, last, add);
   });
 }
 

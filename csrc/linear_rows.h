@@ -15,7 +15,7 @@ GRASSLAND_INLINE void turn_tile(const Matrix<float>& from, const Matrix<float>& 
 
 // to (columns, rows) = or += the transpose of columns `begin` to `end` of from (rows, columns).
 GRASSLAND_UNIT void turn(const Matrix<float>& from, const Matrix<float>& to, int64_t rows, int64_t begin, int64_t end,
-                              bool add) {
+                         bool add) {
   for (int64_t block = begin; block < end; block += kColumns)
     for_each_vector(rows, [&](int64_t r, auto live) GRASSLAND_INLINE_LAMBDA {
       for_each_vector(std::min(kColumns, end - block), [&](int64_t c, auto width) GRASSLAND_INLINE_LAMBDA {
@@ -26,7 +26,7 @@ GRASSLAND_UNIT void turn(const Matrix<float>& from, const Matrix<float>& to, int
 
 template <typename From, typename To>
 GRASSLAND_UNIT void put_rows(const Matrix<From>& from, const Matrix<To>& to, int64_t columns, int64_t begin,
-                                  int64_t end, bool add) {
+                             int64_t end, bool add) {
   for (int64_t r = begin; r < end; ++r) {
     const From* in = from.at + r * from.row;
     To* out = to.at + r * to.row;

@@ -167,7 +167,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& gates,
   });
   const Tensor y = empty(x, {s.tokens, s.dim}, kDtype<T>);
   parallel(s.tokens, kGrain, [&](int64_t begin, int64_t end) {
-    GRASSLAND_BEST(combine)(out.pointers.data(), data<float>(gates), data<int64_t>(slots), outer, act, s, begin, end, data<T>(y));
+    GRASSLAND_BEST(combine)(out.pointers.data(), data<float>(gates), data<int64_t>(slots), outer, act, s, begin, end,
+                            data<T>(y));
   });
   if (save) zero_tail<T>(h, sizes.rows);
   if (save && act) zero_tail<T>(o, sizes.rows);
@@ -214,13 +215,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
     const Tensor g = empty(x, {n, s.dim}, kDtype<T>), a = empty(x, {n, s.inner}, kDtype<T>);
     const T* outputs = act ? data<T>(o) + begin * s.dim : nullptr;
     parallel(n, kGrain, [&](int64_t first, int64_t last) {
-      GRASSLAND_BEST(output_backward)(data<T>(grad), outputs, data<T>(b_down) + e * s.dim, pairs, outer, act, s, first, last, data<T>(g),
-                      data<float>(dgates));
+      GRASSLAND_BEST(output_backward)(data<T>(grad), outputs, data<T>(b_down) + e * s.dim, pairs, outer, act, s, first,
+                                      last, data<T>(g), data<float>(dgates));
     });
     const Tensor d = linear(g, downs[e]);
     parallel(n, kGrain, [&](int64_t first, int64_t last) {
-      GRASSLAND_BEST(down_backward)(data<T>(h) + begin * s.inner, gate, pairs, inner, act, s.inner, first, last, data<T>(d), data<T>(a),
-                    data<float>(dgates));
+      GRASSLAND_BEST(down_backward)(data<T>(h) + begin * s.inner, gate, pairs, inner, act, s.inner, first, last,
+                                    data<T>(d), data<T>(a), data<float>(dgates));
     });
     if (total_down) outer_product(down_totals[e], g, a, accumulate);
     if (total_up) outer_product(up_totals[e], d, gather<T>(x, pairs, s, n), accumulate);
@@ -230,8 +231,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
   });
   const Tensor dx = empty(x, {s.tokens, s.dim}, kDtype<T>);
   const Dropout off{0, 0, 1.0f, false};
+  const float* no_gates = nullptr;
   parallel(s.tokens, kGrain, [&](int64_t begin, int64_t end) {
-    GRASSLAND_BEST(combine)(dsorted.pointers.data(), nullptr, data<int64_t>(slots), off, false, s, begin, end, data<T>(dx));
+    GRASSLAND_BEST(combine)(dsorted.pointers.data(), no_gates, data<int64_t>(slots), off, false, s, begin, end,
+                            data<T>(dx));
   });
   return {dx, dgates, db_up, db_down};
 }

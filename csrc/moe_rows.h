@@ -59,7 +59,7 @@ GRASSLAND_INLINE void up_row(const Dropout& d, uint32_t row, int64_t width, T* h
 // `kept` gets h itself, if there is one.
 template <typename T>
 GRASSLAND_UNIT void up_rows(const int64_t* order, const Dropout& d, int64_t width, int64_t begin, int64_t end, T* h,
-                              T* kept) {
+                            T* kept) {
   for (int64_t r = begin; r < end; ++r) {
     const uint32_t row = row_hash(d, order[r]);
     T* hr = h + r * width;
@@ -80,7 +80,7 @@ GRASSLAND_INLINE void add_row(const T* o, float gate, const Dropout& d, uint32_t
 // y_t = sum_k g_tk drop(act(o)) over the kept pairs of a token
 template <typename T>
 GRASSLAND_UNIT void combine(const T* const* rows, const float* gates, const int64_t* slots, const Dropout& d, bool act,
-                                   const Shape& s, int64_t begin, int64_t end, T* y) {
+                            const Shape& s, int64_t begin, int64_t end, T* y) {
   std::vector<float> sum(s.dim);
   with_constants(act, d.on, [&](auto activated, auto dropped) GRASSLAND_INLINE_LAMBDA {
     for (int64_t t = begin; t < end; ++t) {
@@ -118,9 +118,8 @@ GRASSLAND_INLINE float output_backward_row(const T* dy, const T* o, const T* bia
 }
 
 template <typename T>
-GRASSLAND_UNIT void output_backward(const T* grad, const T* o, const T* bias, const int64_t* order,
-                                           const Dropout& d, bool act, const Shape& s, int64_t begin, int64_t end, T* g,
-                                           float* dgate) {
+GRASSLAND_UNIT void output_backward(const T* grad, const T* o, const T* bias, const int64_t* order, const Dropout& d,
+                                    bool act, const Shape& s, int64_t begin, int64_t end, T* g, float* dgate) {
   with_constants(act, d.on, [&](auto activated, auto dropped) GRASSLAND_INLINE_LAMBDA {
     for (int64_t r = begin; r < end; ++r)
       dgate[order[r]] = output_backward_row<activated(), dropped()>(grad + order[r] / s.top_k * s.dim,
@@ -146,9 +145,8 @@ GRASSLAND_INLINE float down_backward_row(const T* h, float gate, const Dropout& 
 }
 
 template <typename T>
-GRASSLAND_UNIT void down_backward(const T* h, const float* gates, const int64_t* order, const Dropout& d,
-                                         bool act, int64_t width, int64_t begin, int64_t end, T* dh, T* a,
-                                         float* dgate) {
+GRASSLAND_UNIT void down_backward(const T* h, const float* gates, const int64_t* order, const Dropout& d, bool act,
+                                  int64_t width, int64_t begin, int64_t end, T* dh, T* a, float* dgate) {
   for (int64_t r = begin; r < end; ++r) {
     const uint32_t row = row_hash(d, order[r]);
     const float gate = gates[order[r]];
@@ -162,7 +160,7 @@ GRASSLAND_UNIT void down_backward(const T* h, const float* gates, const int64_t*
 // Column sums of n rows, weighted by the gates if given, in blocks so that the rounding error stays small.
 template <typename T>
 GRASSLAND_UNIT void column_sums(const T* x, const float* gates, const int64_t* order, int64_t n, int64_t width,
-                                       int64_t begin, int64_t end, float* out) {
+                                int64_t begin, int64_t end, float* out) {
   std::vector<float> block(end - begin);
   std::fill(out + begin, out + end, 0.0f);
   for (int64_t base = 0; base < n; base += 64) {

@@ -171,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& z,
     if (need_z) dwedges = linear(g, flipped(weight));
     torch::stable::parallel_for(base, stop, kGrain, [&](int64_t begin, int64_t end) {
       GRASSLAND_BEST(wedge_rows_backward)(w, begin, end, base, need_z ? data<T>(*dwedges) : nullptr,
-                          need_weight ? data<T>(wedges) : nullptr, found);
+                                          need_weight ? data<T>(wedges) : nullptr, found);
     });
     if (need_weight) dweight.add(g, rows(wedges, 0, stop - base));
   }

@@ -210,7 +210,7 @@ GRASSLAND_UNIT void wedge_rows(const Wedge& w, int64_t begin, int64_t end, int64
 
 template <typename T>
 GRASSLAND_UNIT void wedge_rows_backward(const Wedge& w, int64_t begin, int64_t end, int64_t base, const T* grad,
-                                               T* wedges, const Gradients& out) {
+                                        T* wedges, const Gradients& out) {
   const Shape& s = w.shape;
   Token p(w);
   for (int64_t token = begin; token < end; ++token) {
@@ -225,7 +225,7 @@ GRASSLAND_UNIT void wedge_rows_backward(const Wedge& w, int64_t begin, int64_t e
 }
 
 GRASSLAND_UNIT void source_rows_backward(const Wedge& w, int64_t begin, int64_t end, const Gradients& found,
-                                              float* out) {
+                                         float* out) {
   for (int64_t token = begin; token < end; ++token) {
     const float* dz = found.dz + token * w.stride;
     sources_backward(w, token, found.dy, found.links, dz, out + token * w.shape.rank);
@@ -235,7 +235,7 @@ GRASSLAND_UNIT void source_rows_backward(const Wedge& w, int64_t begin, int64_t 
 // Sums blocks of kGrain tokens before adding them up, which keeps the rounding error of a long sum small.
 template <typename T>
 GRASSLAND_UNIT void sum_rows(const T* grad, int64_t first_valid, const Shape& s, int64_t begin, int64_t end,
-                                    float* total) {
+                             float* total) {
   std::vector<float> block(end - begin);
   for (int64_t base = 0; base < s.tokens; base += kGrain) {
     std::fill(block.begin(), block.end(), 0.0f);

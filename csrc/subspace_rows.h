@@ -24,8 +24,7 @@ GRASSLAND_INLINE void put_back(const float* room, int64_t n, bf16* x) {
 
 // x^ = x / max(|x|, eps), as it is and as the products take it
 template <typename T>
-GRASSLAND_UNIT void normalise(const Head& h, int64_t begin, int64_t end, T* x, float* hat, T* rounded,
-                                   float* norms) {
+GRASSLAND_UNIT void normalise(const Head& h, int64_t begin, int64_t end, T* x, float* hat, T* rounded, float* norms) {
   std::vector<float> room(h.n);
   for (int64_t row = begin; row < end; ++row) {
     const float* in = widened(x + row * h.n, h.n, room.data());
@@ -38,8 +37,8 @@ GRASSLAND_UNIT void normalise(const Head& h, int64_t begin, int64_t end, T* x, f
 }
 
 // d <- (d - x^ <x^, d>) / |x|; a norm that is clamped is a constant
-GRASSLAND_UNIT void normalise_backward(const Head& h, int64_t begin, int64_t end, const float* hat,
-                                            const float* norms, float* d) {
+GRASSLAND_UNIT void normalise_backward(const Head& h, int64_t begin, int64_t end, const float* hat, const float* norms,
+                                       float* d) {
   for (int64_t row = begin; row < end; ++row) {
     const float* unit = hat + row * h.n;
     float* out = d + row * h.n;
@@ -142,8 +141,8 @@ GRASSLAND_INLINE double loss_row(const Head& h, const Target& t, int64_t row, co
 }
 
 template <typename T>
-GRASSLAND_UNIT void loss_rows(const Head& h, const Target& t, int64_t base, int64_t begin, int64_t end, bool grad,
-                                   T* z, double* losses) {
+GRASSLAND_UNIT void loss_rows(const Head& h, const Target& t, int64_t base, int64_t begin, int64_t end, bool grad, T* z,
+                              double* losses) {
   const int64_t width = h.classes * h.k;
   std::vector<float> norms(h.classes), p(h.classes), room(width);
   for (int64_t row = begin; row < end; ++row) {

@@ -50,7 +50,6 @@ GRASSLAND_INLINE Vec choose(const M& mask, const Vec& a, const Vec& b) {
 
 // The second where either is a NaN.
 GRASSLAND_INLINE Vec larger(const Vec& a, const Vec& b) { return choose(a > b, a, b); }
-GRASSLAND_INLINE Vec smaller(const Vec& a, const Vec& b) { return choose(a < b, a, b); }
 
 // The first `live` lanes of x, then those of `rest`.
 GRASSLAND_INLINE Vec leading(const Vec& x, int64_t live, const Vec& rest) {

@@ -1,7 +1,6 @@
-// Sixteen floats as one value: one register of AVX-512, a pair of AVX2's, a pair of pairs of SSE's or NEON's. A compiler that
-// splits a vector of sixteen itself keeps it in memory and fills and shuffles it number by number.
-//
-// units.h has the names that kernels use.
+// Sixteen floats as one value: one register of AVX-512, a pair of AVX2's, a pair of pairs of SSE's or NEON's. Left to split a
+// vector of sixteen itself, GCC keeps it in memory and fills and shuffles it number by number: KromHC took seven times as
+// long on AVX2. units.h gives kernels the names that they use.
 #pragma once
 
 #include "common.h"
@@ -319,13 +318,13 @@ inline VectorUnit best_unit() {
 }
 
 // The function `f` of the best unit that the processor has, to be called.
-#define GRASSLAND_BEST(f)                                        \
-  [](auto&&... given) {                                          \
-    switch (best_unit()) {                                       \
-      case VectorUnit::avx512: return avx512::f(given...);             \
-      case VectorUnit::avx2: return avx2::f(given...);                 \
-      default: return plain::f(given...);                        \
-    }                                                            \
+#define GRASSLAND_BEST(f)                                  \
+  [](auto&&... given) {                                    \
+    switch (best_unit()) {                                 \
+      case VectorUnit::avx512: return avx512::f(given...); \
+      case VectorUnit::avx2: return avx2::f(given...);     \
+      default: return plain::f(given...);                  \
+    }                                                      \
   }
 #else
 #define GRASSLAND_BEST(f) [](auto&&... given) { return plain::f(given...); }
