@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from grassland.archs import GrassmannHead, TransformerNLIHead, create_model
+from grassland.train.muon import Muon, muon
 from grassland.train.optim import OPTIMIZERS, build_optimizer, parameter_groups
 
 SIZES = {"vocab_size": 40, "dim": 16, "depth": 2, "ffn_dim": 32, "max_len": 8, "rank": 4, "offsets": (1, 2)}
@@ -180,6 +181,26 @@ def test_muons_updates_have_the_size_of_adamws(shape):
     build_optimizer(model, "muon", lr=0.01, weight_decay=0.0).step()
     size = (model.weight.detach() - before).square().mean().sqrt().item()
     assert size == pytest.approx(0.2 * 0.01, rel=0.2)
+
+
+@pytest.mark.parametrize("rule", [None, "original", "match_rms_adamw"])
+@pytest.mark.parametrize("shape", [(6, 96), (96, 6), (48, 48)], ids=str)
+def test_muon_in_float32_is_torchs_but_for_bfloat16(monkeypatch, shape, rule):
+    monkeypatch.setattr("grassland.train.muon.multiplies_halves", lambda: False)
+    torch.manual_seed(4)
+    ours, torchs = (nn.Parameter(torch.linspace(-1, 1, shape[0] * shape[1]).reshape(shape)) for _ in range(2))
+    options = {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.8, "adjust_lr_fn": rule}
+    optimizers = [muon([ours], **options), torch.optim.Muon([torchs], **options)]
+    assert type(optimizers[0]) is Muon
+    for _ in range(3):
+        ours.grad = torch.randn(shape)
+        torchs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    start = torch.linspace(-1, 1, shape[0] * shape[1]).reshape(shape)
+    assert (ours - torchs).norm() < 0.02 * (torchs - start).norm()
+    optimizers[0].load_state_dict(optimizers[1].state_dict())
+    assert torch.equal(optimizers[0].state[ours]["momentum_buffer"], optimizers[1].state[torchs]["momentum_buffer"])
 
 
 def test_lambs_first_step_has_the_length_of_the_weight_times_the_rate():
