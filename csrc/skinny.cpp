@@ -30,7 +30,7 @@ Buffer buffer(int64_t size) {
   return Buffer(static_cast<float*>(::operator new[](size * sizeof(float), std::align_val_t(64))));
 }
 
-constexpr const float* kNothing = nullptr;
+constexpr const float* kNothing = nullptr;  // no next block to ask for
 
 int64_t rounded(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 

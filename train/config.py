@@ -155,7 +155,7 @@ class RunConfig:
 class LMConfig(RunConfig):
     """A causal language model on text.
 
-    Without --model: a small Grassmann LM on the embedded corpus, about a minute on two CPU cores.
+    Without --model: a small Grassmann LM on the embedded corpus, one to two minutes on two CPU cores.
     """
 
     model: str = "grassmann_lm_6l"
@@ -305,7 +305,7 @@ def named_lm() -> LMConfig:
 
 
 def default_lm() -> LMConfig:
-    """A small Grassmann LM on the embedded corpus: about a minute on two CPU cores."""
+    """A small Grassmann LM on the embedded corpus: one to two minutes on two CPU cores."""
     return LMConfig(
         set=("dim=128", "ffn_dim=512", "norm=pre", "dropout=0.1"),
         optimizer="muon",
