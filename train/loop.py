@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..kernels.machine import commit, machine, versions
+from ..kernels.products import multiplies_halves
 from . import parallel
 from .checkpoint import CheckpointError, load_state, save_run_config, save_state
 from .config import RunConfig
@@ -251,6 +252,8 @@ class Trainer:
         if (epoch := self.task.batches_per_epoch) < 1:
             size, rows = self.config.batch_size, round(epoch * self.config.batch_size)
             self.line.say(f"batch_size {size} is more than the {rows} rows of training data: a batch repeats some")
+        if self.config.dtype == "bf16" and self.task.device.type == "cpu" and not multiplies_halves():
+            self.line.say("dtype bf16 is for processors with AVX512_BF16, which this one lacks: float32 is faster here")
         # From here on there is always a model to load and a state to resume, and a full disk shows at once.
         self._save_model()
         self.save()

@@ -186,6 +186,14 @@ def test_a_batch_larger_than_the_data_is_said(lm, text_file, tmp_path, capsys):
     assert "batch_size 999 is more than the " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("halves", [True, False])
+@pytest.mark.parametrize("dtype", ["bf16", "float32"])
+def test_a_processor_for_which_bf16_is_slow_is_named(variant, tmp_path, capsys, monkeypatch, halves, dtype):
+    monkeypatch.setattr("grassland.train.loop.multiplies_halves", lambda: halves)
+    assert run(LanguageModeling, variant(dtype=dtype, steps=1, samples=0, out=str(tmp_path / "run"))) == 0
+    assert ("float32 is faster here" in capsys.readouterr().out) is (dtype == "bf16" and not halves)
+
+
 def test_the_hub_is_asked_with_a_word(monkeypatch, capsys):
     datasets = pytest.importorskip("datasets")
     said = []
