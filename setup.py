@@ -16,7 +16,8 @@ ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 CUDA_ARCHS = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a", "100")]
 # Chips of a later generation, as sm_120, run none of these: they compile this PTX when they load it.
 CUDA_ARCHS.append("-gencode=arch=compute_80,code=compute_80")
-CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd"]
+CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 FORCE = os.environ.get("GRASSLAND_BUILD", "")
 
 

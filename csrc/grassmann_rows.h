@@ -55,8 +55,9 @@ GRASSLAND_INLINE double trace(const double* m, int64_t k) {
 // Rows of a tile, and vectors of its columns, whose sums stay in registers.
 constexpr int kSide = kWide ? 4 : 2;
 
-// The inner products of R rows with R, by one pass over the columns; R rows from `ahead`, n apart, are asked for meanwhile.
-template <int R>
+// The inner products of R rows with R, by one pass over the columns. ask: R rows from `ahead`, n apart, are asked for
+// meanwhile.
+template <int R, bool ask>
 GRASSLAND_INLINE void tile(const float* const* a, const float* const* b, int64_t width, const float* ahead, int64_t n,
                            float* out) {
   Vec sums[kLanes] = {};
@@ -65,11 +66,13 @@ GRASSLAND_INLINE void tile(const float* const* a, const float* const* b, int64_t
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       right[r] = load(b[r] + c, live);
-      __builtin_prefetch(ahead + r * n + c, 0, 2);
+      hold(right[r]);
+      if (ask) __builtin_prefetch(ahead + r * n + c, 0, 2);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec left = load(a[r] + c, live);
+      Vec left = load(a[r] + c, live);
+      hold(left);
 #pragma GCC unroll 4
       for (int q = 0; q < R; ++q) sums[R * r + q] += left * right[q];
     }
@@ -92,7 +95,7 @@ GRASSLAND_INLINE void gram(const float* x, const float* y, int64_t k, int64_t n,
         a[r] = x + std::min(i + r, k - 1) * n;
         b[r] = y + std::min(j + r, k - 1) * n;
       }
-      tile<R>(a, b, width, i == j ? ahead + i * n : x, n, found);
+      tile<R, true>(a, b, width, i == j ? ahead + i * n : x, n, found);
       for (int64_t r = 0; r < std::min<int64_t>(R, k - i); ++r) {
         for (int64_t c = 0; c < std::min<int64_t>(R, k - j); ++c) {
           out[(i + r) * k + j + c] += found[r * R + c];
@@ -118,7 +121,8 @@ GRASSLAND_INLINE void combine_tile(const float* p, const float* q, const float* 
     for (int64_t j = 0; j < k; ++j, in += n) {
 #pragma GCC unroll 4
       for (int v = 0; v < count; ++v) {
-        const Vec right = load(in + v * kLanes, live);
+        Vec right = load(in + v * kLanes, live);
+        hold(right);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) sums[r][v] += coefficients[row[r] * k + j] * right;
       }
@@ -136,8 +140,9 @@ GRASSLAND_INLINE void combine(const float* p, const float* q, const float* x, co
   x += begin, y += begin;
   for (int64_t i = 0; i < k; i += R) {
     if (width == kColumns) {
-      for (int64_t c = 0; c < kColumns; c += kSide * kLanes)
-        combine_tile<R, kSide>(p, q, x + c, y + c, k, n, i, std::integral_constant<int64_t, kLanes>{}, out + c, stride);
+      constexpr int count = kWide ? 4 : 4 / R;
+      for (int64_t c = 0; c < kColumns; c += count * kLanes)
+        combine_tile<R, count>(p, q, x + c, y + c, k, n, i, std::integral_constant<int64_t, kLanes>{}, out + c, stride);
     } else {
       for_each_vector(width, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
         combine_tile<R, 1>(p, q, x + c, y + c, k, n, i, live, out + c, stride);
@@ -250,7 +255,7 @@ GRASSLAND_INLINE void momentum_coefficients(Scratch& w, double a, int64_t mode) 
   }
 }
 
-template <int R>
+template <int R, int C>
 GRASSLAND_INLINE void step_class(const Step& s, int64_t index, bool last, Scratch& w) {
   const int64_t k = s.k, n = s.n, size = k * k;
   float *weight = s.weight + index * k * n, *buffer = s.buffer + index * k * n;
@@ -278,7 +283,7 @@ GRASSLAND_INLINE void step_class(const Step& s, int64_t index, bool last, Scratc
       for (int64_t j = 0; j < k; ++j) w.top_x[i * k + j] = static_cast<float>(-w.a[j * k + i]);
     grams<R, false>(s, index, last, x, w, [&](int64_t begin, int64_t width) GRASSLAND_INLINE_LAMBDA {
       for (int64_t c = begin; c < begin + width; c += kColumns)  // G = B - A^T S
-        combine<R>(w.top_x.data(), nullptr, weight, buffer, k, n, c, std::min(kColumns, begin + width - c),
+        combine<C>(w.top_x.data(), nullptr, weight, buffer, k, n, c, std::min(kColumns, begin + width - c),
                    w.horizontal.data() + c, n);
     });
     std::fill(w.a.begin(), w.a.end(), 0.0);
@@ -290,9 +295,9 @@ GRASSLAND_INLINE void step_class(const Step& s, int64_t index, bool last, Scratc
   if (s.mode != kOfficial) momentum_coefficients(w, a, s.mode);
   for (int64_t begin = 0; begin < n; begin += kColumns) {
     const int64_t width = std::min(kColumns, n - begin);
-    combine<R>(w.top_x.data(), w.top_y.data(), weight, x, k, n, begin, width, w.moved.data(), kColumns);
+    combine<C>(w.top_x.data(), w.top_y.data(), weight, x, k, n, begin, width, w.moved.data(), kColumns);
     if (s.mode != kOfficial)
-      combine<R>(w.bottom_x.data(), w.bottom_y.data(), weight, x, k, n, begin, width, w.stored.data(), kColumns);
+      combine<C>(w.bottom_x.data(), w.bottom_y.data(), weight, x, k, n, begin, width, w.stored.data(), kColumns);
     for (int64_t i = 0; i < k; ++i) {
       if (!still) std::memcpy(weight + i * n + begin, w.moved.data() + i * kColumns, width * sizeof(float));
       if (s.mode != kOfficial)
@@ -301,16 +306,16 @@ GRASSLAND_INLINE void step_class(const Step& s, int64_t index, bool last, Scratc
   }
 }
 
-template <int R>
+template <int R, int C>
 GRASSLAND_INLINE void step_classes_of(const Step& s, int64_t begin, int64_t end) {
   Scratch scratch(s.k);
-  for (int64_t index = begin; index < end; ++index) step_class<R>(s, index, index + 1 == end, scratch);
+  for (int64_t index = begin; index < end; ++index) step_class<R, C>(s, index, index + 1 == end, scratch);
 }
 
 GRASSLAND_UNIT void step_classes(const Step& s, int64_t begin, int64_t end) {
   switch (s.k) {
-    case 1: return step_classes_of<1>(s, begin, end);
-    case 2: return step_classes_of<2>(s, begin, end);
-    default: return step_classes_of<kSide>(s, begin, end);
+    case 1: return step_classes_of<1, 1>(s, begin, end);
+    case 2: return step_classes_of<2, 2>(s, begin, end);
+    default: return step_classes_of<kSide, 4>(s, begin, end);
   }
 }

@@ -182,6 +182,11 @@ void put(const Tensor& from, const Tensor& to, bool add) {
 
 Tensor plus_linear(const Tensor& sum, const Tensor& x, const Tensor& w) {
   if (is_half(x) && !multiplies_halves()) return narrowed(plus_linear(widened(sum), widened(x), widened(w)));
+  if (!is_half(x) && x.size(0) <= kSkinny) {
+    // Apart: MKL adds the terms for few rows one by one to what is there, and rounds each to the precision of that.
+    put(linear(x, w), sum, true);
+    return sum;
+  }
   if (use_onednn(x.scalar_type(), x.size(0) * w.numel())) return onednn_plus(sum, x, w);
   addmm(sum, x, flipped(w), 1.0);
   return sum;

@@ -120,7 +120,7 @@ template <int N, int R, typename T>
 GRASSLAND_INLINE void few_tile(const Product<T>& p, int64_t first) {
   static_assert(N * R <= kLanes);
   const int64_t rows = std::min<int64_t>(R, p.m - first);
-  Vec sum[kLanes] = {};
+  Vec sum[kWide ? kLanes : N * R] = {};
   for_each_vector(p.k, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
     Vec x[N];
     for (int i = 0; i < N; ++i) x[i] = load(p.x + i * p.ldx + c, live);
@@ -128,13 +128,19 @@ GRASSLAND_INLINE void few_tile(const Product<T>& p, int64_t first) {
     for (int r = 0; r < R; ++r) {
       const T* at = p.w + (first + std::min<int64_t>(r, rows - 1)) * p.ldw + c;
       if (sizeof(T) == sizeof(float) || c % (2 * kLanes) == 0) __builtin_prefetch(at + R * p.ldw, 0, 2);
-      const Vec w = load(at, live);
+      Vec w = load(at, live);
+      if (N > 1) hold(w);
       for (int i = 0; i < N; ++i) sum[i * R + r] += w * x[i];
     }
   });
-  float sums[kLanes * kLanes], found[kLanes];
-  for (int k = 0; k < kLanes; ++k) store_full(sum[k], sums + k * kLanes);
-  store_full(totals_of(sums), found);
+  float found[kLanes];
+  if constexpr (kWide) {
+    float sums[kLanes * kLanes];
+    for (int k = 0; k < kLanes; ++k) store_full(sum[k], sums + k * kLanes);
+    store_full(totals_of(sums), found);
+  } else {
+    for (int k = 0; k < N * R; ++k) found[k] = total(sum[k]);
+  }
   for (int i = 0; i < N; ++i)
     for (int64_t r = 0; r < rows; ++r) {
       const float bias = p.bias == nullptr ? 0.0f : to_float(p.bias[first + r]);
@@ -150,10 +156,10 @@ GRASSLAND_INLINE void few_tiles(const Product<T>& p, int64_t begin, int64_t end)
 template <typename T>
 GRASSLAND_UNIT void few_rows(const Product<T>& p, int64_t begin, int64_t end) {
   switch (p.n) {
-    case 1: return few_tiles<1, 8>(p, begin, end);
-    case 2: return few_tiles<2, 8>(p, begin, end);
-    case 3: return few_tiles<3, 4>(p, begin, end);
-    default: return few_tiles<4, 4>(p, begin, end);
+    case 1: return few_tiles<1, kWide ? 8 : 4>(p, begin, end);
+    case 2: return few_tiles<2, kWide ? 8 : 2>(p, begin, end);
+    case 3: return few_tiles<3, kWide ? 4 : 1>(p, begin, end);
+    default: return few_tiles<4, kWide ? 4 : 1>(p, begin, end);
   }
 }
 

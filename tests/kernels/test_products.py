@@ -40,7 +40,8 @@ CASES = {
     ],
     "gated_blend": [
         Case("rows", lambda: plucker.blend((300,), 129)),
-        *(Case(f"{n}-rows", lambda n=n: plucker.blend((n,), 93)) for n in range(1, 6)),
+        *(Case(f"{n}-rows", lambda n=n: plucker.blend((n,), 233)) for n in range(1, 6)),
+        Case("few-rows", lambda: plucker.blend((45,), 261)),
     ],
     "moe_ffn": [
         Case("rows", lambda: moe.make(300, 70, 97, 2)),
