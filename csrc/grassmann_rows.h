@@ -55,9 +55,8 @@ GRASSLAND_INLINE double trace(const double* m, int64_t k) {
 // Rows of a tile, and vectors of its columns, whose sums stay in registers.
 constexpr int kSide = kWide ? 4 : 2;
 
-// The inner products of R rows with R, by one pass over the columns. ask: R rows from `ahead`, n apart, are asked for
-// meanwhile.
-template <int R, bool ask>
+// The inner products of R rows with R, by one pass over the columns; R rows from `ahead`, n apart, are asked for meanwhile.
+template <int R>
 GRASSLAND_INLINE void tile(const float* const* a, const float* const* b, int64_t width, const float* ahead, int64_t n,
                            float* out) {
   Vec sums[kLanes] = {};
@@ -67,7 +66,7 @@ GRASSLAND_INLINE void tile(const float* const* a, const float* const* b, int64_t
     for (int r = 0; r < R; ++r) {
       right[r] = load(b[r] + c, live);
       hold(right[r]);
-      if (ask) __builtin_prefetch(ahead + r * n + c, 0, 2);
+      __builtin_prefetch(ahead + r * n + c, 0, 2);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -95,7 +94,7 @@ GRASSLAND_INLINE void gram(const float* x, const float* y, int64_t k, int64_t n,
         a[r] = x + std::min(i + r, k - 1) * n;
         b[r] = y + std::min(j + r, k - 1) * n;
       }
-      tile<R, true>(a, b, width, i == j ? ahead + i * n : x, n, found);
+      tile<R>(a, b, width, i == j ? ahead + i * n : x, n, found);
       for (int64_t r = 0; r < std::min<int64_t>(R, k - i); ++r) {
         for (int64_t c = 0; c < std::min<int64_t>(R, k - j); ++c) {
           out[(i + r) * k + j + c] += found[r * R + c];
@@ -255,6 +254,7 @@ GRASSLAND_INLINE void momentum_coefficients(Scratch& w, double a, int64_t mode) 
   }
 }
 
+// By tiles of R rows of Gram matrices, and of C rows of what moves.
 template <int R, int C>
 GRASSLAND_INLINE void step_class(const Step& s, int64_t index, bool last, Scratch& w) {
   const int64_t k = s.k, n = s.n, size = k * k;
