@@ -60,36 +60,37 @@ def kernel_table(op):
 
 
 def headline_table():
-    """An op a row: our time, and over it that of the closest rival and of what else one would take."""
+    """An op a row: our time on the first machine, and over ours, on all, that of the closest rival and of what else one
+    would take."""
     files = {name: read(name) for name in kernel_files("*-cpu-float32")}
     folders = {Path(name).parent: records[0] for name, records in files.items()}
     if not files:
         return NONE
-    heads = ["forward + backward, or a step", f"grassland on {' · '.join(map(processor, folders.values()))}"]
+    heads = ["forward + backward, or a step", f"grassland on {processor(next(iter(folders.values())))}"]
     heads += ["closest rival that computes the same", "best-known alternative"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, (op, setting, mode, same, other) in HEADLINE.items():
         machines = [files.get((folder / f"{op}-cpu-float32.jsonl").as_posix(), []) for folder in folders]
-        timed = [r for records in machines for r in records if (r["setting"], r.get("mode")) == (setting, mode)]
-        if not timed:
+        near, known = (closest(machines, rivals, setting, mode) for rivals in (same, (other,)))
+        if not near and not known:
             continue
-        near = closest(machines, same, setting, mode)
-        ours, known = (of_rival(machines, rival, setting, mode) for rival in ("grassland", other))
-        lines.append(f"| {name}, {setting} | {ours} | {near} | {other}: {known} |")
+        ours = cell([r for r in machines[0] if r["rival"] == "grassland"], setting, mode)
+        lines.append(f"| {name}, {setting} | {ours or '–'} | {near} | {known} |")
     origin = "; ".join(map(hardware, folders.values()))
-    return "\n".join([*lines, "", f"Times of rivals over grassland's, float32. {origin}."])
+    return "\n".join([*lines, "", f"Times of rivals over grassland's, float32, the least and the most on: {origin}."])
 
 
 def closest(machines, rivals, setting, mode):
-    """The fastest of some rivals on each machine, named once if it is the same one on all."""
+    """The fastest of some rivals on each machine: their names, and the least and the most of their times over ours."""
     found = []
     for records in machines:
         timed = [r for r in records if (r["setting"], r.get("mode")) == (setting, mode) and r["rival"] in rivals]
-        found.append(min(timed, key=lambda r: r["ratio"]) if timed else None)
-    names = {r["rival"] for r in found if r}
-    if len(names) == 1:
-        return f"{names.pop()}: {joined([r and figure_of(r) for r in found])}"
-    return joined([r and f"{r['rival']}: {figure_of(r)}" for r in found])
+        found += [min(timed, key=lambda r: r["ratio"])] if timed else []
+    if not found:
+        return ""
+    ratios = sorted(r["ratio"] for r in found)
+    names = " or ".join(dict.fromkeys(r["rival"] for r in found))
+    return f"{names}: {' to '.join(dict.fromkeys(f'{ratio:.2f}' for ratio in (ratios[0], ratios[-1])))}"
 
 
 def of_rival(machines, rival, setting, mode):
