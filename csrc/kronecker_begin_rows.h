@@ -19,24 +19,31 @@ GRASSLAND_INLINE void fetch(const Upcoming<T>& next, int64_t row, int64_t offset
 // sums[t][j] += x_t * column j for kHalf tokens and kGroup columns of one tile of stream k. A tile has sums of its own: one
 // chain of additions along all streams would lose more than PyTorch's products do.
 //
-// A function of its own: inlined into the loops over the tiles, its sums do not all stay in registers.
+// A function of its own: inlined into the loops over the tiles, its sums do not all stay in registers. Of AVX2's sixteen
+// those of one token take ten.
 template <typename T>
 __attribute__((noinline)) GRASSLAND_UNIT void project(const T* const* x, const float* weight, int64_t columns,
                                                       int64_t size, float* sums) {
-  Vec sum[kHalf][kGroup] = {};
-  for_each_vector(size, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-    Vec v[kHalf];
-    for (int64_t t = 0; t < kHalf; ++t) v[t] = load(x[t] + c, live);
-    for (int64_t j = 0; j < kGroup; ++j) {
-      const Vec column = load_full(weight + c * columns + j * kLanes);
-      for (int64_t t = 0; t < kHalf; ++t) sum[t][j] += column * v[t];
-    }
-  });
-  for (int64_t t = 0; t < kHalf; ++t)
-    for (int64_t j = 0; j < kGroup; ++j) {
-      float* to = sums + (t * columns + j) * kLanes;
-      store_full(load_full(to) + sum[t][j], to);
-    }
+  constexpr int64_t kAtOnce = kWide ? kHalf : 1;
+  for (int64_t first = 0; first < kHalf; first += kAtOnce) {
+    Vec sum[kAtOnce][kGroup] = {};
+    for_each_vector(size, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+      Vec v[kAtOnce];
+      for (int64_t t = 0; t < kAtOnce; ++t) {
+        v[t] = load(x[first + t] + c, live);
+        hold(v[t]);
+      }
+      for (int64_t j = 0; j < kGroup; ++j) {
+        const Vec column = load_full(weight + c * columns + j * kLanes);
+        for (int64_t t = 0; t < kAtOnce; ++t) sum[t][j] += column * v[t];
+      }
+    });
+    for (int64_t t = 0; t < kAtOnce; ++t)
+      for (int64_t j = 0; j < kGroup; ++j) {
+        float* to = sums + ((first + t) * columns + j) * kLanes;
+        store_full(load_full(to) + sum[t][j], to);
+      }
+  }
 }
 
 template <typename T>
