@@ -52,7 +52,7 @@ GRASSLAND_INLINE double trace(const double* m, int64_t k) {
   return sum;
 }
 
-// Rows of a tile, and vectors of its columns, whose sums stay in registers.
+// Rows by rows of a Gram matrix whose sums stay in registers.
 constexpr int kSide = kWide ? 4 : 2;
 
 // The inner products of R rows with R, by one pass over the columns; R rows from `ahead`, n apart, are asked for meanwhile.
@@ -139,7 +139,7 @@ GRASSLAND_INLINE void combine(const float* p, const float* q, const float* x, co
   x += begin, y += begin;
   for (int64_t i = 0; i < k; i += R) {
     if (width == kColumns) {
-      constexpr int count = kWide ? 4 : 4 / R;
+      constexpr int count = kWide ? 4 : 4 / R;  // so that R x count sums stay in registers
       for (int64_t c = 0; c < kColumns; c += count * kLanes)
         combine_tile<R, count>(p, q, x + c, y + c, k, n, i, std::integral_constant<int64_t, kLanes>{}, out + c, stride);
     } else {
