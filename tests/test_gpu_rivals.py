@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 from dataclasses import replace
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from grassland.kernels import dispatch
-from grassland.kernels.bench import command, setup
+from grassland.kernels.bench import command, rival, setup
 from grassland.kernels.bench import kronecker_gpu as mhc
 from grassland.kernels.bench.kronecker import mhc_layer
 from grassland.kernels.bench.rival import Benchmark, Rival, Setting, Unavailable, package, tensors, with_gradients
@@ -61,6 +62,14 @@ def test_a_package_says_what_it_lacks(tmp_path, monkeypatch):
         with pytest.raises(Unavailable, match=f"^{re.escape(reason)}"):
             package(name, "x", device)
     assert package("json", "x", GPU) is json
+
+
+def test_records_name_the_packages_of_rivals(monkeypatch):
+    monkeypatch.setattr(rival, "_imported", set())
+    assert rival.packages() == {}
+    package("einops.layers", "einops")
+    package("json", "x")  # part of Python: of no distribution
+    assert rival.packages() == {"einops": metadata.version("einops")}
 
 
 def test_a_foreign_rival_that_fails_or_disagrees_is_listed(monkeypatch):

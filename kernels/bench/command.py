@@ -24,7 +24,7 @@ import torch
 from .. import dispatch
 from ..machine import about
 from . import report
-from .rival import Benchmark, Disagreement, Setting, Step, Unavailable
+from .rival import Benchmark, Disagreement, Setting, Step, Unavailable, packages
 from .setup import agreement, build
 from .timing import by_kernel, host_seconds, interleaved, peak_bytes, peaks, recorded, saved_bytes
 
@@ -160,7 +160,9 @@ def run(
     failed: list[str] = []
     for setting in settings:
         try:
-            records += [{**record, **facts} for record in measure(benchmark, setting, options)]
+            measured = measure(benchmark, setting, options)
+            facts["packages"] = packages()  # of the rivals, which the first setting imports
+            records += [{**record, **facts} for record in measured]
             print(f"{benchmark.name}, {setting.id}: done", file=sys.stderr)
         except (Disagreement, Unavailable, dispatch.BackendError) as error:
             failed.append(f"error: {setting.id}: {error}: nothing was timed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from ..testing import normal
 Step = Callable[[], Any]
 Values = dict[str, Any]
 Builder = Callable[[Values, torch.dtype, torch.device], dict[str, Step]]
+
+_imported: set[str] = set()
 
 
 class Unavailable(Exception):
@@ -134,13 +137,22 @@ def package(name: str, install: str, device: torch.device | None = None) -> Any:
     if device is not None and device.type != "cuda":
         raise Unavailable("needs an NVIDIA GPU")
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     # What such a package raises where it finds no driver or compiler can be anything.
     except Exception as error:
         top = name.partition(".")[0]
         if isinstance(error, ModuleNotFoundError) and error.name == top:
             raise Unavailable(f"{top} is not installed: pip install {install}") from error
         raise Unavailable(f"{name} does not import ({summary(error)}): pip install {install}") from error
+    _imported.add(name.partition(".")[0])
+    return module
+
+
+def packages() -> dict[str, str]:
+    """Distributions of the modules that `package` has given so far, with their versions."""
+    owners = importlib.metadata.packages_distributions() if _imported else {}
+    names = sorted({owner for module in _imported for owner in owners.get(module, ())})
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def summary(error: Exception) -> str:
