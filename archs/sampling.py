@@ -26,11 +26,10 @@ class Sampling:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
 
     def __call__(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw one token a row: logits (B, V) → (B,) int64."""
+        """Draw one token a row: logits (B, V) → (B,) int64; on a CPU ValueError for those that are NaN or all -inf."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        probabilities = self.probabilities(logits)
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        return _draw(self.probabilities(logits), generator)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """The distribution (B, V) that is drawn from, in float32 or wider; needs temperature > 0."""
@@ -42,6 +41,20 @@ class Sampling:
         if self.top_p is not None and self.top_p < 1:
             probabilities = _nucleus(probabilities, self.top_p)
         return probabilities
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """An index (B,) a row of probabilities (B, V)."""
+    if probabilities.device.type != "cpu":
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    # On a CPU that draws a number for every index, one after the other: 7 ms against 2 for 16 rows of 30,522.
+    mass = probabilities.double().cumsum_(-1)
+    total = mass[:, -1:].clone()
+    if not bool(total.isfinite().all()):
+        raise ValueError("logits must be finite or -inf, at least one finite in every row; there are NaN or inf")
+    level = total * torch.rand(total.shape, dtype=total.dtype, generator=generator)
+    level = torch.minimum(level, total.nextafter(torch.zeros_like(total)))  # rounding may not reach what is beyond all
+    return torch.searchsorted(mass, level, right=True)[:, 0]
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:

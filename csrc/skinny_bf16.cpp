@@ -70,18 +70,26 @@ GRASSLAND_PAIRS_APART void pair_rows(const bf16* from, int64_t ld, int64_t n, in
 }
 
 // Neighbours of a row of from (width, depth) become words: to (depth / 2, kPanel), zero beyond width.
-GRASSLAND_PAIRS_APART void turn_pairs(const bf16* from, int64_t ld, int64_t width, int64_t depth, uint32_t* to) {
-  for (int64_t v = 0; v < kPanel; v += kLanes)
-    for (int64_t k = 0; k < depth; k += 2 * kLanes) {
-      const __mmask32 live = first_halves(depth - k);
-      Vec m[kLanes];
+template <bool whole>
+GRASSLAND_PAIRS_INLINE void turn_square(const bf16* from, int64_t ld, int64_t width, int64_t depth, uint32_t* to) {
+  const __mmask32 live = first_halves(depth);
+  Vec m[kLanes];
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < kLanes; ++i)
-        m[i] = (Vec)_mm512_maskz_loadu_epi16(v + i < width ? live : 0, from + (v + i) * ld + k);
-      transpose(m);
-      for (int64_t i = 0; i < kLanes && k + 2 * i < depth; ++i)
-        _mm512_storeu_ps(to + (k / 2 + i) * kPanel + v, (__m512)m[i]);
-    }
+  for (int64_t i = 0; i < kLanes; ++i, from += ld)
+    m[i] = (Vec)(whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(i < width ? live : 0, from));
+  transpose(m);
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kLanes; ++i)
+    if (whole || 2 * i < depth) _mm512_storeu_ps(to + i * kPanel, (__m512)m[i]);
+}
+
+GRASSLAND_PAIRS_APART void turn_pairs(const bf16* from, int64_t ld, int64_t width, int64_t depth, uint32_t* to) {
+  for (int64_t v = 0; v < kPanel; v += kLanes, from += kLanes * ld)
+    for (int64_t k = 0; k < depth; k += 2 * kLanes)
+      if (v + kLanes <= width && k + 2 * kLanes <= depth)
+        turn_square<true>(from + k, ld, kLanes, 2 * kLanes, to + k / 2 * kPanel + v);
+      else
+        turn_square<false>(from + k, ld, width - v, depth - k, to + k / 2 * kPanel + v);
 }
 
 // Sums of R rows and kVectors vectors of columns.
@@ -252,9 +260,10 @@ struct OuterTile {
       const int64_t width = std::min(kPanel, p.h - c);
       T* to = w + first * p.ldw + c;
       Tile<R> sum;
+      const bool add = std::is_same_v<T, float> && p.add;
       if constexpr (std::is_same_v<T, float>)
-        if (p.add) take_tile<R>(to, p.ldw, width, sum);
-      if (!p.add)
+        if (add) take_tile<R>(to, p.ldw, width, sum);
+      if (!add)
         for (auto& row : sum)
           for (auto& v : row) v = _mm512_setzero_ps();
       multiply<R>(reinterpret_cast<const char*>(rows + first), 4, kStripe * 4, panels + c * pairs, pairs, sum);

@@ -255,24 +255,47 @@ GRASSLAND_INLINE Pair<H> totals(Pair<H>* m) {
   return {totals(low), totals(high)};
 }
 
-// Exchanges the lanes whose index has the bit `step` with the vectors whose index has it, from `step` on.
-template <size_t step, typename V, size_t... lane>
-GRASSLAND_INLINE void exchange(V* m, std::index_sequence<lane...> lanes) {
-  constexpr size_t n = kLanesOf<V>;
-#pragma GCC unroll 16
-  for (size_t i = 0; i < n; ++i) {
-    if (i & step) continue;
-    const V low = m[i], high = m[i + step];
-    m[i] = shuffled<(lane & step ? lane - step + n : lane)...>(low, high);
-    m[i + step] = shuffled<(lane & step ? lane + n : lane + step)...>(low, high);
-  }
-  if constexpr (2 * step < n) exchange<2 * step>(m, lanes);
+// Of each four lanes the first two (or last two) of both vectors, `unit` of them in turn.
+template <size_t unit, bool last, typename V, size_t... lane>
+GRASSLAND_INLINE V zipped(const V& a, const V& b, std::index_sequence<lane...>) {
+  return shuffled<(lane / 4 * 4 + last * 2 + lane % 4 / (2 * unit) * unit + lane % unit +
+                   lane / unit % 2 * kLanesOf<V>)...>(a, b);
 }
 
-// Of a square of as many vectors as one has lanes.
+// Every second four lanes of the first vector, then those of the second.
+template <bool odd, typename V, size_t... lane>
+GRASSLAND_INLINE V thinned(const V& a, const V& b, std::index_sequence<lane...>) {
+  constexpr size_t n = kLanesOf<V>;
+  return shuffled<(lane % (n / 2) / 4 * 8 + odd * 4 + lane % 4 + lane / (n / 2) * n)...>(a, b);
+}
+
+// Of a square of as many vectors as one has lanes, by what every processor shuffles in one step: first within four lanes,
+// then fours of them.
 template <typename V>
 GRASSLAND_INLINE void transpose(V* m) {
-  exchange<1>(m, std::make_index_sequence<kLanesOf<V>>{});
+  constexpr size_t n = kLanesOf<V>;
+  constexpr std::make_index_sequence<n> lanes{};
+#pragma GCC unroll 4
+  for (size_t i = 0; i < n; i += 4) {
+    const V a = zipped<1, false>(m[i], m[i + 1], lanes), b = zipped<1, true>(m[i], m[i + 1], lanes);
+    const V c = zipped<1, false>(m[i + 2], m[i + 3], lanes), d = zipped<1, true>(m[i + 2], m[i + 3], lanes);
+    m[i] = zipped<2, false>(a, c, lanes), m[i + 1] = zipped<2, true>(a, c, lanes);
+    m[i + 2] = zipped<2, false>(b, d, lanes), m[i + 3] = zipped<2, true>(b, d, lanes);
+  }
+  if constexpr (n > 4) {
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; ++i) {
+      V* const at = m + i;
+      const V even = thinned<false>(at[0], at[4], lanes), odd = thinned<true>(at[0], at[4], lanes);
+      if constexpr (n == 8) {
+        at[0] = even, at[4] = odd;
+      } else {
+        const V even2 = thinned<false>(at[8], at[12], lanes), odd2 = thinned<true>(at[8], at[12], lanes);
+        at[0] = thinned<false>(even, even2, lanes), at[4] = thinned<false>(odd, odd2, lanes);
+        at[8] = thinned<true>(even, even2, lanes), at[12] = thinned<true>(odd, odd2, lanes);
+      }
+    }
+  }
 }
 
 template <typename H>

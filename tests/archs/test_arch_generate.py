@@ -165,6 +165,30 @@ def test_draws_follow_the_distribution():
     assert (draws == 0).float().mean().item() == pytest.approx(2 / 3, abs=0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_draws_of_many_rows(dtype):
+    """Of as many rows as draws: what is impossible never comes, at either end; the rest as often as it should."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([-torch.inf, 0, 1, -torch.inf, 2, -torch.inf], dtype=dtype)
+    counts = Sampling()(logits.expand(20000, -1), generator).bincount(minlength=6)
+    expected = 20000 * logits.double().softmax(-1)
+    assert (counts - expected).square().div(expected.clamp_min(1e-9)).sum() < 13.8  # chi squared, 2 degrees: p = 0.001
+
+
+def test_a_draw_at_the_end_is_possible(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, dtype, generator: torch.full(shape, 1 - 2**-53, dtype=dtype))
+    logits = torch.tensor([[0.1, 0.7, -torch.inf], [3.0, -torch.inf, -torch.inf], [0.3, 0.3, 0.3]])
+    assert Sampling()(logits).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, [-torch.inf, -torch.inf]])
+def test_logits_that_are_no_distribution(wrong):
+    logits = torch.zeros(3, 2)
+    logits[1] = torch.as_tensor(wrong)
+    with pytest.raises(ValueError, match="logits must be finite or -inf"):
+        Sampling()(logits)
+
+
 def test_top_p_takes_no_token_more_once_the_mass_is_reached():
     found = Sampling(top_p=0.5).probabilities(torch.tensor([[2.0, 2.0, 2.0, 2.0]]))
     assert found.tolist() == [[0.5, 0.5, 0, 0]]
