@@ -7,9 +7,8 @@ template <typename T>
 GRASSLAND_INLINE double softmax_row(const Softmax& s, int64_t label, T* l, float* room) {
   const float peak = largest(l, s.vocab);
   const double hit = to_float(l[label]) - peak;
-  const Sums sums = exponentials<false>(s.vocab, room, nullptr, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-    return load(l + c, live) - peak;
-  });
+  const auto below = [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA { return load(l + c, live) - peak; };
+  const Sums sums = exponentials<false>(s.vocab, s.grad ? room : nullptr, nullptr, below);
   if (s.grad) {
     const float scale = static_cast<float>(1 / sums.powers);
     const float shift = s.smoothing / static_cast<float>(s.vocab);

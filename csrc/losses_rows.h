@@ -1,6 +1,6 @@
 // What rows of a loss share, for each vector unit.
 
-// below(c, live): the logits less their peak from column c on. Their exponentials go to `powers`.
+// below(c, live): the logits less their peak from column c on. Their exponentials go to `powers`, if there is room.
 template <bool weighted, typename F>
 GRASSLAND_INLINE Sums exponentials(int64_t n, float* powers, const float* q, const F& below) {
   Sums sums;
@@ -8,7 +8,7 @@ GRASSLAND_INLINE Sums exponentials(int64_t n, float* powers, const float* q, con
     Vec p = {}, a = {}, m = {}, h = {};
     for_each_vector(std::min(kBlock, n - begin), [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
       const Vec there = below(begin + c, live), power = exp_below(there), l = leading(there, live, Vec{});
-      store(power, powers + begin + c, live);
+      if (powers != nullptr) store(power, powers + begin + c, live);
       p += leading(power, live, Vec{});
       a += l;
       if (!weighted) return;

@@ -123,7 +123,9 @@ GRASSLAND_INLINE double loss_row(const Head& h, const Target& t, int64_t row, co
     return h.scale * (load(norms + c, live) - peak);
   };
   const float* q = t.probabilities == nullptr ? nullptr : t.probabilities + row * classes;
-  const Sums sums = q == nullptr ? exponentials<false>(classes, p, q, below) : exponentials<true>(classes, p, q, below);
+  float* powers = grad ? p : nullptr;
+  const Sums sums =
+      q == nullptr ? exponentials<false>(classes, powers, q, below) : exponentials<true>(classes, powers, q, below);
   const double mass = q == nullptr ? 1 : sums.mass * (1 - t.smoothing) + t.smoothing;
   const double hit = q == nullptr ? h.scale * (norms[t.labels[row]] - peak) : sums.hit;
   if (grad) {

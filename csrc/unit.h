@@ -81,28 +81,27 @@ GRASSLAND_INLINE float largest(const T* x, int64_t n) {
   });
 }
 
-// As exp_approx of common.h for |v| <= 87: adding and taking away 1.5 x 2^23 rounds to an integer.
+// As exp_approx of common.h for |v| <= 87: adding 1.5 x 2^23 rounds to an integer, which the last bits hold.
 GRASSLAND_INLINE Vec exp_within(const Vec& v) {
-  const Vec n = (v * 1.44269504f + 12582912.0f) - 12582912.0f;
+  const Vec shifted = v * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
   const Vec r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec p = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
+  Vec p = r * kExp[4] + kExp[3];
+  p = p * r + kExp[2];
+  p = p * r + kExp[1];
+  p = p * r + kExp[0];
   p = (p * r) * r + r + 1.0f;
-  return p * Each<Vec>::power(n);
+  return p * Each<Vec>::power(shifted);
 }
 
 // e^x for x <= 0
 GRASSLAND_INLINE Vec exp_below(const Vec& x) {
   const Vec least = Vec{} - 87.0f;
-  return exp_within(choose(x < least, least, x));
+  return exp_within(larger(least, x));
 }
 
 GRASSLAND_INLINE Vec exp_clamped(const Vec& x) {
   const Vec most = Vec{} + 87.0f;
-  return exp_below(choose(x > most, most, x));
+  return exp_below(choose(most < x, most, x));
 }
 
 GRASSLAND_INLINE Vec square_root(const Vec& v) {
