@@ -1,10 +1,9 @@
 // Products of few rows with a large weight, y = x w^T + bias, where reading the weight is the work, and the weight's gradient,
 // where writing it is.
 //
-// w is read once, in pieces long enough for the memory and its prefetchers: a block is copied into the cache, and the tiles
-// on it ask for the next one. The rows of x, transposed into panels of sixteen, are the lanes: each element of w meets a
-// panel at a time, so that w may lie either way and is never transposed. Lanes without a row cost nothing, as the memory
-// is the slower part.
+// w is read once, a block at a time, which is laid out in panels (term, lane) of sixteen outputs in the cache, while the
+// memory is asked for the next: it comes in pieces too short for it to foresee. A tile has a few rows of x, whose numbers
+// are broadcast, and a few panels.
 #include "skinny.h"
 #include "vec.h"
 
@@ -14,12 +13,12 @@
 namespace grassland {
 namespace {
 
-// A block of w: rows of the output by terms of the sum. Its copy is contiguous along the sum where w is (kLong apart by
-// row, a length that spreads over the sets of the cache), else along the rows.
-constexpr int64_t kRows = 96, kDepth = 256, kLong = kDepth + kLanes;
-constexpr int64_t kWideRows = 384, kWideDepth = 64;
-constexpr int64_t kStep = 24;  // the rows of all tiles divide it
-constexpr int64_t kBlock = std::max(kRows * kLong, kWideRows * kWideDepth);
+// A block of w has kTerms terms of kOutputs outputs if it is contiguous along the sum, else kWideTerms of kWideOutputs.
+constexpr int64_t kOutputs = 64, kTerms = 128, kWideOutputs = 384, kWideTerms = 64;
+constexpr int64_t kBlock = std::max(kOutputs * kTerms, kWideOutputs * kWideTerms);
+constexpr int64_t kTile = 6;   // rows of x
+constexpr int64_t kLook = 8;   // terms between two looks ahead
+constexpr int64_t kStep = 24;  // rows of a gradient: those of all tiles divide it
 
 struct Free {
   void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
@@ -29,8 +28,6 @@ using Buffer = std::unique_ptr<float[], Free>;
 Buffer buffer(int64_t size) {
   return Buffer(static_cast<float*>(::operator new[](size * sizeof(float), std::align_val_t(64))));
 }
-
-constexpr const float* kNothing = nullptr;  // no next block to ask for
 
 int64_t rounded(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
@@ -79,17 +76,17 @@ Tensor skinny_of(const Tensor& x, const Tensor& w, const Tensor* bias) {
     few_of(p);
     return y;
   }
-  const Buffer panels = buffer(rounded(p.n, kLanes) * p.k);
-  GRASSLAND_BEST(pack)(p, panels.get());
-  const int64_t share = rounded(p.m, torch::stable::get_num_threads()) / torch::stable::get_num_threads();
-  const int64_t rows = std::clamp(rounded(share, kStep), kStep, p.along ? kRows : kWideRows);
-  torch::stable::parallel_for(0, rounded(p.m, rows) / rows, 1, [&](int64_t first, int64_t last) {
-    const Buffer a = buffer(kBlock), c = buffer(rounded(p.n, kLanes) * rows);
-    std::memset(a.get(), 0, kBlock * sizeof(float));
-    for (int64_t row = first * rows; row < std::min(last * rows, p.m); row += rows) {
-      const int64_t end = std::min(row + rows, p.m);
-      p.along ? GRASSLAND_BEST(block<true>)(p, panels.get(), row, end, a.get(), c.get())
-              : GRASSLAND_BEST(block<false>)(p, panels.get(), row, end, a.get(), c.get());
+  const Buffer wide = is_half(x) ? buffer(p.n * p.k) : nullptr;
+  const float* rows = GRASSLAND_BEST(in_float)(p, wide.get());
+  const int64_t ld = is_half(x) ? p.k : p.ldx, threads = torch::stable::get_num_threads();
+  const int64_t share = rounded((p.m + threads - 1) / threads, kOutputs);
+  const int64_t most = p.along ? kOutputs : std::min(share, kWideOutputs);
+  torch::stable::parallel_for(0, rounded(p.m, most) / most, 1, [&](int64_t first, int64_t last) {
+    const Buffer panels = buffer(kBlock), sums = buffer(p.n * most);
+    for (int64_t output = first * most; output < std::min(last * most, p.m); output += most) {
+      const int64_t end = std::min(output + most, p.m);
+      p.along ? GRASSLAND_BEST(outputs<true>)(p, rows, ld, output, end, panels.get(), sums.get())
+              : GRASSLAND_BEST(outputs<false>)(p, rows, ld, output, end, panels.get(), sums.get());
     }
   });
   return y;

@@ -1,117 +1,168 @@
 // The tiles of skinny.cpp, for each vector unit.
 
-// x in panels: (panel, k, lane), zero in lanes without a row.
-template <typename T>
-GRASSLAND_UNIT void pack(const Product<T>& p, float* panels) {
-  for (int64_t first = 0; first < p.n; first += kLanes) {
-    const int64_t live = std::min(kLanes, p.n - first);
-    float* panel = panels + first * p.k;
-    for_each_vector(p.k, [&](int64_t k, auto width) GRASSLAND_INLINE_LAMBDA {
-      Vec m[kLanes] = {};
-      for (int64_t i = 0; i < live; ++i) m[i] = load(p.x + (first + i) * p.ldx + k, width);
-      transpose(m);
-      for (int64_t i = 0; i < width; ++i) store_full(m[i], panel + (k + i) * kLanes);
-    });
-  }
-}
+// The lines of the next block of w, to be asked for while one is multiplied.
+struct Ahead {
+  const char* row = nullptr;
+  int64_t stride = 0, lines = 0, rows = 0;  // bytes from one row to the next, lines of each
+  int64_t each = 0;                         // lines to ask for at a time
+  int64_t line = 0;
 
-// Asks for what the next block, from `next` on, has where a tile of this one reads term k.
-template <int R, int term, typename T>
-GRASSLAND_INLINE void prefetch(const T* next, int64_t ldw, int64_t k) {
-  if (next == nullptr) return;
-  if (term == 1) {
-    const int64_t row = k / kLanes;
-    const T* line = next + row * ldw + k % kLanes * kLanes;
-    if (row < R) __builtin_prefetch(line, 0, 2);
-    if (row + kDepth / kLanes < R) __builtin_prefetch(line + kDepth / kLanes * ldw, 0, 2);
-  } else {
-    __builtin_prefetch(next + k * ldw, 0, 2);
-    if (R > kLanes) __builtin_prefetch(next + k * ldw + kLanes, 0, 2);
+  __attribute__((always_inline)) void ask() {
+    for (int64_t i = 0; i < each && rows > 0; ++i) {
+      __builtin_prefetch(row + line * 64, 0, 2);
+      if (++line < lines) continue;
+      line = 0;
+      row += stride;
+      --rows;
+    }
   }
-}
+};
 
 // Where a tile's sums lie.
-struct Sums {
+struct Place {
   float* at;
   int64_t row, panel;
 };
 
-// Of V panels, c (R, lanes) = or += sum over k of a, whose rows and terms lie `row` and `term` apart, and b (k, lanes).
-// Blocks are summed apart before they are added up, which keeps the rounding error of a long sum small.
-template <int R, int V, int row, int term, typename T>
-GRASSLAND_INLINE void tile(const float* a, const float* b, int64_t panel, int64_t depth, const Sums& c, bool add,
-                           const T* next, int64_t ldw) {
+// Of V panels, c (R, lanes) = or += sum over k of a, whose rows and terms lie `row` and `term` apart, and b (k, lanes), whose
+// panels and terms do. Blocks are summed apart before they are added up, which keeps the rounding error of a long sum small.
+template <int R, int V, typename F>
+GRASSLAND_INLINE void tile(const float* a, int64_t row, int64_t term, const float* b, int64_t panel, int64_t step,
+                           int64_t depth, const Place& c, bool add, const F& look) {
   Vec sum[R][V];
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[r][v] = Vec{};
   for (int64_t k = 0; k < depth; ++k) {
-    prefetch<R, term>(next, ldw, k);
+    look(k);
     Vec x[V];
-    for (int v = 0; v < V; ++v) x[v] = load_full(b + v * panel + k * kLanes);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) x[v] = load_full(b + v * panel + k * step);
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] += a[r * row + k * term] * x[v];
   }
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       float* at = c.at + r * c.row + v * c.panel;
       store_full(add ? load_full(at) + sum[r][v] : sum[r][v], at);
     }
 }
 
-template <int R, int V, bool along, typename T>
-GRASSLAND_INLINE void tiles(const float* a, const float* b, int64_t panel, int64_t rows, int64_t depth, float* c,
-                            bool add, const T* next, int64_t ldw) {
-  constexpr int row = along ? kLong : 1, term = along ? 1 : kWideRows;
-  for (int64_t r = 0; r < rows; r += R)
-    tile<R, V, row, term>(a + r * row, b, panel, depth, {c + r * kLanes, kLanes, rows * kLanes}, add,
-                          next == nullptr ? next : next + r * (along ? ldw : 1), ldw);
+// Registers are allotted well to one tile at a time only.
+template <int R>
+__attribute__((noinline)) GRASSLAND_UNIT void row_tile(const float* x, int64_t ldx, const float* b, int64_t panel,
+                                                       int64_t step, int64_t depth, const Place& c, bool add,
+                                                       Ahead& ahead) {
+  constexpr int V = kWide ? 4 : 1;
+  tile<R, V>(x, ldx, 1, b, panel, step, depth, c, add, [&](int64_t k) GRASSLAND_INLINE_LAMBDA {
+    if (k % kLook == 0) ahead.ask();
+  });
 }
 
-template <bool along, typename T>
-GRASSLAND_INLINE void copy(const T* w, int64_t ldw, int64_t rows, int64_t depth, float* a) {
-  const int64_t lines = along ? rows : depth, length = along ? depth : rows, pitch = along ? kLong : kWideRows;
-  for (int64_t i = 0; i < lines; ++i)
-    for_each_vector(length, [&](int64_t c, auto width) GRASSLAND_INLINE_LAMBDA {
-      store_full(load(w + i * ldw + c, width), a + i * pitch + c);
+// c (n, width) = or += x (n, depth) b, in panels
+GRASSLAND_INLINE void row_tiles(const float* x, int64_t ldx, int64_t n, const float* b, int64_t panel, int64_t step,
+                                int64_t width, int64_t depth, float* c, int64_t ldc, bool add, Ahead& ahead) {
+  constexpr int64_t V = kWide ? 4 : 1;
+  const int64_t count = (n + kTile - 1) / kTile;
+  for (int64_t o = 0; o < width; o += V * kLanes)
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t first = t * n / count;
+      const float *from = x + first * ldx, *panels = b + o / kLanes * panel;
+      const Place to{c + first * ldc + o, ldc, kLanes};
+      switch ((t + 1) * n / count - first) {
+        case 1: row_tile<1>(from, ldx, panels, panel, step, depth, to, add, ahead); break;
+        case 2: row_tile<2>(from, ldx, panels, panel, step, depth, to, add, ahead); break;
+        case 3: row_tile<3>(from, ldx, panels, panel, step, depth, to, add, ahead); break;
+        case 4: row_tile<4>(from, ldx, panels, panel, step, depth, to, add, ahead); break;
+        case 5: row_tile<5>(from, ldx, panels, panel, step, depth, to, add, ahead); break;
+        default: row_tile<6>(from, ldx, panels, panel, step, depth, to, add, ahead);
+      }
+    }
+}
+
+// x in float32: as it lies, or in `room`
+GRASSLAND_UNIT const float* in_float(const Product<float>& p, float*) { return p.x; }
+
+GRASSLAND_UNIT const float* in_float(const Product<bf16>& p, float* room) {
+  for (int64_t i = 0; i < p.n; ++i)
+    for_each_vector(p.k, [&](int64_t k, auto live) GRASSLAND_INLINE_LAMBDA {
+      store(load(p.x + i * p.ldx + k, live), room + i * p.k + k, live);
     });
+  return room;
 }
 
-// Rows `begin` to `end` of w, all of its terms: y (n, begin .. end).
+// w (width, depth) to panels (panel, depth, lane), zero beyond width
+template <typename T>
+GRASSLAND_UNIT void turn_block(const T* w, int64_t ldw, int64_t width, int64_t depth, float* panels) {
+  for (int64_t v = 0; v < kOutputs; v += kLanes, panels += depth * kLanes) {
+    const int64_t live = std::min(kLanes, width - v);
+    for_each_vector(depth, [&](int64_t k, auto terms) GRASSLAND_INLINE_LAMBDA {
+      Vec m[kLanes];
+      if (live == kLanes) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes; ++i) m[i] = load(w + (v + i) * ldw + k, terms);
+      } else {
+        for (int64_t i = 0; i < kLanes; ++i) m[i] = i < live ? load(w + (v + i) * ldw + k, terms) : Vec{};
+      }
+      transpose(m);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i)
+        if (i < terms) store_full(m[i], panels + (k + i) * kLanes);
+    });
+  }
+}
+
+// w (depth, width) to rows of kWideOutputs, zero up to the next kOutputs
+template <typename T>
+GRASSLAND_UNIT void copy_block(const T* w, int64_t ldw, int64_t width, int64_t depth, float* to) {
+  for (int64_t k = 0; k < depth; ++k) {
+    for_each_vector(width, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+      store_full(load(w + k * ldw + c, live), to + k * kWideOutputs + c);
+    });
+    for (int64_t c = rounded(width, kLanes); c < rounded(width, kOutputs); c += kLanes)
+      store_full(Vec{}, to + k * kWideOutputs + c);
+  }
+}
+
+// y (n, begin .. end), all terms; room for a block in panels and for the sums (n, end - begin rounded to kOutputs).
 template <bool along, typename T>
-GRASSLAND_UNIT void block(const Product<T>& p, const float* panels, int64_t begin, int64_t end, float* a, float* c) {
-  constexpr int64_t most = along ? kDepth : kWideDepth;
-  const int64_t rows = rounded(end - begin, kStep), count = rounded(p.n, kLanes) / kLanes, panel_size = rows * kLanes;
+GRASSLAND_UNIT void outputs(const Product<T>& p, const float* x, int64_t ldx, int64_t begin, int64_t end, float* panels,
+                            float* sums) {
+  constexpr int64_t most = along ? kTerms : kWideTerms, wide = (kWide ? 4 : 1) * kLanes;
+  const int64_t width = end - begin, ld = rounded(width, kOutputs);
+  const int64_t tiles = (p.n + kTile - 1) / kTile * (ld / wide);
   for (int64_t k = 0; k < p.k; k += most) {
     const int64_t depth = std::min(most, p.k - k), after = k + depth;
     const T* w = p.w + (along ? begin * p.ldw + k : k * p.ldw + begin);
-    copy<along>(w, p.ldw, end - begin, depth, a);
-    const T* next = after < p.k ? p.w + (along ? begin * p.ldw + after : after * p.ldw + begin)
-                        : end < p.m ? p.w + (along ? end * p.ldw : end)
-                                    : nullptr;
-    for (int64_t panel = 0; panel < count;) {
-      const float* b = panels + (panel * p.k + k) * kLanes;
-      const T* asked = panel == 0 ? next : nullptr;
-      float* sums = c + panel * panel_size;
-      if (kWide && panel + 1 < count) {
-        tiles<12, 2, along>(a, b, p.k * kLanes, rows, depth, sums, k > 0, asked, p.ldw);
-        panel += 2;
-      } else {
-        tiles<kWide ? 24 : 6, 1, along>(a, b, 0, rows, depth, sums, k > 0, asked, p.ldw);
-        ++panel;
-      }
+    if (along)
+      turn_block(w, p.ldw, width, depth, panels);
+    else
+      copy_block(w, p.ldw, width, depth, panels);
+    const bool more = after < p.k;
+    const int64_t output = more ? begin : end, term = more ? after : 0;
+    const int64_t outputs_there = std::min(more ? width : ld, p.m - output), terms_there = std::min(most, p.k - term);
+    const int64_t rows = along ? outputs_there : terms_there, length = along ? terms_there : outputs_there;
+    Ahead ahead;
+    if (output < p.m) {
+      ahead.row = reinterpret_cast<const char*>(p.w + (along ? output * p.ldw + term : term * p.ldw + output));
+      ahead.stride = p.ldw * static_cast<int64_t>(sizeof(T));
+      ahead.lines = (length * static_cast<int64_t>(sizeof(T)) + 63) / 64;
+      ahead.rows = rows;
+      const int64_t looks = tiles * ((depth + kLook - 1) / kLook);
+      ahead.each = (rows * ahead.lines + looks - 1) / looks;
     }
+    row_tiles(x + k, ldx, p.n, panels, along ? depth * kLanes : kLanes, along ? kLanes : kWideOutputs, width, depth, sums,
+              ld, k > 0, ahead);
   }
-  for (int64_t first = 0; first < p.n; first += kLanes)
-    for_each_vector(end - begin, [&](int64_t r, auto width) GRASSLAND_INLINE_LAMBDA {
-      Vec m[kLanes] = {};
-      for (int64_t i = 0; i < width; ++i) m[i] = load_full(c + first / kLanes * panel_size + (r + i) * kLanes);
-      transpose(m);
-      const Vec bias = p.bias == nullptr ? Vec{} : load(p.bias + begin + r, width);
-      for (int64_t i = 0; i < std::min(kLanes, p.n - first); ++i)
-        store(m[i] + bias, p.y + (first + i) * p.m + begin + r, width);
+  for (int64_t i = 0; i < p.n; ++i)
+    for_each_vector(width, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+      const Vec bias = p.bias == nullptr ? Vec{} : load(p.bias + begin + c, live);
+      store(load_full(sums + i * ld + c) + bias, p.y + i * p.m + begin + c, live);
     });
 }
 
@@ -173,6 +224,7 @@ GRASSLAND_UNIT void pack_columns(const Outer<T>& p, int64_t begin, int64_t end, 
 // Rows `first` to `first` + R of w. Where a tile reaches over an edge, its sums go by way of a copy.
 template <int R, int V, typename T>
 GRASSLAND_INLINE void outer_rows(const Outer<T>& p, int64_t first) {
+  const auto nothing = [](int64_t) GRASSLAND_INLINE_LAMBDA {};
   const int64_t rows = std::min<int64_t>(R, p.m - first);
   float a[kSkinny * R] = {};
   for (int64_t i = 0; i < p.n; ++i)
@@ -182,12 +234,12 @@ GRASSLAND_INLINE void outer_rows(const Outer<T>& p, int64_t first) {
     float* w = p.w + first * p.h + c;
     const int64_t width = std::min(V * kLanes, p.h - c);
     if (rows == R && width == V * kLanes) {
-      tile<R, V, 1, R>(a, b, p.n * kLanes, p.n, {w, p.h, kLanes}, p.add, kNothing, 0);
+      tile<R, V>(a, 1, R, b, p.n * kLanes, kLanes, p.n, {w, p.h, kLanes}, p.add, nothing);
       continue;
     }
     float edge[R * V * kLanes] = {};
     for (int64_t r = 0; p.add && r < rows; ++r) std::memcpy(edge + r * V * kLanes, w + r * p.h, width * sizeof(float));
-    tile<R, V, 1, R>(a, b, p.n * kLanes, p.n, {edge, V * kLanes, kLanes}, p.add, kNothing, 0);
+    tile<R, V>(a, 1, R, b, p.n * kLanes, kLanes, p.n, {edge, V * kLanes, kLanes}, p.add, nothing);
     for (int64_t r = 0; r < rows; ++r) std::memcpy(w + r * p.h, edge + r * V * kLanes, width * sizeof(float));
   }
 }
