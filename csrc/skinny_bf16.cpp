@@ -162,25 +162,6 @@ GRASSLAND_PAIRS_INLINE void each_tile(int64_t n, const Args&... args) {
   }
 }
 
-// The lines of the next block of w, asked for while this one is multiplied: it comes in pieces too short for the memory to
-// foresee.
-struct Ahead {
-  const char* row;
-  int64_t stride, lines, rows;  // bytes from one row to the next, lines of each
-  int64_t each;                 // lines to ask for at a time
-  int64_t line = 0;
-
-  GRASSLAND_PAIRS_INLINE void ask() {
-    for (int64_t i = 0; i < each && rows > 0; ++i) {
-      __builtin_prefetch(row + line * 64, 0, 2);
-      if (++line < lines) continue;
-      line = 0;
-      row += stride;
-      --rows;
-    }
-  }
-};
-
 // One block of terms of a panel of columns.
 struct Block {
   const uint32_t* words;
@@ -188,14 +169,6 @@ struct Block {
   float* sums;  // (n, kPanel), of the blocks before
   Ahead* ahead;
 };
-
-GRASSLAND_PAIRS Ahead look_ahead(const Product<bf16>& p, int64_t column, int64_t term, bool any) {
-  const int64_t columns = std::min(kPanel, p.m - column), terms = std::min(kDepth, p.k - term);
-  const int64_t rows = p.along ? columns : terms, lines = ((p.along ? terms : columns) * 2 + 63) / 64;
-  const bf16* first = p.w + (p.along ? column * p.ldw + term : term * p.ldw + column);
-  const int64_t looks = (p.n + kTile - 1) / kTile * (terms + kStep - 1) / kStep;
-  return {reinterpret_cast<const char*>(first), p.ldw * 2, lines, any ? rows : 0, (rows * lines + looks - 1) / looks};
-}
 
 template <int R>
 struct LinearTile {
@@ -234,7 +207,8 @@ GRASSLAND_PAIRS void linear_panels(const Product<bf16>& p, int64_t begin, int64_
       pair_rows(p.w + term * p.ldw + column, p.ldw, depth, width, kPanel, words);
     const bool more = term + depth < p.k;
     const int64_t next_column = more ? column : column + kPanel, next_term = more ? term + depth : 0;
-    Ahead ahead = look_ahead(p, next_column, next_term, next_column < last);
+    const int64_t looks = (p.n + kTile - 1) / kTile * ((depth + kStep - 1) / kStep);
+    Ahead ahead = look_ahead(p, next_column < last ? next_column : p.m, next_term, kPanel, kDepth, looks);
     each_tile<LinearTile>(p.n, p, Block{words, column, width, term, depth, sums.get(), &ahead});
     column = next_column;
     term = next_term;

@@ -1,23 +1,5 @@
 // The tiles of skinny.cpp, for each vector unit.
 
-// The lines of the next block of w, to be asked for while one is multiplied.
-struct Ahead {
-  const char* row = nullptr;
-  int64_t stride = 0, lines = 0, rows = 0;  // bytes from one row to the next, lines of each
-  int64_t each = 0;                         // lines to ask for at a time
-  int64_t line = 0;
-
-  __attribute__((always_inline)) void ask() {
-    for (int64_t i = 0; i < each && rows > 0; ++i) {
-      __builtin_prefetch(row + line * 64, 0, 2);
-      if (++line < lines) continue;
-      line = 0;
-      row += stride;
-      --rows;
-    }
-  }
-};
-
 // Where a tile's sums lie.
 struct Place {
   float* at;
@@ -144,18 +126,7 @@ GRASSLAND_UNIT void outputs(const Product<T>& p, const float* x, int64_t ldx, in
     else
       copy_block(w, p.ldw, width, depth, panels);
     const bool more = after < p.k;
-    const int64_t output = more ? begin : end, term = more ? after : 0;
-    const int64_t outputs_there = std::min(more ? width : ld, p.m - output), terms_there = std::min(most, p.k - term);
-    const int64_t rows = along ? outputs_there : terms_there, length = along ? terms_there : outputs_there;
-    Ahead ahead;
-    if (output < p.m) {
-      ahead.row = reinterpret_cast<const char*>(p.w + (along ? output * p.ldw + term : term * p.ldw + output));
-      ahead.stride = p.ldw * static_cast<int64_t>(sizeof(T));
-      ahead.lines = (length * static_cast<int64_t>(sizeof(T)) + 63) / 64;
-      ahead.rows = rows;
-      const int64_t looks = tiles * ((depth + kLook - 1) / kLook);
-      ahead.each = (rows * ahead.lines + looks - 1) / looks;
-    }
+    Ahead ahead = look_ahead(p, more ? begin : end, more ? after : 0, ld, most, tiles * ((depth + kLook - 1) / kLook));
     row_tiles(x + k, ldx, p.n, panels, along ? depth * kLanes : kLanes, along ? kLanes : kWideOutputs, width, depth, sums,
               ld, k > 0, ahead);
   }
