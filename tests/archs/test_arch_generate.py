@@ -175,10 +175,16 @@ def test_draws_of_many_rows(dtype):
     assert (counts - expected).square().div(expected.clamp_min(1e-9)).sum() < 13.8  # chi squared, 2 degrees: p = 0.001
 
 
-def test_a_draw_at_the_end_is_possible(monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda shape, dtype, generator: torch.full(shape, 1 - 2**-53, dtype=dtype))
-    logits = torch.tensor([[0.1, 0.7, -torch.inf], [3.0, -torch.inf, -torch.inf], [0.3, 0.3, 0.3]])
-    assert Sampling()(logits).tolist() == [1, 0, 2]
+@pytest.mark.parametrize(("level", "expected"), [(0.0, [1, 0, 0]), (1 - 2**-53, [2, 0, 2])])
+def test_the_first_and_the_last_draw_are_possible(monkeypatch, level, expected):
+    monkeypatch.setattr(torch, "rand", lambda shape, dtype, generator: torch.full(shape, level, dtype=dtype))
+    rows = [[-torch.inf, 0.1, 0.7, -torch.inf], [3.0, -torch.inf, -torch.inf, -torch.inf], [0.3, 0.3, 0.3, -torch.inf]]
+    assert Sampling()(torch.tensor(rows)).tolist() == expected
+
+
+def test_a_level_that_rounds_to_the_whole_mass_draws_the_last(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, dtype, generator: torch.ones(shape, dtype=dtype))
+    assert Sampling()(torch.tensor([[0.1, 0.7, -torch.inf]])).tolist() == [1]
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, [-torch.inf, -torch.inf]])
