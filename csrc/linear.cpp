@@ -1,5 +1,5 @@
-// The choice between MKL, by way of ATen's mm, and oneDNN, whose products go to new memory and take a transposed weight as
-// it lies.
+// The choice between tiles.cpp, pairs.cpp, MKL by way of ATen's mm, and oneDNN, whose products go to new memory and take a
+// transposed weight as it lies.
 #include "linear.h"
 #include "vec.h"
 
@@ -27,18 +27,11 @@ namespace {
 // Below so many multiplications, preparing oneDNN's takes longer than they do: 10 us.
 constexpr int64_t kWork = 1 << 20;
 
-// Whether oneDNN is to multiply. Where mm is MKL on a processor of its maker, mm is never slower, and twice as fast in
-// float32 for a wide w that is contiguous along m. On AMD's, mm leaves AVX-512 unused and takes 1.6 to 2.5 times as long as
-// oneDNN on Zen 5; without AVX-512 (Zen 3) it is the faster one, by a tenth to a third.
-bool use_onednn(ScalarType dtype, int64_t multiplications) {
-#ifdef GRASSLAND_HAS_ONEDNN
-  if (multiplications < kWork) return false;
-#if defined(__x86_64__)
-  if (dtype == ScalarType::Float && (__builtin_cpu_is("intel") || !__builtin_cpu_supports("avx512f"))) return false;
-#else
-  return false;  // not measured, and not every one takes bfloat16
-#endif
-  return aoti_torch_cpu__linear_pointwise != nullptr && aoti_torch_cpu__linear_pointwise_binary != nullptr;
+// Whether oneDNN is to multiply bfloat16. It makes code for each shape that it has not met.
+bool use_onednn(const Tensor& x, const Tensor& w) {
+#if defined(GRASSLAND_HAS_ONEDNN) && defined(__x86_64__)  // elsewhere not measured, and not every one takes bfloat16
+  return is_half(x) && x.size(0) * w.numel() >= kWork && aoti_torch_cpu__linear_pointwise != nullptr &&
+         aoti_torch_cpu__linear_pointwise_binary != nullptr;
 #else
   return false;
 #endif
@@ -49,9 +42,6 @@ struct Matrix {
   T* at;
   int64_t row;  // numbers from one row to the next
 };
-
-// Columns of `from` that a thread turns at a time, so that a page of it serves several vectors.
-constexpr int64_t kColumns = 4 * kLanes;
 
 #define GRASSLAND_SOURCE "linear_rows.h"
 #include "units.h"
@@ -122,23 +112,9 @@ Tensor onednn(const Tensor& x, const Tensor&, const Tensor*) { return x; }
 Tensor onednn_plus(const Tensor& sum, const Tensor&, const Tensor&) { return sum; }
 #endif
 
-void turn_into(const Tensor& to, const Tensor& from, bool add) {
-  const int64_t blocks = (from.size(1) + kColumns - 1) / kColumns;
-  torch::stable::parallel_for(0, blocks, grain(from.size(0) * kColumns), [&](int64_t begin, int64_t end) {
-    const int64_t last = std::min(end * kColumns, from.size(1));
-    GRASSLAND_BEST(turn)(matrix<float>(from), matrix<float>(to), from.size(0), begin * kColumns, last, add);
-  });
-}
-
-Tensor turned(const Tensor& x) {
-  const Tensor out = empty(x, {x.size(1), x.size(0)}, ScalarType::Float);
-  turn_into(out, x, false);
-  return out;
-}
-
 // to = left^T right, all bfloat16 and multiplied as such
 void halves_product(const Tensor& to, const Tensor& left, const Tensor& right) {
-  skinny_bf16_outer_fits(left, right) ? skinny_bf16_outer(to, left, right, false) : mm(to, flipped(left), right);
+  paired_outer_fits(left, right) ? paired_outer(to, left, right, false) : mm(to, flipped(left), right);
 }
 
 }  // namespace
@@ -156,16 +132,20 @@ bool multiplies_halves() {
 }
 
 Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias) {
-  if (skinny_fits(x, w)) return skinny(x, w, bias);
-  if (is_half(x) && !multiplies_halves()) {
+  const bool tiles = tiled_fits(x, w);
+  if (!tiles && is_half(x) && !multiplies_halves()) {
     if (bias == nullptr) return narrowed(linear(widened(x), widened(w)));
     const Tensor wide = widened_row(*bias);
     return narrowed(linear(widened(x), widened(w), &wide));
   }
-  if (skinny_bf16_fits(x, w)) return skinny_bf16(x, w, bias);
-  if (use_onednn(x.scalar_type(), x.size(0) * w.numel())) return onednn(x, w, bias);
+  const bool pairs = !tiles && paired_fits(x, w);
+  if (!tiles && !pairs && use_onednn(x, w)) return onednn(x, w, bias);
   const Tensor out = empty(x, {x.size(0), w.size(0)}, x.scalar_type());
-  if (bias == nullptr)
+  if (tiles)
+    tiled(out, x, w, bias, false);
+  else if (pairs)
+    paired(out, x, w, bias, false);
+  else if (bias == nullptr)
     mm(out, x, flipped(w));
   else
     STABLE_TORCH_ERROR_CODE_CHECK(
@@ -181,14 +161,20 @@ void put(const Tensor& from, const Tensor& to, bool add) {
 }
 
 Tensor plus_linear(const Tensor& sum, const Tensor& x, const Tensor& w) {
-  if (is_half(x) && !multiplies_halves()) return narrowed(plus_linear(widened(sum), widened(x), widened(w)));
-  if (!is_half(x) && x.size(0) <= kSkinny) {
+  if (tiled_fits(x, w)) {
+    tiled(sum, x, w, nullptr, true);
+  } else if (is_half(x) && !multiplies_halves()) {
+    return narrowed(plus_linear(widened(sum), widened(x), widened(w)));
+  } else if (paired_fits(x, w)) {
+    paired(sum, x, w, nullptr, true);
+  } else if (use_onednn(x, w)) {
+    return onednn_plus(sum, x, w);
+  } else if (!is_half(x) && x.size(0) <= kFewRows) {
     // Apart: MKL adds the terms for few rows one by one to what is there, and rounds each to the precision of that.
     put(linear(x, w), sum, true);
-    return sum;
+  } else {
+    addmm(sum, x, flipped(w), 1.0);
   }
-  if (use_onednn(x.scalar_type(), x.size(0) * w.numel())) return onednn_plus(sum, x, w);
-  addmm(sum, x, flipped(w), 1.0);
   return sum;
 }
 
@@ -206,12 +192,12 @@ void OuterSum::fold() {
 }
 
 void OuterSum::add(const Tensor& left, const Tensor& right) {
-  const bool dense = !total_ || total_->stride(0) == h_;
   if (left.numel() == 0 || right.numel() == 0) return;
-  if (total_ && skinny_bf16_outer_fits(left, right)) {
-    skinny_bf16_outer(*total_, left, right, held_);
-  } else if (dense && left.size(0) <= kSkinny && m_ * h_ >= kLarge) {
-    skinny_outer(total(left), left, right, held_);
+  const bool floats = total_ || dtype_ == ScalarType::Float;
+  if (floats && paired_outer_fits(left, right)) {
+    paired_outer(total(left), left, right, held_);
+  } else if (tiled_outer_fits(left, right)) {
+    tiled_outer(total(left), left, right, held_);
   } else if (is_half(left) && !multiplies_halves()) {
     add(widened(left), widened(right));
   } else if (is_half(left)) {
@@ -219,12 +205,6 @@ void OuterSum::add(const Tensor& left, const Tensor& right) {
     halves_.push_back(empty(left, {m_, h_}, ScalarType::BFloat16));
     halves_product(halves_.back(), left, right);
     if (total_) fold();
-    return;
-  } else if (use_onednn(ScalarType::Float, left.size(0) * m_ * h_)) {
-    // One factor has to be turned: the smaller, with what turning the sum in the end takes.
-    if (!part_) turned_ = left.size(0) * m_ > left.size(0) * h_ + m_ * h_;
-    const Tensor x = turned(turned_ ? right : left), w = flipped(turned_ ? left : right);
-    part_ = part_ ? onednn_plus(*part_, x, w) : onednn(x, w, nullptr);
     return;
   } else if (held_) {
     addmm(total(left), flipped(left), right, 1.0);
@@ -235,20 +215,13 @@ void OuterSum::add(const Tensor& left, const Tensor& right) {
 }
 
 Tensor OuterSum::result(const Tensor& like) {
-  if (part_ && !turned_ && !total_) return *part_;
   if (dtype_ == ScalarType::BFloat16 && !total_ && !halves_.empty()) {
     if (halves_.size() == 2) put(halves_[1], halves_[0], true);
     return halves_[0];
   }
   fold();
   Tensor& to = total(like);
-  if (part_ && turned_) {
-    turn_into(to, *part_, held_);
-  } else if (part_) {
-    put(*part_, to, held_);
-  } else if (!held_) {
-    torch::stable::zero_(to);
-  }
+  if (!held_) torch::stable::zero_(to);
   if (dtype_ == ScalarType::Float) return to;
   const Tensor narrow = empty(like, {m_, h_}, dtype_);
   put(to, narrow);

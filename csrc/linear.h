@@ -26,7 +26,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias = nullptr);
 // to = or += from, each float32 or bfloat16, rows of `to` may lie apart.
 void put(const Tensor& from, const Tensor& to, bool add = false);
 
-// sum + x w^T, in the memory of sum or in new memory.
+// sum + x w^T, in the memory of sum (contiguous) or in new memory.
 Tensor plus_linear(const Tensor& sum, const Tensor& x, const Tensor& w);
 
 // Gradients of a weight: the sum of left^T right over the chunks of a batch, in float32, for contiguous left (n, m) and right
@@ -50,36 +50,33 @@ class OuterSum {
 
   int64_t m_, h_;
   ScalarType dtype_ = ScalarType::Float;
-  std::optional<Tensor> total_, part_;  // part_: what oneDNN has summed, which cannot add to memory that is there
-  std::vector<Tensor> halves_;          // bfloat16 products, two at most, that may do without a total
-  bool held_ = false;                   // whether total_ holds anything
-  bool turned_ = false;                 // whether part_ is (h, m)
+  std::optional<Tensor> total_;
+  std::vector<Tensor> halves_;  // bfloat16 products, two at most, that may do without a total
+  bool held_ = false;           // whether total_ holds anything
 };
 
 // total (m, h) = or += left^T right. total: of their dtype, or float32.
 void outer_product(const Tensor& total, const Tensor& left, const Tensor& right, bool add);
 
-// Up to so many rows, `skinny` is faster than either library with a large weight: 1.2 to 2 times at 16. With a small one
-// its preparations are what takes the time.
-constexpr int64_t kSkinny = 64, kLarge = 1 << 16;
+// Up to so many rows, tiles are faster than either library with a large weight, on any processor: 1.2 to 2 times at 16. With
+// a small one their preparations are what takes the time.
+constexpr int64_t kFewRows = 64, kLarge = 1 << 16;
 
-// Whether `skinny` takes these.
-bool skinny_fits(const Tensor& x, const Tensor& w);
+// y = or += x w^T + bias for x (n, k), w (m, k), contiguous along k or m, and contiguous y, if `tiled_fits`: float32, or
+// bfloat16 where the processor does not multiply that.
+bool tiled_fits(const Tensor& x, const Tensor& w);
+void tiled(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor* bias, bool add);
 
-// x w^T + bias for x (n, k), w (m, k), contiguous along k or m.
-Tensor skinny(const Tensor& x, const Tensor& w, const Tensor* bias);
-
-// float32 w (m, h) = or += g^T x for contiguous w, g (n, m) and x (n, h), float32 or bfloat16.
-void skinny_outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add);
+// float32 w (m, h), whose rows may lie apart, = or += g^T x for contiguous g (n, m) and x (n, h), float32 or bfloat16.
+bool tiled_outer_fits(const Tensor& g, const Tensor& x);
+void tiled_outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add);
 
 // The same in bfloat16, for x whose length is even, where the processor multiplies pairs of bfloat16 in vectors but not in
-// tiles. Libraries take 10 us to prepare a product, and more the more terms a weight has.
-bool skinny_bf16_fits(const Tensor& x, const Tensor& w);
-Tensor skinny_bf16(const Tensor& x, const Tensor& w, const Tensor* bias);
-
-// w (m, h) = g^T x, of bfloat16 or float32, rows of w may lie apart; or += if w is float32.
-bool skinny_bf16_outer_fits(const Tensor& g, const Tensor& x);
-void skinny_bf16_outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add);
+// tiles (AVX512_BF16 without AMX). w may be bfloat16, which cannot be added to.
+bool paired_fits(const Tensor& x, const Tensor& w);
+void paired(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor* bias, bool add);
+bool paired_outer_fits(const Tensor& g, const Tensor& x);
+void paired_outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add);
 
 // Asks for large pages before a fresh tensor is written: a fault for each 4 KiB of a gradient of the experts' size takes
 // longer than writing it.

@@ -42,6 +42,8 @@ CASES = {
         Case("rows", lambda: plucker.blend((300,), 129)),
         *(Case(f"{n}-rows", lambda n=n: plucker.blend((n,), 233)) for n in range(1, 6)),
         Case("few-rows", lambda: plucker.blend((45,), 261)),
+        # More terms of a gradient than are laid out at a time.
+        Case("many-rows", lambda: plucker.blend((1300,), 70)),
     ],
     "moe_ffn": [
         Case("rows", lambda: moe.make(300, 70, 97, 2)),
@@ -49,6 +51,10 @@ CASES = {
         Case("few-rows", lambda: moe.make(61, 150, 586, 3)),
         Case("one-row", lambda: moe.make(2, 290, 130, 4, top_k=1)),
         Case("few-rows-odd", lambda: moe.make(45, 151, 331, 2)),
+        # More rows than a part of a product has, experts one after the other on all threads.
+        Case("many-rows", lambda: moe.make(1100, 70, 97, 1, top_k=1)),
+        # Few outputs: all threads divide the rows, and the columns of a gradient.
+        Case("narrow", lambda: moe.make(260, 350, 20, 1, top_k=1)),
         # More columns than a vector has lanes, with every pass there is.
         Case("dropout", lambda: moe.make(40, 37, 53, 3, seed=5), {"dropout": 0.3}),
         Case("gelu-out", lambda: moe.make(40, 37, 53, 3), {"gelu_out": True}),

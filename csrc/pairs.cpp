@@ -1,19 +1,16 @@
-// Products of few rows in bfloat16, y = x w^T + bias and the weight's gradient g^T x, for processors whose vectors multiply
-// pairs of bfloat16 (AVX512_BF16) and that have no tiles (AMX), which are faster.
+// Products in bfloat16, y = x w^T + bias and the weight's gradient g^T x, for processors whose vectors multiply pairs of
+// bfloat16 (AVX512_BF16) and that have no tiles (AMX), which are faster.
 //
 // A lane adds the products of a pair: two neighbours in the sum are one word. The rows' words are broadcast, and the other
 // factor is laid out in panels (pair, column): a weight a block at a time, which stays in the first cache, while the memory
-// is asked for the next. A library does so too, but its preparations take 10 us, as long as all of a product of 16 rows
-// with 192 x 768.
-#include "skinny.h"
+// is asked for the next.
+#include "tiles.h"
 #include "vec.h"
 
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 11 : __GNUC__ >= 10)
 #define GRASSLAND_HAS_PAIRS
 #include <cpuid.h>
 #include <immintrin.h>
-
-#include <memory>
 #endif
 
 namespace grassland {
@@ -29,10 +26,9 @@ using Vec = Register<float, kLanes>::type;
 
 // A tile is at most kTile rows by four vectors of columns; a block of w has kDepth terms of the sum.
 constexpr int64_t kTile = 6, kVectors = 4, kPanel = kVectors * kLanes, kDepth = 256;
-constexpr int64_t kStep = 8;             // terms between two looks ahead
+constexpr int64_t kStep = 8;            // terms between two looks ahead
 constexpr int64_t kStripe = 16 * kTile;  // rows of a gradient whose factor is laid out at a time
-constexpr int64_t kMost = 256;           // rows of a product: beyond, a library is as fast
-constexpr int64_t kLeast = 1 << 14;      // numbers of a weight
+static_assert(kPanel == kColumns);
 
 bool has_pairs() {
   static const bool found = [] {
@@ -48,6 +44,10 @@ GRASSLAND_PAIRS_INLINE __mmask32 first_halves(int64_t live) {
 
 GRASSLAND_PAIRS_INLINE __mmask16 first_lanes(int64_t live) {
   return live >= kLanes ? ~__mmask16{0} : live <= 0 ? __mmask16{0} : static_cast<__mmask16>((1u << live) - 1);
+}
+
+GRASSLAND_PAIRS_INLINE __m512 widened(__mmask16 live, const bf16* from) {
+  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, from)), 16);
 }
 
 // Rows 2 p and 2 p + 1 of from (n, width) become row p of to (pairs, columns), zero beyond n and width.
@@ -178,10 +178,11 @@ struct LinearTile {
       take_tile<R>(b.sums + first * kPanel, kPanel, kPanel, sum);
     else
       for (int v = 0; v < kVectors; ++v) {
-        __m256i bias = _mm256_setzero_si256();
-        if (p.bias != nullptr)
-          bias = _mm256_maskz_loadu_epi16(first_lanes(b.width - v * kLanes), p.bias + b.column + v * kLanes);
-        for (int r = 0; r < R; ++r) sum[r][v] = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bias), 16);
+        const __mmask16 live = first_lanes(b.width - v * kLanes);
+        const int64_t column = b.column + v * kLanes;
+        const __m512 bias = p.bias == nullptr ? _mm512_setzero_ps() : widened(live, p.bias + column);
+        for (int r = 0; r < R; ++r)
+          sum[r][v] = p.add ? bias + widened(live, p.y + (first + r) * p.m + column) : bias;
       }
     for (int64_t k = 0; k < b.depth; k += kStep) {
       b.ahead->ask();
@@ -195,11 +196,11 @@ struct LinearTile {
   }
 };
 
+// Outputs `begin` to `end`, of which a block has kPanel.
 GRASSLAND_PAIRS void linear_panels(const Product<bf16>& p, int64_t begin, int64_t end) {
   alignas(64) uint32_t words[kDepth / 2 * kPanel];
-  const std::unique_ptr<float[]> sums(p.k > kDepth ? new float[p.n * kPanel] : nullptr);
-  const int64_t last = std::min(end * kPanel, p.m);
-  for (int64_t column = begin * kPanel, term = 0; column < last;) {
+  const Buffer<float> sums = p.k > kDepth ? buffer<float>(p.n * kPanel) : nullptr;
+  for (int64_t column = begin, term = 0; column < end;) {
     const int64_t width = std::min(kPanel, p.m - column), depth = std::min(kDepth, p.k - term);
     if (p.along)
       turn_pairs(p.w + column * p.ldw + term, p.ldw, width, depth, words);
@@ -207,8 +208,8 @@ GRASSLAND_PAIRS void linear_panels(const Product<bf16>& p, int64_t begin, int64_
       pair_rows(p.w + term * p.ldw + column, p.ldw, depth, width, kPanel, words);
     const bool more = term + depth < p.k;
     const int64_t next_column = more ? column : column + kPanel, next_term = more ? term + depth : 0;
-    const int64_t looks = (p.n + kTile - 1) / kTile * ((depth + kStep - 1) / kStep);
-    Ahead ahead = look_ahead(p, next_column < last ? next_column : p.m, next_term, kPanel, kDepth, looks);
+    const int64_t looks = parts(p.n, kTile) * parts(depth, kStep);
+    Ahead ahead = look_ahead(p, next_column < end ? next_column : p.m, next_term, kPanel, kDepth, looks);
     each_tile<LinearTile>(p.n, p, Block{words, column, width, term, depth, sums.get(), &ahead});
     column = next_column;
     term = next_term;
@@ -224,78 +225,95 @@ struct Outer {
   bool add;
 };
 
+// One block of terms of a panel of columns, for a stripe of rows.
+struct Strip {
+  const uint32_t *rows, *panel;
+  int64_t first, column, pairs;
+  float* sums;  // (kStripe, kPanel), of the blocks before
+  bool begins, ends;
+};
+
 template <int R>
 struct OuterTile {
   template <typename T>
-  GRASSLAND_PAIRS_APART static void run(int64_t first, const Outer<T>& p, const uint32_t* rows, const uint32_t* panels,
-                                        T* w) {
-    const int64_t pairs = (p.n + 1) / 2;
-    for (int64_t c = 0; c < p.h; c += kPanel) {
-      const int64_t width = std::min(kPanel, p.h - c);
-      T* to = w + first * p.ldw + c;
-      Tile<R> sum;
-      const bool add = std::is_same_v<T, float> && p.add;
-      if constexpr (std::is_same_v<T, float>)
-        if (add) take_tile<R>(to, p.ldw, width, sum);
-      if (!add)
-        for (auto& row : sum)
-          for (auto& v : row) v = _mm512_setzero_ps();
-      multiply<R>(reinterpret_cast<const char*>(rows + first), 4, kStripe * 4, panels + c * pairs, pairs, sum);
-      put_tile<R>(sum, to, p.ldw, width);
-    }
+  GRASSLAND_PAIRS_APART static void run(int64_t row, const Outer<T>& p, const Strip& b) {
+    const int64_t width = std::min(kPanel, p.h - b.column);
+    T* to = p.w + (b.first + row) * p.ldw + b.column;
+    float* held = b.sums + row * kPanel;
+    Tile<R> sum;
+    bool taken = !b.begins;
+    if (taken) take_tile<R>(held, kPanel, kPanel, sum);
+    if constexpr (std::is_same_v<T, float>)
+      if (!taken && (taken = p.add)) take_tile<R>(to, p.ldw, width, sum);
+    if (!taken)
+      for (auto& sums : sum)
+        for (auto& v : sums) v = _mm512_setzero_ps();
+    multiply<R>(reinterpret_cast<const char*>(b.rows + row), 4, kStripe * 4, b.panel, b.pairs, sum);
+    b.ends ? put_tile<R>(sum, to, p.ldw, width) : put_tile<R>(sum, held, kPanel, kPanel);
   }
 };
 
-// Stripes `begin` to `end` of w; x in panels (panel, pair, kPanel).
+// Rows `begin` to `end` of w, of columns `left` to `right`, a multiple of kPanel and one or the last; x in panels (panel,
+// pair, kPanel).
 template <typename T>
-GRASSLAND_PAIRS void outer_stripes(const Outer<T>& p, const uint32_t* panels, int64_t begin, int64_t end) {
-  alignas(64) uint32_t words[kMost / 2 * kStripe];
-  for (int64_t first = begin * kStripe; first < std::min(end * kStripe, p.m); first += kStripe) {
-    const int64_t rows = std::min(kStripe, p.m - first);
-    pair_rows(p.g + first, p.m, p.n, rows, kStripe, words);
-    each_tile<OuterTile>(rows, p, words, panels, p.w + first * p.ldw);
+GRASSLAND_PAIRS void outer_part(const Outer<T>& p, const uint32_t* panels, int64_t begin, int64_t end, int64_t left,
+                                int64_t right) {
+  const int64_t pairs = parts(p.n, 2);
+  const Buffer<uint32_t> words = buffer<uint32_t>(pairs * kStripe);
+  alignas(64) float sums[kStripe * kPanel];
+  for (int64_t first = begin; first < end; first += kStripe) {
+    const int64_t rows = std::min(kStripe, end - first);
+    pair_rows(p.g + first, p.m, p.n, rows, kStripe, words.get());
+    for (int64_t c = left; c < right; c += kPanel)
+      for (int64_t base = 0; base < pairs; base += kDepth / 2) {
+        const int64_t depth = std::min(kDepth / 2, pairs - base);
+        const uint32_t* panel = panels + c * pairs + base * kPanel;
+        each_tile<OuterTile>(rows, p, Strip{words.get() + base * kStripe, panel, first, c, depth, sums, base == 0,
+                                            base + depth == pairs});
+      }
   }
 }
 
 template <typename T>
 void outer(const Outer<T>& p) {
-  const int64_t pairs = (p.n + 1) / 2, count = (p.h + kPanel - 1) / kPanel;
-  const std::unique_ptr<uint32_t[]> panels(new uint32_t[count * kPanel * pairs]);
-  torch::stable::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+  const int64_t pairs = parts(p.n, 2), rows = parts(p.m, kTile), columns = parts(p.h, kPanel);
+  const Buffer<uint32_t> panels = buffer<uint32_t>(columns * kPanel * pairs);
+  torch::stable::parallel_for(0, columns, 4, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin * kPanel; c < std::min(end * kPanel, p.h); c += kPanel)
       pair_rows(p.x + c, p.h, p.n, p.h - c, kPanel, panels.get() + c * pairs);
   });
-  torch::stable::parallel_for(0, (p.m + kStripe - 1) / kStripe, 1, [&](int64_t begin, int64_t end) {
-    outer_stripes(p, panels.get(), begin, end);
+  torch::stable::parallel_for(0, std::max(rows, columns), 1, [&](int64_t begin, int64_t end) {
+    if (rows >= columns)
+      outer_part(p, panels.get(), begin * kTile, std::min(end * kTile, p.m), 0, p.h);
+    else
+      outer_part(p, panels.get(), 0, p.m, begin * kPanel, std::min(end * kPanel, p.h));
   });
 }
 
 }  // namespace
 
-bool skinny_bf16_fits(const Tensor& x, const Tensor& w) {
-  return is_half(x) && x.numel() > 0 && x.size(0) <= kMost && x.size(1) % 2 == 0 &&
-         w.numel() >= kLeast && x.stride(1) == 1 && (w.stride(1) == 1 || w.stride(0) == 1) && has_pairs();
+bool paired_fits(const Tensor& x, const Tensor& w) {
+  return is_half(x) && x.numel() > 0 && x.size(1) % 2 == 0 && w.numel() >= kSmall && x.stride(1) == 1 &&
+         (w.stride(1) == 1 || w.stride(0) == 1) && has_pairs();
 }
 
-Tensor skinny_bf16(const Tensor& x, const Tensor& w, const Tensor* bias) {
-  const Tensor y = empty(x, {x.size(0), w.size(0)}, ScalarType::BFloat16);
-  const Product<bf16> p = product_of<bf16>(x, w, bias, y);
-  if (p.n <= kFewHalves && p.along) {
-    few(p);
-    return y;
-  }
-  torch::stable::parallel_for(0, (p.m + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
-    linear_panels(p, begin, end);
+void paired(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor* bias, bool add) {
+  const Product<bf16> p = product_of<bf16>(y, x, w, bias, add);
+  if (p.n <= kFewHalves && p.along) return few(p);
+  each_part(p.n, p.m, divided(p.n, p.m, kPanel), [&](int64_t row, int64_t rows, int64_t output, int64_t end) {
+    Product<bf16> part = p;
+    part.n = rows;
+    part.x += row * p.ldx;
+    part.y += row * p.m;
+    linear_panels(part, output, end);
   });
-  return y;
 }
 
-bool skinny_bf16_outer_fits(const Tensor& g, const Tensor& x) {
-  return is_half(g) && g.numel() > 0 && g.size(0) <= kMost &&
-         g.size(1) * x.size(1) >= kLeast && has_pairs();
+bool paired_outer_fits(const Tensor& g, const Tensor& x) {
+  return is_half(g) && g.numel() > 0 && g.size(1) * x.size(1) >= kSmallOuter && has_pairs();
 }
 
-void skinny_bf16_outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add) {
+void paired_outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add) {
   const auto run = [&](auto* to) {
     outer<std::remove_pointer_t<decltype(to)>>(
         {data<bf16>(g), data<bf16>(x), to, g.size(0), g.size(1), x.size(1), w.stride(0), add});
@@ -303,10 +321,10 @@ void skinny_bf16_outer(const Tensor& w, const Tensor& g, const Tensor& x, bool a
   w.scalar_type() == ScalarType::Float ? run(data<float>(w)) : run(data<bf16>(w));
 }
 #else
-bool skinny_bf16_fits(const Tensor&, const Tensor&) { return false; }
-Tensor skinny_bf16(const Tensor& x, const Tensor&, const Tensor*) { return x; }
-bool skinny_bf16_outer_fits(const Tensor&, const Tensor&) { return false; }
-void skinny_bf16_outer(const Tensor&, const Tensor&, const Tensor&, bool) {}
+bool paired_fits(const Tensor&, const Tensor&) { return false; }
+void paired(const Tensor&, const Tensor&, const Tensor&, const Tensor*, bool) {}
+bool paired_outer_fits(const Tensor&, const Tensor&) { return false; }
+void paired_outer(const Tensor&, const Tensor&, const Tensor&, bool) {}
 #endif
 
 }  // namespace grassland

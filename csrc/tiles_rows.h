@@ -1,4 +1,4 @@
-// The tiles of skinny.cpp, for each vector unit.
+// The tiles of tiles.cpp, for each vector unit.
 
 // Where a tile's sums lie.
 struct Place {
@@ -36,35 +36,49 @@ GRASSLAND_INLINE void tile(const float* a, int64_t row, int64_t term, const floa
 }
 
 // Registers are allotted well to one tile at a time only.
-template <int R>
+template <int R, int V>
 __attribute__((noinline)) GRASSLAND_UNIT void row_tile(const float* x, int64_t ldx, const float* b, int64_t panel,
                                                        int64_t step, int64_t depth, const Place& c, bool add,
                                                        Ahead& ahead) {
-  constexpr int V = kWide ? 4 : 1;
   tile<R, V>(x, ldx, 1, b, panel, step, depth, c, add, [&](int64_t k) GRASSLAND_INLINE_LAMBDA {
     if (k % kLook == 0) ahead.ask();
   });
 }
 
-// c (n, width) = or += x (n, depth) b, in panels
+// c (n, V panels) = or += x (n, depth) b
+template <int V>
 GRASSLAND_INLINE void row_tiles(const float* x, int64_t ldx, int64_t n, const float* b, int64_t panel, int64_t step,
-                                int64_t width, int64_t depth, float* c, int64_t ldc, bool add, Ahead& ahead) {
-  constexpr int64_t V = kWide ? 4 : 1;
-  const int64_t count = (n + kTile - 1) / kTile;
-  for (int64_t o = 0; o < width; o += V * kLanes)
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t first = t * n / count;
-      const float *from = x + first * ldx, *panels = b + o / kLanes * panel;
-      const Place to{c + first * ldc + o, ldc, kLanes};
-      switch ((t + 1) * n / count - first) {
-        case 1: row_tile<1>(from, ldx, panels, panel, step, depth, to, add, ahead); break;
-        case 2: row_tile<2>(from, ldx, panels, panel, step, depth, to, add, ahead); break;
-        case 3: row_tile<3>(from, ldx, panels, panel, step, depth, to, add, ahead); break;
-        case 4: row_tile<4>(from, ldx, panels, panel, step, depth, to, add, ahead); break;
-        case 5: row_tile<5>(from, ldx, panels, panel, step, depth, to, add, ahead); break;
-        default: row_tile<6>(from, ldx, panels, panel, step, depth, to, add, ahead);
-      }
+                                int64_t depth, float* c, int64_t ldc, bool add, Ahead& ahead) {
+  const int64_t count = parts(n, kTile);
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t first = t * n / count;
+    const float* from = x + first * ldx;
+    const Place to{c + first * ldc, ldc, kLanes};
+    switch ((t + 1) * n / count - first) {
+      case 1: row_tile<1, V>(from, ldx, b, panel, step, depth, to, add, ahead); break;
+      case 2: row_tile<2, V>(from, ldx, b, panel, step, depth, to, add, ahead); break;
+      case 3: row_tile<3, V>(from, ldx, b, panel, step, depth, to, add, ahead); break;
+      case 4: row_tile<4, V>(from, ldx, b, panel, step, depth, to, add, ahead); break;
+      case 5: row_tile<5, V>(from, ldx, b, panel, step, depth, to, add, ahead); break;
+      default: row_tile<6, V>(from, ldx, b, panel, step, depth, to, add, ahead);
     }
+  }
+}
+
+// c (n, width) = or += x (n, depth) b, in panels
+GRASSLAND_INLINE void all_tiles(const float* x, int64_t ldx, int64_t n, const float* b, int64_t panel, int64_t step,
+                                int64_t width, int64_t depth, float* c, int64_t ldc, bool add, Ahead& ahead) {
+  for (int64_t left = parts(width, kLanes); left > 0;) {
+    const int64_t count = !kWide || left == 1 ? 1 : left == 2 ? 2 : 4;
+    switch (count) {
+      case 1: row_tiles<1>(x, ldx, n, b, panel, step, depth, c, ldc, add, ahead); break;
+      case 2: row_tiles<kWide ? 2 : 1>(x, ldx, n, b, panel, step, depth, c, ldc, add, ahead); break;
+      default: row_tiles<kWide ? 4 : 1>(x, ldx, n, b, panel, step, depth, c, ldc, add, ahead);
+    }
+    b += count * panel;
+    c += count * kLanes;
+    left -= count;
+  }
 }
 
 // x in float32: as it lies, or in `room`
@@ -81,7 +95,7 @@ GRASSLAND_UNIT const float* in_float(const Product<bf16>& p, float* room) {
 // w (width, depth) to panels (panel, depth, lane), zero beyond width
 template <typename T>
 GRASSLAND_UNIT void turn_block(const T* w, int64_t ldw, int64_t width, int64_t depth, float* panels) {
-  for (int64_t v = 0; v < kOutputs; v += kLanes, panels += depth * kLanes) {
+  for (int64_t v = 0; v < (width > 2 * kLanes ? kColumns : width); v += kLanes, panels += depth * kLanes) {
     const int64_t live = std::min(kLanes, width - v);
     for_each_vector(depth, [&](int64_t k, auto terms) GRASSLAND_INLINE_LAMBDA {
       Vec m[kLanes];
@@ -99,25 +113,24 @@ GRASSLAND_UNIT void turn_block(const T* w, int64_t ldw, int64_t width, int64_t d
   }
 }
 
-// w (depth, width) to rows of kWideOutputs, zero up to the next kOutputs
+// w (depth, width) to rows of kWideColumns, zero up to the next kColumns
 template <typename T>
 GRASSLAND_UNIT void copy_block(const T* w, int64_t ldw, int64_t width, int64_t depth, float* to) {
   for (int64_t k = 0; k < depth; ++k) {
     for_each_vector(width, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-      store_full(load(w + k * ldw + c, live), to + k * kWideOutputs + c);
+      store_full(load(w + k * ldw + c, live), to + k * kWideColumns + c);
     });
-    for (int64_t c = rounded(width, kLanes); c < rounded(width, kOutputs); c += kLanes)
-      store_full(Vec{}, to + k * kWideOutputs + c);
+    for (int64_t c = rounded(width, kLanes); c < rounded(width, kColumns); c += kLanes)
+      store_full(Vec{}, to + k * kWideColumns + c);
   }
 }
 
-// y (n, begin .. end), all terms; room for a block in panels and for the sums (n, end - begin rounded to kOutputs).
+// y (n, begin .. end), all terms; room for a block in panels and for the sums (n, end - begin rounded to kColumns).
 template <bool along, typename T>
 GRASSLAND_UNIT void outputs(const Product<T>& p, const float* x, int64_t ldx, int64_t begin, int64_t end, float* panels,
                             float* sums) {
-  constexpr int64_t most = along ? kTerms : kWideTerms, wide = (kWide ? 4 : 1) * kLanes;
-  const int64_t width = end - begin, ld = rounded(width, kOutputs);
-  const int64_t tiles = (p.n + kTile - 1) / kTile * (ld / wide);
+  constexpr int64_t most = along ? kTerms : kWideTerms;
+  const int64_t width = end - begin, ld = rounded(width, kColumns), tiles = parts(p.n, kTile) * parts(width, kColumns);
   for (int64_t k = 0; k < p.k; k += most) {
     const int64_t depth = std::min(most, p.k - k), after = k + depth;
     const T* w = p.w + (along ? begin * p.ldw + k : k * p.ldw + begin);
@@ -126,14 +139,15 @@ GRASSLAND_UNIT void outputs(const Product<T>& p, const float* x, int64_t ldx, in
     else
       copy_block(w, p.ldw, width, depth, panels);
     const bool more = after < p.k;
-    Ahead ahead = look_ahead(p, more ? begin : end, more ? after : 0, ld, most, tiles * ((depth + kLook - 1) / kLook));
-    row_tiles(x + k, ldx, p.n, panels, along ? depth * kLanes : kLanes, along ? kLanes : kWideOutputs, width, depth, sums,
+    Ahead ahead = look_ahead(p, more ? begin : end, more ? after : 0, ld, most, tiles * parts(depth, kLook));
+    all_tiles(x + k, ldx, p.n, panels, along ? depth * kLanes : kLanes, along ? kLanes : kWideColumns, width, depth, sums,
               ld, k > 0, ahead);
   }
   for (int64_t i = 0; i < p.n; ++i)
     for_each_vector(width, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-      const Vec bias = p.bias == nullptr ? Vec{} : load(p.bias + begin + c, live);
-      store(load_full(sums + i * ld + c) + bias, p.y + i * p.m + begin + c, live);
+      T* y = p.y + i * p.m + begin + c;
+      const Vec bias = p.bias == nullptr ? Vec{} : load(p.bias + begin + c, live), held = p.add ? load(y, live) : Vec{};
+      store(load_full(sums + i * ld + c) + bias + held, y, live);
     });
 }
 
@@ -165,8 +179,9 @@ GRASSLAND_INLINE void few_tile(const Product<T>& p, int64_t first) {
   }
   for (int i = 0; i < N; ++i)
     for (int64_t r = 0; r < rows; ++r) {
-      const float bias = p.bias == nullptr ? 0.0f : to_float(p.bias[first + r]);
-      from_float(found[i * R + r] + bias, p.y[i * p.m + first + r]);
+      T& y = p.y[i * p.m + first + r];
+      const float bias = p.bias == nullptr ? 0.0f : to_float(p.bias[first + r]), held = p.add ? to_float(y) : 0.0f;
+      from_float(found[i * R + r] + bias + held, y);
     }
 }
 
@@ -185,39 +200,62 @@ GRASSLAND_UNIT void few_rows(const Product<T>& p, int64_t begin, int64_t end) {
   }
 }
 
+// Panels `begin` to `end` of x, a few side by side, which lie in one page.
 template <typename T>
 GRASSLAND_UNIT void pack_columns(const Outer<T>& p, int64_t begin, int64_t end, float* panels) {
-  for (int64_t c = begin * kLanes; c < std::min(end * kLanes, p.h); c += kLanes)
+  constexpr int64_t kBeside = 16;
+  for (int64_t first = begin; first < end; first += kBeside) {
+    const int64_t left = first * kLanes, width = std::min(std::min(first + kBeside, end) * kLanes, p.h) - left;
     for (int64_t i = 0; i < p.n; ++i)
-      store_full(load(p.x + i * p.h + c, std::min(kLanes, p.h - c)), panels + c * p.n + i * kLanes);
-}
-
-// Rows `first` to `first` + R of w. Where a tile reaches over an edge, its sums go by way of a copy.
-template <int R, int V, typename T>
-GRASSLAND_INLINE void outer_rows(const Outer<T>& p, int64_t first) {
-  const auto nothing = [](int64_t) GRASSLAND_INLINE_LAMBDA {};
-  const int64_t rows = std::min<int64_t>(R, p.m - first);
-  float a[kSkinny * R] = {};
-  for (int64_t i = 0; i < p.n; ++i)
-    for (int64_t r = 0; r < rows; ++r) a[i * R + r] = to_float(p.g[i * p.m + first + r]);
-  for (int64_t c = 0; c < p.h; c += V * kLanes) {
-    const float* b = p.panels + c * p.n;
-    float* w = p.w + first * p.h + c;
-    const int64_t width = std::min(V * kLanes, p.h - c);
-    if (rows == R && width == V * kLanes) {
-      tile<R, V>(a, 1, R, b, p.n * kLanes, kLanes, p.n, {w, p.h, kLanes}, p.add, nothing);
-      continue;
-    }
-    float edge[R * V * kLanes] = {};
-    for (int64_t r = 0; p.add && r < rows; ++r) std::memcpy(edge + r * V * kLanes, w + r * p.h, width * sizeof(float));
-    tile<R, V>(a, 1, R, b, p.n * kLanes, kLanes, p.n, {edge, V * kLanes, kLanes}, p.add, nothing);
-    for (int64_t r = 0; r < rows; ++r) std::memcpy(w + r * p.h, edge + r * V * kLanes, width * sizeof(float));
+      for_each_vector(width, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+        store_full(load(p.x + i * p.h + left + c, live), panels + (left + c) * p.n + i * kLanes);
+      });
   }
 }
 
-// Rows `begin` to `end` of w, multiples of kStep or the last.
+// Sums of R rows of w by V panels, of all of `b`'s terms, on top of what is there if `add`. Where a tile reaches over an
+// edge, its sums go by way of a copy.
+template <int R, int V>
+__attribute__((noinline)) GRASSLAND_UNIT void outer_tile(const float* a, const float* b, int64_t panel, int64_t depth,
+                                                         float* w, int64_t ldw, int64_t rows, int64_t width, bool add) {
+  const auto nothing = [](int64_t) GRASSLAND_INLINE_LAMBDA {};
+  if (rows >= R && width >= V * kLanes) return tile<R, V>(a, 1, R, b, panel, kLanes, depth, {w, ldw, kLanes}, add, nothing);
+  float edge[R * V * kLanes] = {};
+  rows = std::min<int64_t>(R, rows), width = std::min(V * kLanes, width);
+  for (int64_t r = 0; add && r < rows; ++r) std::memcpy(edge + r * V * kLanes, w + r * ldw, width * sizeof(float));
+  tile<R, V>(a, 1, R, b, panel, kLanes, depth, {edge, V * kLanes, kLanes}, add, nothing);
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(w + r * ldw, edge + r * V * kLanes, width * sizeof(float));
+}
+
+// Rows of g in tiles (tile, term, R), zero beyond the last column.
+template <int R, typename T>
+GRASSLAND_INLINE void pack_stripe(const T* g, int64_t ldg, int64_t depth, int64_t rows, float* a) {
+  for (int64_t first = 0; first < rows; first += R, a += depth * R)
+    for (int64_t i = 0; i < depth; ++i) {
+      const T* from = g + i * ldg + first;
+      if (first + R <= rows) {
+#pragma GCC unroll 12
+        for (int64_t r = 0; r < R; ++r) a[i * R + r] = to_float(from[r]);
+      } else {
+        for (int64_t r = 0; r < R; ++r) a[i * R + r] = first + r < rows ? to_float(from[r]) : 0.0f;
+      }
+    }
+}
+
+// Rows `begin` to `end` of w, of columns `left` to `right`, a multiple of kPair and one or the last.
 template <typename T>
-GRASSLAND_UNIT void outer_range(const Outer<T>& p, int64_t begin, int64_t end) {
-  constexpr int R = kWide ? 12 : 6;
-  for (int64_t first = begin; first < end; first += R) outer_rows<R, kWide ? 2 : 1>(p, first);
+GRASSLAND_UNIT void outer_part(const Outer<T>& p, int64_t begin, int64_t end, int64_t left, int64_t right) {
+  constexpr int R = kWide ? 12 : 6, V = kWide ? 2 : 1;
+  alignas(64) float a[kDeep * kStripe];
+  for (int64_t first = begin; first < end; first += kStripe) {
+    const int64_t rows = std::min(kStripe, end - first);
+    for (int64_t base = 0; base < p.n; base += kDeep) {
+      const int64_t depth = std::min(kDeep, p.n - base);
+      pack_stripe<R>(p.g + base * p.m + first, p.m, depth, rows, a);
+      for (int64_t c = left; c < right; c += V * kLanes)
+        for (int64_t r = 0; r < rows; r += R)
+          outer_tile<R, V>(a + r * depth, p.panels + c * p.n + base * kLanes, p.n * kLanes, depth,
+                           p.w + (first + r) * p.ldw + c, p.ldw, rows - r, right - c, p.add || base > 0);
+    }
+  }
 }

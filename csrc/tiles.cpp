@@ -1,0 +1,127 @@
+// Products in float32 by tiles of registers: y = x w^T + bias, and a weight's gradient w = g^T x. Of bfloat16, they widen
+// what they read.
+//
+// A block of w at a time is laid out in panels (term, lane) of sixteen outputs in the cache, while the memory is asked for
+// the next. A tile has a few rows of x, whose numbers are broadcast, and a few panels.
+#include "tiles.h"
+#include "vec.h"
+
+namespace grassland {
+namespace {
+
+// A block of w has kTerms terms of kColumns outputs if it is contiguous along the sum, else kWideTerms of kWideColumns.
+constexpr int64_t kTerms = 128, kWideColumns = 384, kWideTerms = 64;
+constexpr int64_t kBlock = std::max(kColumns * kTerms, kWideColumns * kWideTerms);
+constexpr int64_t kTile = 6;  // rows of x
+constexpr int64_t kLook = 8;  // terms between two looks ahead
+
+// Of a gradient: kDeep terms of kStripe rows lie in the cache, and kChunk terms of x are laid out at a time. kStep rows are
+// a whole number of tiles of any unit, kPair columns one.
+constexpr int64_t kDeep = 256, kStripe = 96, kChunk = 1024, kStep = 12, kPair = 2 * kLanes;
+
+constexpr int64_t kShare = 1 << 15;  // numbers that are worth a thread
+
+// w (m, h) = or += g^T x for g (n, m), x in panels (panel, n, lane).
+template <typename T>
+struct Outer {
+  const T *g, *x;  // (n, m), (n, h)
+  const float* panels;
+  float* w;
+  int64_t n, m, h, ldw;
+  bool add;
+};
+
+#define GRASSLAND_SOURCE "tiles_rows.h"
+#include "units.h"
+
+template <typename T>
+void few_of(const Product<T>& p) {
+  constexpr int64_t kTall = 8;
+  const int64_t grain = kShare / (kTall * p.k) + 1;
+  torch::stable::parallel_for(0, parts(p.m, kTall), grain, [&](int64_t begin, int64_t end) {
+    GRASSLAND_BEST(few_rows)(p, begin * kTall, std::min(end * kTall, p.m));
+  });
+}
+
+template <typename T>
+void product(const Product<T>& p) {
+  if (p.n <= kFew && p.along) return few_of(p);
+  constexpr bool half = std::is_same_v<T, bf16>;
+  const Buffer<float> wide = half ? buffer<float>(p.n * p.k) : nullptr;
+  const float* x = GRASSLAND_BEST(in_float)(p, wide.get());
+  const int64_t ldx = half ? p.k : p.ldx;
+  const Division by = divided(p.n, p.m, p.along ? kColumns : kWideColumns);
+  each_part(p.n, p.m, by, [&](int64_t row, int64_t rows, int64_t output, int64_t end) {
+    const Buffer<float> panels = buffer<float>(kBlock), sums = buffer<float>(rows * by.outputs);
+    Product<T> part = p;
+    part.n = rows;
+    part.y += row * p.m;
+    p.along ? GRASSLAND_BEST(outputs<true>)(part, x + row * ldx, ldx, output, end, panels.get(), sums.get())
+            : GRASSLAND_BEST(outputs<false>)(part, x + row * ldx, ldx, output, end, panels.get(), sums.get());
+  });
+}
+
+template <typename T>
+void outer(Outer<T> p) {
+  const int64_t terms = p.n, panels = rounded(p.h, kPair) / kLanes;
+  const Buffer<float> room = buffer<float>(panels * kLanes * std::min(terms, kChunk));
+  p.panels = room.get();
+  const T *g = p.g, *x = p.x;
+  for (int64_t base = 0; base < terms; base += kChunk) {
+    p.g = g + base * p.m, p.x = x + base * p.h;
+    p.n = std::min(kChunk, terms - base);
+    torch::stable::parallel_for(0, panels, std::max<int64_t>(1, kShare / (p.n * kLanes)), [&](int64_t begin, int64_t end) {
+      GRASSLAND_BEST(pack_columns)(p, begin, end, room.get());
+    });
+    const int64_t rows = parts(p.m, kStep), columns = parts(p.h, kPair);
+    torch::stable::parallel_for(0, std::max(rows, columns), 1, [&](int64_t begin, int64_t end) {
+      if (rows >= columns)
+        GRASSLAND_BEST(outer_part)(p, begin * kStep, std::min(end * kStep, p.m), 0, p.h);
+      else
+        GRASSLAND_BEST(outer_part)(p, 0, p.m, begin * kPair, std::min(end * kPair, p.h));
+    });
+    p.add = true;
+  }
+}
+
+// Whether no library is faster, at any size. MKL is on the processors of its maker.
+bool are_best() {
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+  static const bool found = !__builtin_cpu_is("intel") && best_unit() != VectorUnit::plain;
+  return found;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+void few(const Product<float>& p) { few_of(p); }
+void few(const Product<bf16>& p) { few_of(p); }
+
+bool tiled_fits(const Tensor& x, const Tensor& w) {
+  if (x.numel() == 0 || x.stride(1) != 1 || (w.stride(1) != 1 && w.stride(0) != 1)) return false;
+  if (is_half(x) && multiplies_halves()) return false;
+  if (!is_half(x) && are_best()) return w.numel() >= kSmall;
+  if (x.size(0) <= kFew && w.stride(1) == 1) return w.numel() >= kFewLarge;
+  return x.size(0) <= kFewRows && w.numel() >= kLarge;
+}
+
+void tiled(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor* bias, bool add) {
+  is_half(x) ? product(product_of<bf16>(y, x, w, bias, add)) : product(product_of<float>(y, x, w, bias, add));
+}
+
+bool tiled_outer_fits(const Tensor& g, const Tensor& x) {
+  if (!is_half(g) && are_best()) return g.size(1) * x.size(1) >= kSmallOuter;
+  return g.size(0) <= kFewRows && g.size(1) * x.size(1) >= kLarge;
+}
+
+void tiled_outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add) {
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    outer<T>({data<T>(g), data<T>(x), nullptr, data<float>(w), g.size(0), g.size(1), x.size(1), w.stride(0), add});
+  };
+  is_half(g) ? run(bf16{}) : run(float{});
+}
+
+}  // namespace grassland

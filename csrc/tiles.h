@@ -1,0 +1,121 @@
+// What the products of tiles.cpp (float32) and pairs.cpp (bfloat16) share.
+#pragma once
+
+#include "linear.h"
+
+#include <limits>
+#include <memory>
+#include <new>
+
+namespace grassland {
+
+// y = or += x w^T + bias
+template <typename T>
+struct Product {
+  const T *x, *w, *bias;  // (n, k), rows side by side; (m, k) of either layout; (m) or null
+  T* y;                   // (n, m), rows side by side
+  int64_t n, m, k, ldx, ldw;
+  bool along;  // w is contiguous along the sum
+  bool add;
+};
+
+template <typename T>
+Product<T> product_of(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor* bias, bool add) {
+  const bool along = w.stride(1) == 1;
+  return {data<T>(x), data<T>(w), bias == nullptr ? nullptr : data<T>(*bias), data<T>(y), x.size(0), w.size(0), x.size(1),
+          x.stride(0), along ? w.stride(0) : w.stride(1), along, add};
+}
+
+inline int64_t parts(int64_t x, int64_t step) { return (x + step - 1) / step; }
+inline int64_t rounded(int64_t x, int64_t step) { return parts(x, step) * step; }
+
+struct Free {
+  void operator()(void* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
+template <typename T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <typename T>
+Buffer<T> buffer(int64_t size) {
+  return Buffer<T>(static_cast<T*>(::operator new[](size * sizeof(T), std::align_val_t(64))));
+}
+
+// The lines of the next block of w, asked for while this one is multiplied: it comes in pieces too short for the memory to
+// foresee.
+struct Ahead {
+  const char* row;
+  int64_t stride, lines, rows;  // bytes from one row to the next, lines of each
+  int64_t each;                 // lines to ask for at a time
+  int64_t line = 0;
+
+  __attribute__((always_inline)) void ask() {
+    for (int64_t i = 0; i < each && rows > 0; ++i) {
+      __builtin_prefetch(row + line * 64, 0, 2);
+      if (++line < lines) continue;
+      line = 0;
+      row += stride;
+      --rows;
+    }
+  }
+};
+
+// For the block of `outputs` by `terms` that begins at (output, term), or nothing where that is beyond w, to be asked for
+// in `looks` times.
+template <typename T>
+GRASSLAND_INLINE Ahead look_ahead(const Product<T>& p, int64_t output, int64_t term, int64_t outputs, int64_t terms,
+                                  int64_t looks) {
+  outputs = std::min(outputs, p.m - output);
+  terms = std::min(terms, p.k - term);
+  const int64_t rows = output >= p.m ? 0 : p.along ? outputs : terms;
+  const int64_t size = sizeof(T), lines = ((p.along ? terms : outputs) * size + 63) / 64;
+  const T* first = p.w + (p.along ? output * p.ldw + term : term * p.ldw + output);
+  return {reinterpret_cast<const char*>(first), p.ldw * size, lines, rows, (rows * lines + looks - 1) / looks};
+}
+
+// A product among threads: so many parts of the rows of x by blocks of so many outputs. A block of w is laid out anew for
+// each part.
+struct Division {
+  int64_t rows, outputs;
+};
+
+constexpr int64_t kColumns = 64;    // outputs of a tile in the widest vectors
+constexpr int64_t kLayOut = 12;     // rows of x whose multiplication takes as long as laying out a block of w
+constexpr int64_t kMostRows = 512;  // what is summed of more does not stay in the second cache
+
+// The division that keeps no thread for long; blocks of at most `most` outputs.
+inline Division divided(int64_t n, int64_t m, int64_t most) {
+  const int64_t threads = torch::stable::get_num_threads(), columns = parts(m, kColumns), least = parts(n, kMostRows);
+  Division found{};
+  for (int64_t rows = least, cost = std::numeric_limits<int64_t>::max(); rows < least + threads; ++rows) {
+    const int64_t width = std::min(most / kColumns, parts(columns * rows, threads));
+    const int64_t each = parts(rows * parts(columns, width), threads) * width * (parts(n, rows) + kLayOut);
+    if (each < cost) cost = each, found = {rows, width * kColumns};
+  }
+  return found;
+}
+
+// run(first row, rows, first output, end) for each part of a product, on all threads.
+template <typename F>
+void each_part(int64_t n, int64_t m, const Division& by, const F& run) {
+  const int64_t blocks = parts(m, by.outputs);
+  torch::stable::parallel_for(0, by.rows * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / blocks * n / by.rows, last = (i / blocks + 1) * n / by.rows, output = i % blocks * by.outputs;
+      run(row, last - row, output, std::min(output + by.outputs, m));
+    }
+  });
+}
+
+// Numbers of a weight, and of a gradient, from which on tiles are faster than MKL's and oneDNN's products of any number of
+// rows: preparing those takes 2 to 17 us. All threads share the terms of no gradient.
+constexpr int64_t kSmall = 1 << 10, kSmallOuter = 1 << 12;
+
+// With so few rows of x and a w that lies along the sum, the lanes do, too: for a weight of kFewLarge numbers that is as
+// fast as a library's product of a vector, and up to two and a half times as fast as its product of two to four. Pairs of
+// bfloat16 are faster from three rows on.
+constexpr int64_t kFew = 4, kFewHalves = 2, kFewLarge = 1 << 12;
+
+void few(const Product<float>& p);
+void few(const Product<bf16>& p);
+
+}  // namespace grassland
