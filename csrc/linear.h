@@ -14,6 +14,19 @@ inline Tensor flipped(const Tensor& x) {
   return torch::stable::transpose(base, 0, 1);
 }
 
+// While one lives, its thread is the only one that products have: what runs side by side should not be divided further.
+class Alone {
+ public:
+  Alone() : before_(on) { on = true; }
+  ~Alone() { on = before_; }
+  Alone(const Alone&) = delete;
+  static int64_t threads() { return on ? 1 : torch::stable::get_num_threads(); }
+
+ private:
+  static inline thread_local bool on = false;
+  bool before_;
+};
+
 inline bool is_half(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
 
 // Whether the processor multiplies bfloat16 (AVX512_BF16, which those with AMX have, too). Elsewhere a product of bfloat16

@@ -108,6 +108,7 @@ void each_expert(const Sizes& sizes, const F& run) {
     return;
   }
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const Alone alone;
     for (int64_t t = begin; t < end; ++t)
       for (const int64_t e : share[t]) run(e);
   });

@@ -225,11 +225,11 @@ struct Outer {
   bool add;
 };
 
-// One block of terms of a panel of columns, for a stripe of rows.
+// One block of terms of panels of columns, for a stripe of rows.
 struct Strip {
-  const uint32_t *rows, *panel;
-  int64_t first, column, pairs;
-  float* sums;  // (kStripe, kPanel), of the blocks before
+  const uint32_t *rows, *panels;
+  int64_t first, left, right, panel, pairs;  // words from one panel to the next
+  float* sums;                               // (kStripe, kPanel), of the blocks before
   bool begins, ends;
 };
 
@@ -237,19 +237,22 @@ template <int R>
 struct OuterTile {
   template <typename T>
   GRASSLAND_PAIRS_APART static void run(int64_t row, const Outer<T>& p, const Strip& b) {
-    const int64_t width = std::min(kPanel, p.h - b.column);
-    T* to = p.w + (b.first + row) * p.ldw + b.column;
-    float* held = b.sums + row * kPanel;
-    Tile<R> sum;
-    bool taken = !b.begins;
-    if (taken) take_tile<R>(held, kPanel, kPanel, sum);
-    if constexpr (std::is_same_v<T, float>)
-      if (!taken && (taken = p.add)) take_tile<R>(to, p.ldw, width, sum);
-    if (!taken)
-      for (auto& sums : sum)
-        for (auto& v : sums) v = _mm512_setzero_ps();
-    multiply<R>(reinterpret_cast<const char*>(b.rows + row), 4, kStripe * 4, b.panel, b.pairs, sum);
-    b.ends ? put_tile<R>(sum, to, p.ldw, width) : put_tile<R>(sum, held, kPanel, kPanel);
+    const uint32_t* panel = b.panels;
+    for (int64_t c = b.left; c < b.right; c += kPanel, panel += b.panel) {
+      const int64_t width = std::min(kPanel, b.right - c);
+      T* to = p.w + (b.first + row) * p.ldw + c;
+      float* held = b.sums + row * kPanel;
+      Tile<R> sum;
+      bool taken = !b.begins;
+      if (taken) take_tile<R>(held, kPanel, kPanel, sum);
+      if constexpr (std::is_same_v<T, float>)
+        if (!taken && (taken = p.add)) take_tile<R>(to, p.ldw, width, sum);
+      if (!taken)
+        for (auto& sums : sum)
+          for (auto& v : sums) v = _mm512_setzero_ps();
+      multiply<R>(reinterpret_cast<const char*>(b.rows + row), 4, kStripe * 4, panel, b.pairs, sum);
+      b.ends ? put_tile<R>(sum, to, p.ldw, width) : put_tile<R>(sum, held, kPanel, kPanel);
+    }
   }
 };
 
@@ -261,14 +264,16 @@ GRASSLAND_PAIRS void outer_part(const Outer<T>& p, const uint32_t* panels, int64
   const int64_t pairs = parts(p.n, 2);
   const Buffer<uint32_t> words = buffer<uint32_t>(pairs * kStripe);
   alignas(64) float sums[kStripe * kPanel];
+  // All panels of few terms stay in the cache, and w is written row by row.
+  const int64_t strip = p.n <= kFewRows ? right - left : kPanel;
   for (int64_t first = begin; first < end; first += kStripe) {
     const int64_t rows = std::min(kStripe, end - first);
     pair_rows(p.g + first, p.m, p.n, rows, kStripe, words.get());
-    for (int64_t c = left; c < right; c += kPanel)
+    for (int64_t c = left; c < right; c += strip)
       for (int64_t base = 0; base < pairs; base += kDepth / 2) {
         const int64_t depth = std::min(kDepth / 2, pairs - base);
-        const uint32_t* panel = panels + c * pairs + base * kPanel;
-        each_tile<OuterTile>(rows, p, Strip{words.get() + base * kStripe, panel, first, c, depth, sums, base == 0,
+        each_tile<OuterTile>(rows, p, Strip{words.get() + base * kStripe, panels + c * pairs + base * kPanel, first, c,
+                                            std::min(c + strip, right), kPanel * pairs, depth, sums, base == 0,
                                             base + depth == pairs});
       }
   }

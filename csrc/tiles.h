@@ -9,7 +9,7 @@
 
 namespace grassland {
 
-// y = or += x w^T + bias
+// y = x w^T + bias, or += x w^T
 template <typename T>
 struct Product {
   const T *x, *w, *bias;  // (n, k), rows side by side; (m, k) of either layout; (m) or null
@@ -59,17 +59,21 @@ struct Ahead {
   }
 };
 
-// For the block of `outputs` by `terms` that begins at (output, term), or nothing where that is beyond w, to be asked for
-// in `looks` times.
+// For so many rows of so many numbers, to be asked for in `looks` times.
+template <typename T>
+GRASSLAND_INLINE Ahead ahead_of(const T* first, int64_t ld, int64_t rows, int64_t width, int64_t looks) {
+  const int64_t size = sizeof(T), lines = parts(width * size, 64);
+  return {reinterpret_cast<const char*>(first), ld * size, lines, rows, parts(rows * lines, looks)};
+}
+
+// For the block of `outputs` by `terms` of w that begins at (output, term), or nothing where that is beyond it.
 template <typename T>
 GRASSLAND_INLINE Ahead look_ahead(const Product<T>& p, int64_t output, int64_t term, int64_t outputs, int64_t terms,
                                   int64_t looks) {
-  outputs = std::min(outputs, p.m - output);
+  outputs = output < p.m ? std::min(outputs, p.m - output) : 0;
   terms = std::min(terms, p.k - term);
-  const int64_t rows = output >= p.m ? 0 : p.along ? outputs : terms;
-  const int64_t size = sizeof(T), lines = ((p.along ? terms : outputs) * size + 63) / 64;
-  const T* first = p.w + (p.along ? output * p.ldw + term : term * p.ldw + output);
-  return {reinterpret_cast<const char*>(first), p.ldw * size, lines, rows, (rows * lines + looks - 1) / looks};
+  return p.along ? ahead_of(p.w + output * p.ldw + term, p.ldw, outputs, terms, looks)
+                 : ahead_of(p.w + term * p.ldw + output, p.ldw, outputs > 0 ? terms : 0, outputs, looks);
 }
 
 // A product among threads: so many parts of the rows of x by blocks of so many outputs. A block of w is laid out anew for
@@ -84,7 +88,7 @@ constexpr int64_t kMostRows = 512;  // what is summed of more does not stay in t
 
 // The division that keeps no thread for long; blocks of at most `most` outputs.
 inline Division divided(int64_t n, int64_t m, int64_t most) {
-  const int64_t threads = torch::stable::get_num_threads(), columns = parts(m, kColumns), least = parts(n, kMostRows);
+  const int64_t threads = Alone::threads(), columns = parts(m, kColumns), least = parts(n, kMostRows);
   Division found{};
   for (int64_t rows = least, cost = std::numeric_limits<int64_t>::max(); rows < least + threads; ++rows) {
     const int64_t width = std::min(most / kColumns, parts(columns * rows, threads));

@@ -1,16 +1,22 @@
 // The tiles of tiles.cpp, for each vector unit.
 
-// Where a tile's sums lie.
-struct Place {
-  float* at;
+// Sums of rows by panels: where they begin, null for zero, and where they go.
+struct Sums {
+  const float* from;
+  int64_t from_row, from_panel;
+  float* to;
   int64_t row, panel;
+  Sums at(int64_t r, int64_t v) const {
+    return {from == nullptr ? from : from + r * from_row + v * from_panel, from_row, from_panel, to + r * row + v * panel,
+            row, panel};
+  }
 };
 
-// Of V panels, c (R, lanes) = or += sum over k of a, whose rows and terms lie `row` and `term` apart, and b (k, lanes), whose
+// Of V panels, c (R, lanes) += sum over k of a, whose rows and terms lie `row` and `term` apart, and b (k, lanes), whose
 // panels and terms do. Blocks are summed apart before they are added up, which keeps the rounding error of a long sum small.
 template <int R, int V, typename F>
 GRASSLAND_INLINE void tile(const float* a, int64_t row, int64_t term, const float* b, int64_t panel, int64_t step,
-                           int64_t depth, const Place& c, bool add, const F& look) {
+                           int64_t depth, const Sums& c, const F& look) {
   Vec sum[R][V];
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
@@ -26,58 +32,65 @@ GRASSLAND_INLINE void tile(const float* a, int64_t row, int64_t term, const floa
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] += a[r * row + k * term] * x[v];
   }
+  const Sums held = c;  // which no store reaches
+  if (held.from != nullptr) {
+#pragma GCC unroll 24
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[r][v] += load_full(held.from + r * held.from_row + v * held.from_panel);
+  }
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      float* at = c.at + r * c.row + v * c.panel;
-      store_full(add ? load_full(at) + sum[r][v] : sum[r][v], at);
-    }
+    for (int v = 0; v < V; ++v) store_full(sum[r][v], held.to + r * held.row + v * held.panel);
 }
 
 // Registers are allotted well to one tile at a time only.
 template <int R, int V>
 __attribute__((noinline)) GRASSLAND_UNIT void row_tile(const float* x, int64_t ldx, const float* b, int64_t panel,
-                                                       int64_t step, int64_t depth, const Place& c, bool add,
-                                                       Ahead& ahead) {
-  tile<R, V>(x, ldx, 1, b, panel, step, depth, c, add, [&](int64_t k) GRASSLAND_INLINE_LAMBDA {
+                                                       int64_t step, int64_t depth, const Sums& c, Ahead& ahead) {
+  tile<R, V>(x, ldx, 1, b, panel, step, depth, c, [&](int64_t k) GRASSLAND_INLINE_LAMBDA {
     if (k % kLook == 0) ahead.ask();
   });
 }
 
-// c (n, V panels) = or += x (n, depth) b
+// c (n, V panels) += x (n, depth) b
 template <int V>
 GRASSLAND_INLINE void row_tiles(const float* x, int64_t ldx, int64_t n, const float* b, int64_t panel, int64_t step,
-                                int64_t depth, float* c, int64_t ldc, bool add, Ahead& ahead) {
+                                int64_t depth, const Sums& c, Ahead& ahead) {
   const int64_t count = parts(n, kTile);
   for (int64_t t = 0; t < count; ++t) {
     const int64_t first = t * n / count;
     const float* from = x + first * ldx;
-    const Place to{c + first * ldc, ldc, kLanes};
+    const Sums to = c.at(first, 0);
     switch ((t + 1) * n / count - first) {
-      case 1: row_tile<1, V>(from, ldx, b, panel, step, depth, to, add, ahead); break;
-      case 2: row_tile<2, V>(from, ldx, b, panel, step, depth, to, add, ahead); break;
-      case 3: row_tile<3, V>(from, ldx, b, panel, step, depth, to, add, ahead); break;
-      case 4: row_tile<4, V>(from, ldx, b, panel, step, depth, to, add, ahead); break;
-      case 5: row_tile<5, V>(from, ldx, b, panel, step, depth, to, add, ahead); break;
-      default: row_tile<6, V>(from, ldx, b, panel, step, depth, to, add, ahead);
+      case 1: row_tile<1, V>(from, ldx, b, panel, step, depth, to, ahead); break;
+      case 2: row_tile<2, V>(from, ldx, b, panel, step, depth, to, ahead); break;
+      case 3: row_tile<3, V>(from, ldx, b, panel, step, depth, to, ahead); break;
+      case 4: row_tile<4, V>(from, ldx, b, panel, step, depth, to, ahead); break;
+      case 5: row_tile<5, V>(from, ldx, b, panel, step, depth, to, ahead); break;
+      default: row_tile<6, V>(from, ldx, b, panel, step, depth, to, ahead);
     }
   }
 }
 
-// c (n, width) = or += x (n, depth) b, in panels
+// c (n, count panels) += x (n, depth) b
 GRASSLAND_INLINE void all_tiles(const float* x, int64_t ldx, int64_t n, const float* b, int64_t panel, int64_t step,
-                                int64_t width, int64_t depth, float* c, int64_t ldc, bool add, Ahead& ahead) {
-  for (int64_t left = parts(width, kLanes); left > 0;) {
-    const int64_t count = !kWide || left == 1 ? 1 : left == 2 ? 2 : 4;
-    switch (count) {
-      case 1: row_tiles<1>(x, ldx, n, b, panel, step, depth, c, ldc, add, ahead); break;
-      case 2: row_tiles<kWide ? 2 : 1>(x, ldx, n, b, panel, step, depth, c, ldc, add, ahead); break;
-      default: row_tiles<kWide ? 4 : 1>(x, ldx, n, b, panel, step, depth, c, ldc, add, ahead);
+                                int64_t count, int64_t depth, const Sums& c, Ahead& ahead) {
+  constexpr int kFour = kWide ? 4 : 1, kTwo = kWide ? 2 : 1;
+  for (int64_t v = 0; v < count;) {
+    const Sums to = c.at(0, v);
+    const float* at = b + v * panel;
+    if (v + kFour <= count) {
+      row_tiles<kFour>(x, ldx, n, at, panel, step, depth, to, ahead);
+      v += kFour;
+    } else if (v + kTwo <= count) {
+      row_tiles<kTwo>(x, ldx, n, at, panel, step, depth, to, ahead);
+      v += kTwo;
+    } else {
+      row_tiles<1>(x, ldx, n, at, panel, step, depth, to, ahead);
+      v += 1;
     }
-    b += count * panel;
-    c += count * kLanes;
-    left -= count;
   }
 }
 
@@ -95,7 +108,7 @@ GRASSLAND_UNIT const float* in_float(const Product<bf16>& p, float* room) {
 // w (width, depth) to panels (panel, depth, lane), zero beyond width
 template <typename T>
 GRASSLAND_UNIT void turn_block(const T* w, int64_t ldw, int64_t width, int64_t depth, float* panels) {
-  for (int64_t v = 0; v < (width > 2 * kLanes ? kColumns : width); v += kLanes, panels += depth * kLanes) {
+  for (int64_t v = 0; v < width; v += kLanes, panels += depth * kLanes) {
     const int64_t live = std::min(kLanes, width - v);
     for_each_vector(depth, [&](int64_t k, auto terms) GRASSLAND_INLINE_LAMBDA {
       Vec m[kLanes];
@@ -113,24 +126,26 @@ GRASSLAND_UNIT void turn_block(const T* w, int64_t ldw, int64_t width, int64_t d
   }
 }
 
-// w (depth, width) to rows of kWideColumns, zero up to the next kColumns
+// w (depth, width) to rows of kWideColumns, zero up to the next panel
 template <typename T>
 GRASSLAND_UNIT void copy_block(const T* w, int64_t ldw, int64_t width, int64_t depth, float* to) {
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = 0; k < depth; ++k)
     for_each_vector(width, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
       store_full(load(w + k * ldw + c, live), to + k * kWideColumns + c);
     });
-    for (int64_t c = rounded(width, kLanes); c < rounded(width, kColumns); c += kLanes)
-      store_full(Vec{}, to + k * kWideColumns + c);
-  }
 }
 
-// y (n, begin .. end), all terms; room for a block in panels and for the sums (n, end - begin rounded to kColumns).
+// y (n, begin .. end), all terms; room for a block in panels and for the sums (n, end - begin rounded to kLanes). Whole panels
+// of float32 go to y as they are, others by way of the sums.
 template <bool along, typename T>
 GRASSLAND_UNIT void outputs(const Product<T>& p, const float* x, int64_t ldx, int64_t begin, int64_t end, float* panels,
                             float* sums) {
   constexpr int64_t most = along ? kTerms : kWideTerms;
-  const int64_t width = end - begin, ld = rounded(width, kColumns), tiles = parts(p.n, kTile) * parts(width, kColumns);
+  const int64_t width = end - begin, ld = rounded(width, kLanes), tiles = parts(p.n, kTile) * parts(width, kColumns);
+  T* y = p.y + begin;
+  const T* bias = p.bias == nullptr ? nullptr : p.bias + begin;
+  constexpr bool floats = std::is_same_v<T, float>;
+  const bool direct = floats && width == ld;
   for (int64_t k = 0; k < p.k; k += most) {
     const int64_t depth = std::min(most, p.k - k), after = k + depth;
     const T* w = p.w + (along ? begin * p.ldw + k : k * p.ldw + begin);
@@ -138,16 +153,25 @@ GRASSLAND_UNIT void outputs(const Product<T>& p, const float* x, int64_t ldx, in
       turn_block(w, p.ldw, width, depth, panels);
     else
       copy_block(w, p.ldw, width, depth, panels);
+    Sums c{k > 0 ? sums : nullptr, ld, kLanes, sums, ld, kLanes};
+    if constexpr (floats) {
+      if (direct && k == 0) {
+        c.from = p.add ? y : bias;
+        c.from_row = p.add ? p.m : 0;
+      }
+      if (direct && after == p.k) c.to = y, c.row = p.m;
+    }
     const bool more = after < p.k;
-    Ahead ahead = look_ahead(p, more ? begin : end, more ? after : 0, ld, most, tiles * parts(depth, kLook));
-    all_tiles(x + k, ldx, p.n, panels, along ? depth * kLanes : kLanes, along ? kLanes : kWideColumns, width, depth, sums,
-              ld, k > 0, ahead);
+    Ahead ahead = look_ahead(p, more ? begin : end, more ? after : 0, rounded(width, kColumns), most,
+                             tiles * parts(depth, kLook));
+    all_tiles(x + k, ldx, p.n, panels, along ? depth * kLanes : kLanes, along ? kLanes : kWideColumns, ld / kLanes, depth,
+              c, ahead);
   }
-  for (int64_t i = 0; i < p.n; ++i)
+  for (int64_t i = 0; !direct && i < p.n; ++i)
     for_each_vector(width, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-      T* y = p.y + i * p.m + begin + c;
-      const Vec bias = p.bias == nullptr ? Vec{} : load(p.bias + begin + c, live), held = p.add ? load(y, live) : Vec{};
-      store(load_full(sums + i * ld + c) + bias + held, y, live);
+      T* to = y + i * p.m + c;
+      const Vec added = bias == nullptr ? Vec{} : load(bias + c, live), held = p.add ? load(to, live) : Vec{};
+      store(load_full(sums + i * ld + c) + added + held, to, live);
     });
 }
 
@@ -213,18 +237,26 @@ GRASSLAND_UNIT void pack_columns(const Outer<T>& p, int64_t begin, int64_t end, 
   }
 }
 
-// Sums of R rows of w by V panels, of all of `b`'s terms, on top of what is there if `add`. Where a tile reaches over an
-// edge, its sums go by way of a copy.
+// Up to R rows of w by `width` columns, for panels so far apart. Where a tile reaches over an edge, its sums go by way of a
+// copy.
 template <int R, int V>
-__attribute__((noinline)) GRASSLAND_UNIT void outer_tile(const float* a, const float* b, int64_t panel, int64_t depth,
-                                                         float* w, int64_t ldw, int64_t rows, int64_t width, bool add) {
-  const auto nothing = [](int64_t) GRASSLAND_INLINE_LAMBDA {};
-  if (rows >= R && width >= V * kLanes) return tile<R, V>(a, 1, R, b, panel, kLanes, depth, {w, ldw, kLanes}, add, nothing);
-  float edge[R * V * kLanes] = {};
-  rows = std::min<int64_t>(R, rows), width = std::min(V * kLanes, width);
-  for (int64_t r = 0; add && r < rows; ++r) std::memcpy(edge + r * V * kLanes, w + r * ldw, width * sizeof(float));
-  tile<R, V>(a, 1, R, b, panel, kLanes, depth, {edge, V * kLanes, kLanes}, add, nothing);
-  for (int64_t r = 0; r < rows; ++r) std::memcpy(w + r * ldw, edge + r * V * kLanes, width * sizeof(float));
+__attribute__((noinline)) GRASSLAND_UNIT void outer_tiles(const float* a, const float* b, int64_t panel, int64_t depth,
+                                                          float* w, int64_t ldw, int64_t rows, int64_t width, bool add,
+                                                          Ahead& ahead) {
+  const auto look = [&](int64_t k) GRASSLAND_INLINE_LAMBDA {
+    if (k % kLook == 0) ahead.ask();
+  };
+  for (; width > 0; width -= V * kLanes, b += V * panel, w += V * kLanes) {
+    if (rows >= R && width >= V * kLanes) {
+      tile<R, V>(a, 1, R, b, panel, kLanes, depth, {add ? w : nullptr, ldw, kLanes, w, ldw, kLanes}, look);
+      continue;
+    }
+    float edge[R * V * kLanes] = {};
+    const int64_t r_end = std::min<int64_t>(R, rows), c_end = std::min(V * kLanes, width);
+    for (int64_t r = 0; add && r < r_end; ++r) std::memcpy(edge + r * V * kLanes, w + r * ldw, c_end * sizeof(float));
+    tile<R, V>(a, 1, R, b, panel, kLanes, depth, {edge, V * kLanes, kLanes, edge, V * kLanes, kLanes}, look);
+    for (int64_t r = 0; r < r_end; ++r) std::memcpy(w + r * ldw, edge + r * V * kLanes, c_end * sizeof(float));
+  }
 }
 
 // Rows of g in tiles (tile, term, R), zero beyond the last column.
@@ -247,15 +279,24 @@ template <typename T>
 GRASSLAND_UNIT void outer_part(const Outer<T>& p, int64_t begin, int64_t end, int64_t left, int64_t right) {
   constexpr int R = kWide ? 12 : 6, V = kWide ? 2 : 1;
   alignas(64) float a[kDeep * kStripe];
-  for (int64_t first = begin; first < end; first += kStripe) {
-    const int64_t rows = std::min(kStripe, end - first);
+  // All panels of few terms stay in the cache, and w is written row by row.
+  const bool few_terms = p.n <= kFewRows;
+  const int64_t stripe = few_terms ? R : kStripe, strip = few_terms ? right - left : V * kLanes;
+  for (int64_t first = begin; first < end; first += stripe) {
+    const int64_t rows = std::min(stripe, end - first);
     for (int64_t base = 0; base < p.n; base += kDeep) {
       const int64_t depth = std::min(kDeep, p.n - base);
       pack_stripe<R>(p.g + base * p.m + first, p.m, depth, rows, a);
-      for (int64_t c = left; c < right; c += V * kLanes)
+      const bool more = base + depth < p.n;
+      const int64_t next = more ? first : first + stripe, after = more ? base + depth : 0;
+      Ahead ahead = ahead_of(p.g + after * p.m + next, p.m, next < end ? std::min(kDeep, p.n - after) : 0,
+                             std::min(stripe, end - next),
+                             parts(rows, R) * parts(right - left, V * kLanes) * parts(depth, kLook));
+      for (int64_t c = left; c < right; c += strip)
         for (int64_t r = 0; r < rows; r += R)
-          outer_tile<R, V>(a + r * depth, p.panels + c * p.n + base * kLanes, p.n * kLanes, depth,
-                           p.w + (first + r) * p.ldw + c, p.ldw, rows - r, right - c, p.add || base > 0);
+          outer_tiles<R, V>(a + r * depth, p.panels + c * p.n + base * kLanes, p.n * kLanes, depth,
+                            p.w + (first + r) * p.ldw + c, p.ldw, rows - r, std::min(strip, right - c), p.add || base > 0,
+                            ahead);
     }
   }
 }
