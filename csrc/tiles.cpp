@@ -15,17 +15,18 @@ constexpr int64_t kBlock = std::max(kColumns * kTerms, kWideColumns * kWideTerms
 constexpr int64_t kTile = 6;  // rows of x
 constexpr int64_t kLook = 8;  // terms between two looks ahead
 
-// Of a gradient: kDeep terms of kStripe rows lie in the cache, and kChunk terms of x are laid out at a time. kStep rows are
-// a whole number of tiles of any unit, kPair columns one.
-constexpr int64_t kDeep = 256, kStripe = 96, kChunk = 1024, kStep = 12, kPair = 2 * kLanes;
+// Of a gradient: kDeep terms of kStripe rows or kStrip columns lie in the cache, and kChunk terms of the other factor are
+// laid out at a time. kStep rows are a whole number of tiles of any unit, kPair columns one.
+constexpr int64_t kDeep = 256, kStripe = 96, kStrip = 128, kChunk = 1024, kStep = 12, kPair = 2 * kLanes;
 
 constexpr int64_t kShare = 1 << 15;  // numbers that are worth a thread
 
-// w (m, h) = or += g^T x for g (n, m), x in panels (panel, n, lane).
+// w (m, h) = or += g^T x for g (n, m) and x (n, h), one of which is laid out: g in tiles (tile, n, row), or x in panels
+// (panel, n, lane).
 template <typename T>
 struct Outer {
-  const T *g, *x;  // (n, m), (n, h)
-  const float* panels;
+  const T *g, *x;
+  const float* laid_out;
   float* w;
   int64_t n, m, h, ldw;
   bool add;
@@ -61,26 +62,35 @@ void product(const Product<T>& p) {
   });
 }
 
+// So many terms: the smaller factor is laid out, unless there are so few that all of x stays in the cache.
+template <typename T>
+void outer_chunk(Outer<T> p, float* room) {
+  const int64_t rows = parts(p.m, kStep), columns = parts(p.h, kPair), panels = 2 * columns;
+  const int64_t grain = std::max<int64_t>(1, kShare / (p.n * kLanes));
+  const bool wide = columns > rows, by_columns = wide && p.n > kFewRows;
+  p.laid_out = room;
+  torch::stable::parallel_for(0, by_columns ? rows : panels, grain, [&](int64_t begin, int64_t end) {
+    by_columns ? GRASSLAND_BEST(pack_rows)(p, begin, end, room) : GRASSLAND_BEST(pack_columns)(p, begin, end, room);
+  });
+  torch::stable::parallel_for(0, by_columns ? parts(p.h, kStrip) : std::max(rows, columns), 1, [&](int64_t begin, int64_t end) {
+    if (by_columns)
+      GRASSLAND_BEST(outer_columns)(p, begin * kStrip, std::min(end * kStrip, p.h));
+    else if (wide)
+      GRASSLAND_BEST(outer_part)(p, 0, p.m, begin * kPair, std::min(end * kPair, p.h));
+    else
+      GRASSLAND_BEST(outer_part)(p, begin * kStep, std::min(end * kStep, p.m), 0, p.h);
+  });
+}
+
 template <typename T>
 void outer(Outer<T> p) {
-  const int64_t terms = p.n, panels = rounded(p.h, kPair) / kLanes;
-  const Buffer<float> room = buffer<float>(panels * kLanes * std::min(terms, kChunk));
-  p.panels = room.get();
+  const int64_t terms = p.n, m = p.m, h = p.h;
+  const Buffer<float> room = buffer<float>(std::max(rounded(m, kStep), rounded(h, kPair)) * std::min(terms, kChunk));
   const T *g = p.g, *x = p.x;
-  for (int64_t base = 0; base < terms; base += kChunk) {
-    p.g = g + base * p.m, p.x = x + base * p.h;
+  for (int64_t base = 0; base < terms; base += kChunk, p.add = true) {
+    p.g = g + base * m, p.x = x + base * h;
     p.n = std::min(kChunk, terms - base);
-    torch::stable::parallel_for(0, panels, std::max<int64_t>(1, kShare / (p.n * kLanes)), [&](int64_t begin, int64_t end) {
-      GRASSLAND_BEST(pack_columns)(p, begin, end, room.get());
-    });
-    const int64_t rows = parts(p.m, kStep), columns = parts(p.h, kPair);
-    torch::stable::parallel_for(0, std::max(rows, columns), 1, [&](int64_t begin, int64_t end) {
-      if (rows >= columns)
-        GRASSLAND_BEST(outer_part)(p, begin * kStep, std::min(end * kStep, p.m), 0, p.h);
-      else
-        GRASSLAND_BEST(outer_part)(p, 0, p.m, begin * kPair, std::min(end * kPair, p.h));
-    });
-    p.add = true;
+    outer_chunk(p, room.get());
   }
 }
 

@@ -224,16 +224,22 @@ GRASSLAND_UNIT void few_rows(const Product<T>& p, int64_t begin, int64_t end) {
   }
 }
 
+// Columns of x (depth, width) to panels (panel, depth, lane) that lie `panel` apart.
+template <typename T>
+GRASSLAND_INLINE void pack_strip(const T* x, int64_t ldx, int64_t depth, int64_t width, int64_t panel, float* panels) {
+  for (int64_t i = 0; i < depth; ++i)
+    for_each_vector(width, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
+      store_full(load(x + i * ldx + c, live), panels + c / kLanes * panel + i * kLanes);
+    });
+}
+
 // Panels `begin` to `end` of x, a few side by side, which lie in one page.
 template <typename T>
 GRASSLAND_UNIT void pack_columns(const Outer<T>& p, int64_t begin, int64_t end, float* panels) {
   constexpr int64_t kBeside = 16;
   for (int64_t first = begin; first < end; first += kBeside) {
     const int64_t left = first * kLanes, width = std::min(std::min(first + kBeside, end) * kLanes, p.h) - left;
-    for (int64_t i = 0; i < p.n; ++i)
-      for_each_vector(width, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-        store_full(load(p.x + i * p.h + left + c, live), panels + (left + c) * p.n + i * kLanes);
-      });
+    pack_strip(p.x + left, p.h, p.n, width, p.n * kLanes, panels + left * p.n);
   }
 }
 
@@ -274,6 +280,13 @@ GRASSLAND_INLINE void pack_stripe(const T* g, int64_t ldg, int64_t depth, int64_
     }
 }
 
+// Tiles of so many rows of g, in steps of kStep.
+template <typename T>
+GRASSLAND_UNIT void pack_rows(const Outer<T>& p, int64_t begin, int64_t end, float* tiles) {
+  const int64_t first = begin * kStep;
+  pack_stripe<kWide ? 12 : 6>(p.g + first, p.m, p.n, std::min(end * kStep, p.m) - first, tiles + first * p.n);
+}
+
 // Rows `begin` to `end` of w, of columns `left` to `right`, a multiple of kPair and one or the last.
 template <typename T>
 GRASSLAND_UNIT void outer_part(const Outer<T>& p, int64_t begin, int64_t end, int64_t left, int64_t right) {
@@ -294,9 +307,31 @@ GRASSLAND_UNIT void outer_part(const Outer<T>& p, int64_t begin, int64_t end, in
                              parts(rows, R) * parts(right - left, V * kLanes) * parts(depth, kLook));
       for (int64_t c = left; c < right; c += strip)
         for (int64_t r = 0; r < rows; r += R)
-          outer_tiles<R, V>(a + r * depth, p.panels + c * p.n + base * kLanes, p.n * kLanes, depth,
+          outer_tiles<R, V>(a + r * depth, p.laid_out + c * p.n + base * kLanes, p.n * kLanes, depth,
                             p.w + (first + r) * p.ldw + c, p.ldw, rows - r, std::min(strip, right - c), p.add || base > 0,
                             ahead);
+    }
+  }
+}
+
+// Columns `left` to `right` of w, a multiple of kStrip and one or the last, where g is what is laid out.
+template <typename T>
+GRASSLAND_UNIT void outer_columns(const Outer<T>& p, int64_t left, int64_t right) {
+  constexpr int R = kWide ? 12 : 6, V = kWide ? 2 : 1;
+  const Buffer<float> panels = buffer<float>(kDeep * kStrip);
+  for (int64_t c = left; c < right; c += kStrip) {
+    const int64_t width = std::min(kStrip, right - c);
+    for (int64_t base = 0; base < p.n; base += kDeep) {
+      const int64_t depth = std::min(kDeep, p.n - base);
+      pack_strip(p.x + base * p.h + c, p.h, depth, width, depth * kLanes, panels.get());
+      const bool more = base + depth < p.n;
+      const int64_t next = more ? c : c + kStrip, after = more ? base + depth : 0;
+      Ahead ahead = ahead_of(p.x + after * p.h + next, p.h, next < right ? std::min(kDeep, p.n - after) : 0,
+                             std::min(kStrip, right - next),
+                             parts(p.m, R) * parts(width, V * kLanes) * parts(depth, kLook));
+      for (int64_t r = 0; r < p.m; r += R)
+        outer_tiles<R, V>(p.laid_out + r * p.n + base * R, panels.get(), depth * kLanes, depth, p.w + r * p.ldw + c,
+                          p.ldw, p.m - r, width, p.add || base > 0, ahead);
     }
   }
 }
