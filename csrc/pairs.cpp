@@ -231,6 +231,7 @@ struct Strip {
   int64_t first, left, right, panel, pairs;  // words from one panel to the next
   float* sums;                               // (kStripe, kPanel), of the blocks before
   bool begins, ends;
+  Ahead* ahead;
 };
 
 template <int R>
@@ -250,48 +251,89 @@ struct OuterTile {
       if (!taken)
         for (auto& sums : sum)
           for (auto& v : sums) v = _mm512_setzero_ps();
-      multiply<R>(reinterpret_cast<const char*>(b.rows + row), 4, kStripe * 4, panel, b.pairs, sum);
+      for (int64_t k = 0; k < b.pairs; k += kStep) {
+        b.ahead->ask();
+        multiply<R>(reinterpret_cast<const char*>(b.rows + k * kStripe + row), 4, kStripe * 4, panel + k * kPanel,
+                    std::min(kStep, b.pairs - k), sum);
+      }
       b.ends ? put_tile<R>(sum, to, p.ldw, width) : put_tile<R>(sum, held, kPanel, kPanel);
     }
   }
 };
 
-// Rows `begin` to `end` of w, of columns `left` to `right`, a multiple of kPanel and one or the last; x in panels (panel,
-// pair, kPanel).
+// A stripe of w from row `first` on, of columns `left` to `right`: more than a panel only of few terms.
 template <typename T>
-GRASSLAND_PAIRS void outer_part(const Outer<T>& p, const uint32_t* panels, int64_t begin, int64_t end, int64_t left,
-                                int64_t right) {
-  const int64_t pairs = parts(p.n, 2);
-  const Buffer<uint32_t> words = buffer<uint32_t>(pairs * kStripe);
+GRASSLAND_PAIRS_INLINE void outer_stripe(const Outer<T>& p, const uint32_t* rows, const uint32_t* panels, int64_t first,
+                                         int64_t end, int64_t left, int64_t right, Ahead& ahead) {
   alignas(64) float sums[kStripe * kPanel];
-  // All panels of few terms stay in the cache, and w is written row by row.
-  const int64_t strip = p.n <= kFewRows ? right - left : kPanel;
-  for (int64_t first = begin; first < end; first += kStripe) {
-    const int64_t rows = std::min(kStripe, end - first);
-    pair_rows(p.g + first, p.m, p.n, rows, kStripe, words.get());
-    for (int64_t c = left; c < right; c += strip)
-      for (int64_t base = 0; base < pairs; base += kDepth / 2) {
-        const int64_t depth = std::min(kDepth / 2, pairs - base);
-        each_tile<OuterTile>(rows, p, Strip{words.get() + base * kStripe, panels + c * pairs + base * kPanel, first, c,
-                                            std::min(c + strip, right), kPanel * pairs, depth, sums, base == 0,
-                                            base + depth == pairs});
-      }
+  const int64_t pairs = parts(p.n, 2), count = std::min(kStripe, end - first);
+  for (int64_t base = 0; base < pairs; base += kDepth / 2) {
+    const int64_t depth = std::min(kDepth / 2, pairs - base);
+    each_tile<OuterTile>(count, p, Strip{rows + base * kStripe, panels + base * kPanel, first, left, right, kPanel * pairs,
+                                         depth, sums, base == 0, base + depth == pairs, &ahead});
   }
 }
 
+// How often a stripe by a panel asks.
+inline int64_t looks(int64_t rows, int64_t terms) { return parts(rows, kTile) * parts(terms, 2 * kStep); }
+
+// Rows `begin` to `end` of w, of columns `left` to `right`, a multiple of kPanel and one or the last; x in panels (panel,
+// pair, kPanel).
+template <typename T>
+GRASSLAND_PAIRS void outer_rows(const Outer<T>& p, const uint32_t* panels, int64_t begin, int64_t end, int64_t left,
+                                int64_t right) {
+  const int64_t pairs = parts(p.n, 2);
+  const Buffer<uint32_t> words = buffer<uint32_t>(pairs * kStripe);
+  // All panels of few terms stay in the cache, and w is written row by row.
+  const int64_t strip = p.n <= kFewRows ? right - left : kPanel;
+  for (int64_t first = begin; first < end; first += kStripe) {
+    const int64_t rows = std::min(kStripe, end - first), next = first + kStripe;
+    pair_rows(p.g + first, p.m, p.n, rows, kStripe, words.get());
+    Ahead ahead = ahead_of(p.g + next, p.m, next < end ? p.n : 0, std::min(kStripe, end - next),
+                           parts(right - left, kPanel) * looks(rows, p.n));
+    for (int64_t c = left; c < right; c += strip)
+      outer_stripe(p, words.get(), panels + c * pairs, first, end, c, std::min(c + strip, right), ahead);
+  }
+}
+
+// Columns `left` to `right` of w, a multiple of kPanel and one or the last; g in stripes (stripe, pair, kStripe).
+template <typename T>
+GRASSLAND_PAIRS void outer_columns(const Outer<T>& p, const uint32_t* stripes, int64_t left, int64_t right) {
+  const int64_t pairs = parts(p.n, 2);
+  const Buffer<uint32_t> panel = buffer<uint32_t>(pairs * kPanel);
+  for (int64_t c = left; c < right; c += kPanel) {
+    const int64_t next = c + kPanel;
+    pair_rows(p.x + c, p.h, p.n, p.h - c, kPanel, panel.get());
+    Ahead ahead = ahead_of(p.x + next, p.h, next < right ? p.n : 0, std::min(kPanel, right - next), looks(p.m, p.n));
+    for (int64_t first = 0; first < p.m; first += kStripe)
+      outer_stripe(p, stripes + first * pairs, panel.get(), first, p.m, c, std::min(next, right), ahead);
+  }
+}
+
+// The smaller factor is laid out as a whole, unless there are so few terms that all of x stays in the cache.
 template <typename T>
 void outer(const Outer<T>& p) {
   const int64_t pairs = parts(p.n, 2), rows = parts(p.m, kTile), columns = parts(p.h, kPanel);
-  const Buffer<uint32_t> panels = buffer<uint32_t>(columns * kPanel * pairs);
-  torch::stable::parallel_for(0, columns, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin * kPanel; c < std::min(end * kPanel, p.h); c += kPanel)
-      pair_rows(p.x + c, p.h, p.n, p.h - c, kPanel, panels.get() + c * pairs);
+  const bool wide = p.h > p.m, by_columns = wide && p.n > kFewRows;
+  const int64_t step = by_columns ? kStripe : kPanel, count = parts(by_columns ? p.m : p.h, step);
+  const Buffer<uint32_t> laid_out = buffer<uint32_t>(count * step * pairs);
+  const int64_t blocks = parts(p.n, kDepth), grain = std::max<int64_t>(1, kShare / (kDepth * step));
+  torch::stable::parallel_for(0, count * blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = i / blocks * step, term = i % blocks * kDepth, terms = std::min(kDepth, p.n - term);
+      uint32_t* to = laid_out.get() + at * pairs + term / 2 * step;
+      by_columns ? pair_rows(p.g + term * p.m + at, p.m, terms, p.m - at, step, to)
+                 : pair_rows(p.x + term * p.h + at, p.h, terms, p.h - at, step, to);
+    }
   });
-  torch::stable::parallel_for(0, std::max(rows, columns), 1, [&](int64_t begin, int64_t end) {
-    if (rows >= columns)
-      outer_part(p, panels.get(), begin * kTile, std::min(end * kTile, p.m), 0, p.h);
+  torch::stable::parallel_for(0, wide ? columns : rows, 1, [&](int64_t begin, int64_t end) {
+    const int64_t left = begin * kPanel, right = std::min(end * kPanel, p.h);
+    if (by_columns)
+      outer_columns(p, laid_out.get(), left, right);
+    else if (wide)
+      outer_rows(p, laid_out.get(), 0, p.m, left, right);
     else
-      outer_part(p, panels.get(), 0, p.m, begin * kPanel, std::min(end * kPanel, p.h));
+      outer_rows(p, laid_out.get(), begin * kTile, std::min(end * kTile, p.m), 0, p.h);
   });
 }
 

@@ -19,8 +19,6 @@ constexpr int64_t kLook = 8;  // terms between two looks ahead
 // laid out at a time. kStep rows are a whole number of tiles of any unit, kPair columns one.
 constexpr int64_t kDeep = 256, kStripe = 96, kStrip = 128, kChunk = 1024, kStep = 12, kPair = 2 * kLanes;
 
-constexpr int64_t kShare = 1 << 15;  // numbers that are worth a thread
-
 // w (m, h) = or += g^T x for g (n, m) and x (n, h), one of which is laid out: g in tiles (tile, n, row), or x in panels
 // (panel, n, lane).
 template <typename T>

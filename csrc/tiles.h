@@ -114,6 +114,8 @@ void each_part(int64_t n, int64_t m, const Division& by, const F& run) {
 // rows: preparing those takes 2 to 17 us. All threads share the terms of no gradient.
 constexpr int64_t kSmall = 1 << 10, kSmallOuter = 1 << 12;
 
+constexpr int64_t kShare = 1 << 15;  // numbers to be laid out that are worth a thread
+
 // With so few rows of x and a w that lies along the sum, the lanes do, too: for a weight of kFewLarge numbers that is as
 // fast as a library's product of a vector, and up to two and a half times as fast as its product of two to four. Pairs of
 // bfloat16 are faster from three rows on.
