@@ -27,8 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> loss(const Tensor& x, const Tensor& weight, c
                   ignore_index, gradients.needed()};
   const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 14) / s.vocab);
   std::vector<double> losses(x.size(0));
-  each_chunk<T>(x.size(0), weight, [&](int64_t base, int64_t stop) {
-    const Tensor logits = linear(rows(x, base, stop), weight);
+  each_chunk<T>(x, weight, [&](int64_t base, int64_t stop, const Tensor& logits) {
     torch::stable::parallel_for(base, stop, grain, [&](int64_t begin, int64_t end) {
       GRASSLAND_BEST(softmax_rows)(s, base, begin, end, data<T>(logits), losses.data());
     });

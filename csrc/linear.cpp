@@ -131,7 +131,7 @@ bool multiplies_halves() {
 #endif
 }
 
-Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias) {
+Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias, const Tensor* room) {
   const bool tiles = tiled_fits(x, w);
   if (!tiles && is_half(x) && !multiplies_halves()) {
     if (bias == nullptr) return narrowed(linear(widened(x), widened(w)));
@@ -140,7 +140,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias) {
   }
   const bool pairs = !tiles && paired_fits(x, w);
   if (!tiles && !pairs && use_onednn(x, w)) return onednn(x, w, bias);
-  const Tensor out = empty(x, {x.size(0), w.size(0)}, x.scalar_type());
+  const Tensor out = room != nullptr ? *room : empty(x, {x.size(0), w.size(0)}, x.scalar_type());
   if (tiles)
     tiled(out, x, w, bias, false);
   else if (pairs)

@@ -33,8 +33,8 @@ inline bool is_half(const Tensor& x) { return x.scalar_type() == ScalarType::BFl
 // is one of float32 that is rounded: a library's is ten to a hundred times slower. Python's is products.multiplies_halves.
 bool multiplies_halves();
 
-// x w^T + bias for x (n, k), w (m, k) of any strides.
-Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias = nullptr);
+// x w^T + bias for x (n, k), w (m, k) of any strides; in `room`, a contiguous (n, m) of x's dtype, unless it is made elsewhere.
+Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias = nullptr, const Tensor* room = nullptr);
 
 // to = or += from, each float32 or bfloat16, rows of `to` may lie apart.
 void put(const Tensor& from, const Tensor& to, bool add = false);

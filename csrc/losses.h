@@ -21,12 +21,21 @@ struct Sums {
 constexpr int64_t kChunkBytes = 31 << 20;
 constexpr int64_t kChunkRows = 128;
 
-// use(base, stop) for chunks of about the same size of the rows that are multiplied with weight (width, n).
+// use(base, stop, x weight^T) for chunks of about the same size of the rows of x (rows, n), weight (width, n), one after the
+// other in the same memory.
 template <typename T, typename F>
-void each_chunk(int64_t rows, const Tensor& weight, const F& use) {
-  const int64_t limit = std::max<int64_t>(kChunkBytes / static_cast<int64_t>(sizeof(T)) / weight.size(0), weight.size(1));
-  const int64_t most = std::max(kChunkRows, limit), count = (rows + most - 1) / most;
-  for (int64_t k = 0; k < count; ++k) use(rows * k / count, rows * (k + 1) / count);
+void each_chunk(const Tensor& x, const Tensor& weight, const F& use) {
+  const int64_t total = x.size(0), width = weight.size(0);
+  const int64_t limit = std::max<int64_t>(kChunkBytes / static_cast<int64_t>(sizeof(T)) / width, weight.size(1));
+  const int64_t most = std::max(kChunkRows, limit), count = (total + most - 1) / most;
+  if (count == 0) return;
+  const Tensor room = empty(x, {(total + count - 1) / count, width}, kDtype<T>);
+  use_large_pages(room);
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t base = total * k / count, stop = total * (k + 1) / count;
+    const Tensor into = rows(room, 0, stop - base);
+    use(base, stop, linear(rows(x, base, stop), weight, nullptr, &into));
+  }
 }
 
 // The sum of the rows' losses, a float32 scalar.

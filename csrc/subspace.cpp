@@ -54,9 +54,7 @@ struct Unit {
   // use(base, stop, z) with the projections of one chunk after the other.
   template <typename F>
   void project(const Tensor& weight, const F& use) const {
-    each_chunk<T>(h.rows, weight, [&](int64_t base, int64_t stop) {
-      use(base, stop, linear(rows(rounded, base, stop), weight));
-    });
+    each_chunk<T>(rounded, weight, use);
   }
 };
 
