@@ -1,4 +1,4 @@
-// Matrix products, each by the library that is faster for it, and memory that is cheap to touch.
+// Matrix products, each by what is fastest for it, and memory that is cheap to touch.
 #pragma once
 
 #include "common.h"

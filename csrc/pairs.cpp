@@ -209,7 +209,7 @@ GRASSLAND_PAIRS void linear_panels(const Product<bf16>& p, int64_t begin, int64_
     const bool more = term + depth < p.k;
     const int64_t next_column = more ? column : column + kPanel, next_term = more ? term + depth : 0;
     const int64_t looks = parts(p.n, kTile) * parts(depth, kStep);
-    Ahead ahead = look_ahead(p, next_column < end ? next_column : p.m, next_term, kPanel, kDepth, looks);
+    Ahead ahead = look_ahead(p, next_column, next_term, kPanel, kDepth, looks);
     each_tile<LinearTile>(p.n, p, Block{words, column, width, term, depth, sums.get(), &ahead});
     column = next_column;
     term = next_term;

@@ -70,13 +70,14 @@ void outer_chunk(Outer<T> p, float* room) {
   torch::stable::parallel_for(0, by_columns ? rows : panels, grain, [&](int64_t begin, int64_t end) {
     by_columns ? GRASSLAND_BEST(pack_rows)(p, begin, end, room) : GRASSLAND_BEST(pack_columns)(p, begin, end, room);
   });
-  torch::stable::parallel_for(0, by_columns ? parts(p.h, kStrip) : std::max(rows, columns), 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, std::max(rows, columns), 1, [&](int64_t begin, int64_t end) {
+    const int64_t left = begin * kPair, right = std::min(end * kPair, p.h);
     if (by_columns)
-      GRASSLAND_BEST(outer_columns)(p, begin * kStrip, std::min(end * kStrip, p.h));
+      GRASSLAND_BEST(outer_columns)(p, left, right);
     else if (wide)
-      GRASSLAND_BEST(outer_part)(p, 0, p.m, begin * kPair, std::min(end * kPair, p.h));
+      GRASSLAND_BEST(outer_rows)(p, 0, p.m, left, right);
     else
-      GRASSLAND_BEST(outer_part)(p, begin * kStep, std::min(end * kStep, p.m), 0, p.h);
+      GRASSLAND_BEST(outer_rows)(p, begin * kStep, std::min(end * kStep, p.m), 0, p.h);
   });
 }
 

@@ -289,7 +289,7 @@ GRASSLAND_UNIT void pack_rows(const Outer<T>& p, int64_t begin, int64_t end, flo
 
 // Rows `begin` to `end` of w, of columns `left` to `right`, a multiple of kPair and one or the last.
 template <typename T>
-GRASSLAND_UNIT void outer_part(const Outer<T>& p, int64_t begin, int64_t end, int64_t left, int64_t right) {
+GRASSLAND_UNIT void outer_rows(const Outer<T>& p, int64_t begin, int64_t end, int64_t left, int64_t right) {
   constexpr int R = kWide ? 12 : 6, V = kWide ? 2 : 1;
   alignas(64) float a[kDeep * kStripe];
   // All panels of few terms stay in the cache, and w is written row by row.
@@ -314,7 +314,7 @@ GRASSLAND_UNIT void outer_part(const Outer<T>& p, int64_t begin, int64_t end, in
   }
 }
 
-// Columns `left` to `right` of w, a multiple of kStrip and one or the last, where g is what is laid out.
+// Columns `left` to `right` of w, a multiple of kPair and one or the last, where g is what is laid out.
 template <typename T>
 GRASSLAND_UNIT void outer_columns(const Outer<T>& p, int64_t left, int64_t right) {
   constexpr int R = kWide ? 12 : 6, V = kWide ? 2 : 1;
