@@ -9,9 +9,14 @@
 namespace grassland {
 namespace {
 
-// A block of w has kTerms terms of kColumns outputs if it is contiguous along the sum, else kWideTerms of kWideColumns.
+// A block of w has kTerms terms of kColumns outputs if w is contiguous along the sum; else of more, kWideTerms of as many as
+// kWideColumns, which are read in longer pieces.
 constexpr int64_t kTerms = 128, kWideColumns = 384, kWideTerms = 64;
 constexpr int64_t kBlock = std::max(kColumns * kTerms, kWideColumns * kWideTerms);
+
+// From one panel of a block to the next: a little more than its terms, or those of one term would share a set of the cache.
+constexpr int64_t apart(int64_t terms) { return (terms + 1) * kLanes; }
+
 constexpr int64_t kTile = 6;  // rows of x
 constexpr int64_t kLook = 8;  // terms between two looks ahead
 
@@ -51,7 +56,7 @@ void product(const Product<T>& p) {
   const int64_t ldx = half ? p.k : p.ldx;
   const Division by = divided(p.n, p.m, p.along ? kColumns : kWideColumns);
   each_part(p.n, p.m, by, [&](int64_t row, int64_t rows, int64_t output, int64_t end) {
-    const Buffer<float> panels = buffer<float>(kBlock), sums = buffer<float>(rows * by.outputs);
+    const Buffer<float> panels = buffer<float>(kBlock + kWideColumns), sums = buffer<float>(rows * by.outputs);
     Product<T> part = p;
     part.n = rows;
     part.y += row * p.m;

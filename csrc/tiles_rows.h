@@ -13,10 +13,10 @@ struct Sums {
 };
 
 // Of V panels, c (R, lanes) += sum over k of a, whose rows and terms lie `row` and `term` apart, and b (k, lanes), whose
-// panels and terms do. Blocks are summed apart before they are added up, which keeps the rounding error of a long sum small.
+// panels do. Blocks are summed apart before they are added up, which keeps the rounding error of a long sum small.
 template <int R, int V, typename F>
-GRASSLAND_INLINE void tile(const float* a, int64_t row, int64_t term, const float* b, int64_t panel, int64_t step,
-                           int64_t depth, const Sums& c, const F& look) {
+GRASSLAND_INLINE void tile(const float* a, int64_t row, int64_t term, const float* b, int64_t panel, int64_t depth,
+                           const Sums& c, const F& look) {
   Vec sum[R][V];
 #pragma GCC unroll 24
   for (int r = 0; r < R; ++r)
@@ -26,7 +26,7 @@ GRASSLAND_INLINE void tile(const float* a, int64_t row, int64_t term, const floa
     look(k);
     Vec x[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) x[v] = load_full(b + v * panel + k * step);
+    for (int v = 0; v < V; ++v) x[v] = load_full(b + v * panel + k * kLanes);
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -47,48 +47,48 @@ GRASSLAND_INLINE void tile(const float* a, int64_t row, int64_t term, const floa
 
 // Registers are allotted well to one tile at a time only.
 template <int R, int V>
-__attribute__((noinline)) GRASSLAND_UNIT void row_tile(const float* x, int64_t ldx, const float* b, int64_t panel,
-                                                       int64_t step, int64_t depth, const Sums& c, Ahead& ahead) {
-  tile<R, V>(x, ldx, 1, b, panel, step, depth, c, [&](int64_t k) GRASSLAND_INLINE_LAMBDA {
+__attribute__((noinline)) GRASSLAND_UNIT void row_tile(const float* x, int64_t ldx, const float* b, int64_t depth,
+                                                       const Sums& c, Ahead& ahead) {
+  tile<R, V>(x, ldx, 1, b, apart(depth), depth, c, [&](int64_t k) GRASSLAND_INLINE_LAMBDA {
     if (k % kLook == 0) ahead.ask();
   });
 }
 
 // c (n, V panels) += x (n, depth) b
 template <int V>
-GRASSLAND_INLINE void row_tiles(const float* x, int64_t ldx, int64_t n, const float* b, int64_t panel, int64_t step,
-                                int64_t depth, const Sums& c, Ahead& ahead) {
+GRASSLAND_INLINE void row_tiles(const float* x, int64_t ldx, int64_t n, const float* b, int64_t depth, const Sums& c,
+                                Ahead& ahead) {
   const int64_t count = parts(n, kTile);
   for (int64_t t = 0; t < count; ++t) {
     const int64_t first = t * n / count;
     const float* from = x + first * ldx;
     const Sums to = c.at(first, 0);
     switch ((t + 1) * n / count - first) {
-      case 1: row_tile<1, V>(from, ldx, b, panel, step, depth, to, ahead); break;
-      case 2: row_tile<2, V>(from, ldx, b, panel, step, depth, to, ahead); break;
-      case 3: row_tile<3, V>(from, ldx, b, panel, step, depth, to, ahead); break;
-      case 4: row_tile<4, V>(from, ldx, b, panel, step, depth, to, ahead); break;
-      case 5: row_tile<5, V>(from, ldx, b, panel, step, depth, to, ahead); break;
-      default: row_tile<6, V>(from, ldx, b, panel, step, depth, to, ahead);
+      case 1: row_tile<1, V>(from, ldx, b, depth, to, ahead); break;
+      case 2: row_tile<2, V>(from, ldx, b, depth, to, ahead); break;
+      case 3: row_tile<3, V>(from, ldx, b, depth, to, ahead); break;
+      case 4: row_tile<4, V>(from, ldx, b, depth, to, ahead); break;
+      case 5: row_tile<5, V>(from, ldx, b, depth, to, ahead); break;
+      default: row_tile<6, V>(from, ldx, b, depth, to, ahead);
     }
   }
 }
 
 // c (n, count panels) += x (n, depth) b
-GRASSLAND_INLINE void all_tiles(const float* x, int64_t ldx, int64_t n, const float* b, int64_t panel, int64_t step,
-                                int64_t count, int64_t depth, const Sums& c, Ahead& ahead) {
+GRASSLAND_INLINE void all_tiles(const float* x, int64_t ldx, int64_t n, const float* b, int64_t count, int64_t depth,
+                                const Sums& c, Ahead& ahead) {
   constexpr int kFour = kWide ? 4 : 1, kTwo = kWide ? 2 : 1;
   for (int64_t v = 0; v < count;) {
     const Sums to = c.at(0, v);
-    const float* at = b + v * panel;
+    const float* at = b + v * apart(depth);
     if (v + kFour <= count) {
-      row_tiles<kFour>(x, ldx, n, at, panel, step, depth, to, ahead);
+      row_tiles<kFour>(x, ldx, n, at, depth, to, ahead);
       v += kFour;
     } else if (v + kTwo <= count) {
-      row_tiles<kTwo>(x, ldx, n, at, panel, step, depth, to, ahead);
+      row_tiles<kTwo>(x, ldx, n, at, depth, to, ahead);
       v += kTwo;
     } else {
-      row_tiles<1>(x, ldx, n, at, panel, step, depth, to, ahead);
+      row_tiles<1>(x, ldx, n, at, depth, to, ahead);
       v += 1;
     }
   }
@@ -105,10 +105,10 @@ GRASSLAND_UNIT const float* in_float(const Product<bf16>& p, float* room) {
   return room;
 }
 
-// w (width, depth) to panels (panel, depth, lane), zero beyond width
+// w (width, depth) to panels (panel, depth, lane) that lie apart(depth) from each other, zero beyond width
 template <typename T>
 GRASSLAND_UNIT void turn_block(const T* w, int64_t ldw, int64_t width, int64_t depth, float* panels) {
-  for (int64_t v = 0; v < width; v += kLanes, panels += depth * kLanes) {
+  for (int64_t v = 0; v < width; v += kLanes, panels += apart(depth)) {
     const int64_t live = std::min(kLanes, width - v);
     for_each_vector(depth, [&](int64_t k, auto terms) GRASSLAND_INLINE_LAMBDA {
       Vec m[kLanes];
@@ -126,12 +126,12 @@ GRASSLAND_UNIT void turn_block(const T* w, int64_t ldw, int64_t width, int64_t d
   }
 }
 
-// w (depth, width) to rows of kWideColumns, zero up to the next panel
+// w (depth, width) to such panels
 template <typename T>
-GRASSLAND_UNIT void copy_block(const T* w, int64_t ldw, int64_t width, int64_t depth, float* to) {
+GRASSLAND_UNIT void copy_block(const T* w, int64_t ldw, int64_t width, int64_t depth, float* panels) {
   for (int64_t k = 0; k < depth; ++k)
     for_each_vector(width, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
-      store_full(load(w + k * ldw + c, live), to + k * kWideColumns + c);
+      store_full(load(w + k * ldw + c, live), panels + c / kLanes * apart(depth) + k * kLanes);
     });
 }
 
@@ -140,8 +140,8 @@ GRASSLAND_UNIT void copy_block(const T* w, int64_t ldw, int64_t width, int64_t d
 template <bool along, typename T>
 GRASSLAND_UNIT void outputs(const Product<T>& p, const float* x, int64_t ldx, int64_t begin, int64_t end, float* panels,
                             float* sums) {
-  constexpr int64_t most = along ? kTerms : kWideTerms;
-  const int64_t width = end - begin, ld = rounded(width, kLanes), tiles = parts(p.n, kTile) * parts(width, kColumns);
+  const int64_t width = end - begin, most = along || width * kTerms <= kBlock ? kTerms : kWideTerms;
+  const int64_t ld = rounded(width, kLanes), tiles = parts(p.n, kTile) * parts(width, kColumns);
   T* y = p.y + begin;
   const T* bias = p.bias == nullptr ? nullptr : p.bias + begin;
   constexpr bool floats = std::is_same_v<T, float>;
@@ -164,8 +164,7 @@ GRASSLAND_UNIT void outputs(const Product<T>& p, const float* x, int64_t ldx, in
     const bool more = after < p.k;
     Ahead ahead = look_ahead(p, more ? begin : end, more ? after : 0, rounded(width, kColumns), most,
                              tiles * parts(depth, kLook));
-    all_tiles(x + k, ldx, p.n, panels, along ? depth * kLanes : kLanes, along ? kLanes : kWideColumns, ld / kLanes, depth,
-              c, ahead);
+    all_tiles(x + k, ldx, p.n, panels, ld / kLanes, depth, c, ahead);
   }
   for (int64_t i = 0; !direct && i < p.n; ++i)
     for_each_vector(width, [&](int64_t c, auto live) GRASSLAND_INLINE_LAMBDA {
@@ -254,13 +253,13 @@ __attribute__((noinline)) GRASSLAND_UNIT void outer_tiles(const float* a, const 
   };
   for (; width > 0; width -= V * kLanes, b += V * panel, w += V * kLanes) {
     if (rows >= R && width >= V * kLanes) {
-      tile<R, V>(a, 1, R, b, panel, kLanes, depth, {add ? w : nullptr, ldw, kLanes, w, ldw, kLanes}, look);
+      tile<R, V>(a, 1, R, b, panel, depth, {add ? w : nullptr, ldw, kLanes, w, ldw, kLanes}, look);
       continue;
     }
     float edge[R * V * kLanes] = {};
     const int64_t r_end = std::min<int64_t>(R, rows), c_end = std::min(V * kLanes, width);
     for (int64_t r = 0; add && r < r_end; ++r) std::memcpy(edge + r * V * kLanes, w + r * ldw, c_end * sizeof(float));
-    tile<R, V>(a, 1, R, b, panel, kLanes, depth, {edge, V * kLanes, kLanes, edge, V * kLanes, kLanes}, look);
+    tile<R, V>(a, 1, R, b, panel, depth, {edge, V * kLanes, kLanes, edge, V * kLanes, kLanes}, look);
     for (int64_t r = 0; r < r_end; ++r) std::memcpy(w + r * ldw, edge + r * V * kLanes, c_end * sizeof(float));
   }
 }

@@ -51,6 +51,8 @@ CASES = {
         Case("few-rows", lambda: moe.make(61, 150, 586, 3)),
         Case("one-row", lambda: moe.make(2, 290, 130, 4, top_k=1)),
         Case("few-rows-odd", lambda: moe.make(45, 151, 331, 2)),
+        # Whole panels of outputs, which need no way round: three and five of them.
+        Case("panels", lambda: moe.make(70, 48, 80, 2)),
         # More rows than a part of a product has, experts one after the other on all threads.
         Case("many-rows", lambda: moe.make(1100, 70, 97, 1, top_k=1)),
         # Few outputs: all threads divide the rows, and the columns of a gradient.
