@@ -184,15 +184,17 @@ struct LinearTile {
         for (int r = 0; r < R; ++r)
           sum[r][v] = p.add ? bias + widened(live, p.y + (first + r) * p.m + column) : bias;
       }
+    const bool ends = b.term + b.depth == p.k;
+    // The lines of y, in short pieces far apart
+    for (int r = 0; ends && r < R; ++r)
+      for (int64_t c = 0; c < kPanel; c += 32) __builtin_prefetch(p.y + (first + r) * p.m + b.column + c, 1, 3);
     for (int64_t k = 0; k < b.depth; k += kStep) {
       b.ahead->ask();
       multiply<R>(reinterpret_cast<const char*>(p.x + first * p.ldx + b.term + k), p.ldx * 2, 4,
                   b.words + k / 2 * kPanel, std::min(kStep, b.depth - k) / 2, sum);
     }
-    if (b.term + b.depth < p.k)
-      put_tile<R>(sum, b.sums + first * kPanel, kPanel, kPanel);
-    else
-      put_tile<R>(sum, p.y + first * p.m + b.column, p.m, b.width);
+    ends ? put_tile<R>(sum, p.y + first * p.m + b.column, p.m, b.width)
+         : put_tile<R>(sum, b.sums + first * kPanel, kPanel, kPanel);
   }
 };
 
