@@ -26,7 +26,7 @@ using Vec = Register<float, kLanes>::type;
 
 // A tile is at most kTile rows by four vectors of columns; a block of w has kDepth terms of the sum.
 constexpr int64_t kTile = 6, kVectors = 4, kPanel = kVectors * kLanes, kDepth = 256;
-constexpr int64_t kStep = 8;            // terms between two looks ahead
+constexpr int64_t kStep = 8;             // terms between two looks ahead
 constexpr int64_t kStripe = 16 * kTile;  // rows of a gradient whose factor is laid out at a time
 static_assert(kPanel == kColumns);
 
@@ -148,7 +148,7 @@ GRASSLAND_PAIRS_INLINE void take_tile(const float* from, int64_t ld, int64_t wid
 // use(first, R) for tiles of rows as even as can be, R a constant.
 template <template <int> class Use, typename... Args>
 GRASSLAND_PAIRS_INLINE void each_tile(int64_t n, const Args&... args) {
-  const int64_t count = (n + kTile - 1) / kTile;
+  const int64_t count = parts(n, kTile);
   for (int64_t t = 0; t < count; ++t) {
     const int64_t first = t * n / count, rows = (t + 1) * n / count - first;
     switch (rows) {

@@ -1,5 +1,8 @@
 // The tiles of tiles.cpp, for each vector unit.
 
+// Of a gradient a tile has so many rows and panels.
+constexpr int kRows = kWide ? 12 : 6, kPanels = kWide ? 2 : 1;
+
 // Sums of rows by panels: where they begin, null for zero, and where they go.
 struct Sums {
   const float* from;
@@ -283,32 +286,31 @@ GRASSLAND_INLINE void pack_stripe(const T* g, int64_t ldg, int64_t depth, int64_
 template <typename T>
 GRASSLAND_UNIT void pack_rows(const Outer<T>& p, int64_t begin, int64_t end, float* tiles) {
   const int64_t first = begin * kStep;
-  pack_stripe<kWide ? 12 : 6>(p.g + first, p.m, p.n, std::min(end * kStep, p.m) - first, tiles + first * p.n);
+  pack_stripe<kRows>(p.g + first, p.m, p.n, std::min(end * kStep, p.m) - first, tiles + first * p.n);
 }
 
 // Rows `begin` to `end` of w, of columns `left` to `right`, a multiple of kPair and one or the last.
 template <typename T>
 GRASSLAND_UNIT void outer_rows(const Outer<T>& p, int64_t begin, int64_t end, int64_t left, int64_t right) {
-  constexpr int R = kWide ? 12 : 6, V = kWide ? 2 : 1;
   alignas(64) float a[kDeep * kStripe];
   // All panels of few terms stay in the cache, and w is written row by row.
   const bool few_terms = p.n <= kFewRows;
-  const int64_t stripe = few_terms ? R : kStripe, strip = few_terms ? right - left : V * kLanes;
+  const int64_t stripe = few_terms ? kRows : kStripe, strip = few_terms ? right - left : kPanels * kLanes;
   for (int64_t first = begin; first < end; first += stripe) {
     const int64_t rows = std::min(stripe, end - first);
     for (int64_t base = 0; base < p.n; base += kDeep) {
       const int64_t depth = std::min(kDeep, p.n - base);
-      pack_stripe<R>(p.g + base * p.m + first, p.m, depth, rows, a);
+      pack_stripe<kRows>(p.g + base * p.m + first, p.m, depth, rows, a);
       const bool more = base + depth < p.n;
       const int64_t next = more ? first : first + stripe, after = more ? base + depth : 0;
       Ahead ahead = ahead_of(p.g + after * p.m + next, p.m, next < end ? std::min(kDeep, p.n - after) : 0,
                              std::min(stripe, end - next),
-                             parts(rows, R) * parts(right - left, V * kLanes) * parts(depth, kLook));
+                             parts(rows, kRows) * parts(right - left, kPanels * kLanes) * parts(depth, kLook));
       for (int64_t c = left; c < right; c += strip)
-        for (int64_t r = 0; r < rows; r += R)
-          outer_tiles<R, V>(a + r * depth, p.laid_out + c * p.n + base * kLanes, p.n * kLanes, depth,
-                            p.w + (first + r) * p.ldw + c, p.ldw, rows - r, std::min(strip, right - c), p.add || base > 0,
-                            ahead);
+        for (int64_t r = 0; r < rows; r += kRows)
+          outer_tiles<kRows, kPanels>(a + r * depth, p.laid_out + c * p.n + base * kLanes, p.n * kLanes, depth,
+                                      p.w + (first + r) * p.ldw + c, p.ldw, rows - r, std::min(strip, right - c),
+                                      p.add || base > 0, ahead);
     }
   }
 }
@@ -316,7 +318,6 @@ GRASSLAND_UNIT void outer_rows(const Outer<T>& p, int64_t begin, int64_t end, in
 // Columns `left` to `right` of w, a multiple of kPair and one or the last, where g is what is laid out.
 template <typename T>
 GRASSLAND_UNIT void outer_columns(const Outer<T>& p, int64_t left, int64_t right) {
-  constexpr int R = kWide ? 12 : 6, V = kWide ? 2 : 1;
   const Buffer<float> panels = buffer<float>(kDeep * kStrip);
   for (int64_t c = left; c < right; c += kStrip) {
     const int64_t width = std::min(kStrip, right - c);
@@ -327,10 +328,10 @@ GRASSLAND_UNIT void outer_columns(const Outer<T>& p, int64_t left, int64_t right
       const int64_t next = more ? c : c + kStrip, after = more ? base + depth : 0;
       Ahead ahead = ahead_of(p.x + after * p.h + next, p.h, next < right ? std::min(kDeep, p.n - after) : 0,
                              std::min(kStrip, right - next),
-                             parts(p.m, R) * parts(width, V * kLanes) * parts(depth, kLook));
-      for (int64_t r = 0; r < p.m; r += R)
-        outer_tiles<R, V>(p.laid_out + r * p.n + base * R, panels.get(), depth * kLanes, depth, p.w + r * p.ldw + c,
-                          p.ldw, p.m - r, width, p.add || base > 0, ahead);
+                             parts(p.m, kRows) * parts(width, kPanels * kLanes) * parts(depth, kLook));
+      for (int64_t r = 0; r < p.m; r += kRows)
+        outer_tiles<kRows, kPanels>(p.laid_out + r * p.n + base * kRows, panels.get(), depth * kLanes, depth,
+                                    p.w + r * p.ldw + c, p.ldw, p.m - r, width, p.add || base > 0, ahead);
     }
   }
 }
