@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,8 +59,29 @@ def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """The fewest most likely tokens whose mass reaches top_p; at least one, and renormalised."""
-    ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered
-    kept = ordered.masked_fill(before >= top_p, 0)
-    return torch.zeros_like(kept).scatter_(-1, index, kept) / kept.sum(-1, keepdim=True)
+    """The fewest most likely tokens whose mass reaches top_p, of equally likely ones the first; renormalised."""
+    probabilities = probabilities.masked_fill(~_kept(probabilities.detach(), top_p), 0)
+    return probabilities / probabilities.sum(-1, keepdim=True)
+
+
+def _kept(probabilities: Tensor, top_p: float) -> Tensor:
+    if probabilities.device.type != "cpu":
+        ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
+        below = ordered.cumsum(-1) - ordered < top_p
+        return torch.empty_like(below).scatter_(-1, index, below)
+    kept = np.empty(probabilities.shape, dtype=bool)
+    for row, to in zip(probabilities.numpy(), kept, strict=True):
+        _keep(row, top_p, to)
+    return torch.from_numpy(kept)
+
+
+def _keep(row: np.ndarray, top_p: float, kept: np.ndarray) -> None:
+    """On a CPU PyTorch's sort takes 19 ms for 16 rows of 30,522. NumPy's has vectors, but takes no indices along."""
+    candidates = row[row > (1 - top_p) / (2 * row.size)]  # the mass of the others is beyond top_p
+    ordered = np.sort(candidates)[::-1]
+    count = np.count_nonzero(ordered.cumsum() - ordered < top_p)
+    if count == 0:  # there is NaN, for the draw to complain of
+        kept.fill(True)
+        return
+    np.greater(row, ordered[count - 1], out=kept)
+    kept[np.flatnonzero(row == ordered[count - 1])[: count - np.count_nonzero(kept)]] = True

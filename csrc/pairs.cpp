@@ -363,11 +363,13 @@ bool paired_outer_fits(const Tensor& g, const Tensor& x) {
 }
 
 void paired_outer(const Tensor& w, const Tensor& g, const Tensor& x, bool add) {
-  const auto run = [&](auto* to) {
-    outer<std::remove_pointer_t<decltype(to)>>(
-        {data<bf16>(g), data<bf16>(x), to, g.size(0), g.size(1), x.size(1), w.stride(0), add});
-  };
-  w.scalar_type() == ScalarType::Float ? run(data<float>(w)) : run(data<bf16>(w));
+  each_share(w, g, x, add, [](const Tensor& w, const Tensor& g, const Tensor& x, bool add) {
+    const auto run = [&](auto* to) {
+      outer<std::remove_pointer_t<decltype(to)>>(
+          {data<bf16>(g), data<bf16>(x), to, g.size(0), g.size(1), x.size(1), w.stride(0), add});
+    };
+    is_half(w) ? run(data<bf16>(w)) : run(data<float>(w));
+  });
 }
 #else
 bool paired_fits(const Tensor&, const Tensor&) { return false; }

@@ -86,13 +86,14 @@ constexpr int64_t kColumns = 64;    // outputs of a tile in the widest vectors
 constexpr int64_t kLayOut = 12;     // rows of x whose multiplication takes as long as laying out a block of w
 constexpr int64_t kMostRows = 512;  // what is summed of more does not stay in the second cache
 
-// The division that keeps no thread for long; blocks of at most `most` outputs.
+// The division that keeps no thread for long; blocks of about the same size, at most `most` outputs.
 inline Division divided(int64_t n, int64_t m, int64_t most) {
   const int64_t threads = Alone::threads(), columns = parts(m, kColumns), least = parts(n, kMostRows);
   Division found{};
   for (int64_t rows = least, cost = std::numeric_limits<int64_t>::max(); rows < least + threads; ++rows) {
-    const int64_t width = std::min(most / kColumns, parts(columns * rows, threads));
-    const int64_t each = parts(rows * parts(columns, width), threads) * width * (parts(n, rows) + kLayOut);
+    const int64_t blocks = parts(columns, std::min(most / kColumns, parts(columns * rows, threads)));
+    const int64_t width = parts(columns, blocks);
+    const int64_t each = parts(rows * blocks, threads) * width * (parts(n, rows) + kLayOut);
     if (each < cost) cost = each, found = {rows, width * kColumns};
   }
   return found;
@@ -110,8 +111,37 @@ void each_part(int64_t n, int64_t m, const Division& by, const F& run) {
   });
 }
 
+// Threads share the terms of a gradient, kTermShare or more each, where the sums, which they tell each other, are small and
+// half of what they would lay out for each other: cores without a common cache take four times as long to pass a line on.
+constexpr int64_t kTermShare = 128, kMostShared = 1 << 17;
+
+inline int64_t term_shares(int64_t n, int64_t m, int64_t h) {
+  if (m * h > kMostShared || n < 2 * std::max(m, h)) return 1;
+  return std::max<int64_t>(1, std::min(Alone::threads(), n / kTermShare));
+}
+
+// w = or += the sum of run(w, g, x, add) over shares of the terms of g (n, m) and x (n, h), each in one thread.
+template <typename F>
+void each_share(const Tensor& w, const Tensor& g, const Tensor& x, bool add, const F& run) {
+  const int64_t n = g.size(0), m = g.size(1), h = x.size(1), shares = term_shares(n, m, h);
+  if (shares == 1) return run(w, g, x, add);
+  const bool direct = w.scalar_type() == ScalarType::Float;
+  const Tensor sums = empty(w, {shares * m, h}, ScalarType::Float);
+  torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+    const Alone alone;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * n / shares, last = (i + 1) * n / shares;
+      const bool here = direct && i == 0;
+      run(here ? w : rows(sums, i * m, (i + 1) * m), rows(g, first, last), rows(x, first, last), here && add);
+    }
+  });
+  const Tensor total = direct ? w : rows(sums, 0, m);
+  for (int64_t i = 1; i < shares; ++i) put(rows(sums, i * m, (i + 1) * m), total, true);
+  if (!direct) put(total, w);
+}
+
 // Numbers of a weight, and of a gradient, from which on tiles are faster than MKL's and oneDNN's products of any number of
-// rows: preparing those takes 2 to 17 us. All threads share the terms of no gradient.
+// rows: preparing those takes 2 to 17 us.
 constexpr int64_t kSmall = 1 << 10, kSmallOuter = 1 << 12;
 
 constexpr int64_t kShare = 1 << 15;  // numbers to be laid out that are worth a thread

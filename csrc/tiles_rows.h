@@ -52,6 +52,9 @@ GRASSLAND_INLINE void tile(const float* a, int64_t row, int64_t term, const floa
 template <int R, int V>
 __attribute__((noinline)) GRASSLAND_UNIT void row_tile(const float* x, int64_t ldx, const float* b, int64_t depth,
                                                        const Sums& c, Ahead& ahead) {
+  // The lines that it ends in: in short pieces far apart
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) __builtin_prefetch(c.to + r * c.row + v * c.panel, 1, 3);
   tile<R, V>(x, ldx, 1, b, apart(depth), depth, c, [&](int64_t k) GRASSLAND_INLINE_LAMBDA {
     if (k % kLook == 0) ahead.ask();
   });
@@ -241,7 +244,10 @@ GRASSLAND_UNIT void pack_columns(const Outer<T>& p, int64_t begin, int64_t end, 
   constexpr int64_t kBeside = 16;
   for (int64_t first = begin; first < end; first += kBeside) {
     const int64_t left = first * kLanes, width = std::min(std::min(first + kBeside, end) * kLanes, p.h) - left;
-    pack_strip(p.x + left, p.h, p.n, width, p.n * kLanes, panels + left * p.n);
+    for (int64_t base = 0; base < p.n; base += kDeep) {
+      const int64_t depth = std::min(kDeep, p.n - base);
+      pack_strip(p.x + base * p.h + left, p.h, depth, width, depth * kLanes, panels + p.place(base, left));
+    }
   }
 }
 
@@ -285,8 +291,9 @@ GRASSLAND_INLINE void pack_stripe(const T* g, int64_t ldg, int64_t depth, int64_
 // Tiles of so many rows of g, in steps of kStep.
 template <typename T>
 GRASSLAND_UNIT void pack_rows(const Outer<T>& p, int64_t begin, int64_t end, float* tiles) {
-  const int64_t first = begin * kStep;
-  pack_stripe<kRows>(p.g + first, p.m, p.n, std::min(end * kStep, p.m) - first, tiles + first * p.n);
+  const int64_t first = begin * kStep, rows = std::min(end * kStep, p.m) - first;
+  for (int64_t base = 0; base < p.n; base += kDeep)
+    pack_stripe<kRows>(p.g + base * p.m + first, p.m, std::min(kDeep, p.n - base), rows, tiles + p.place(base, first));
 }
 
 // Rows `begin` to `end` of w, of columns `left` to `right`, a multiple of kPair and one or the last.
@@ -308,7 +315,7 @@ GRASSLAND_UNIT void outer_rows(const Outer<T>& p, int64_t begin, int64_t end, in
                              parts(rows, kRows) * parts(right - left, kPanels * kLanes) * parts(depth, kLook));
       for (int64_t c = left; c < right; c += strip)
         for (int64_t r = 0; r < rows; r += kRows)
-          outer_tiles<kRows, kPanels>(a + r * depth, p.laid_out + c * p.n + base * kLanes, p.n * kLanes, depth,
+          outer_tiles<kRows, kPanels>(a + r * depth, p.laid_out + p.place(base, c), depth * kLanes, depth,
                                       p.w + (first + r) * p.ldw + c, p.ldw, rows - r, std::min(strip, right - c),
                                       p.add || base > 0, ahead);
     }
@@ -330,7 +337,7 @@ GRASSLAND_UNIT void outer_columns(const Outer<T>& p, int64_t left, int64_t right
                              std::min(kStrip, right - next),
                              parts(p.m, kRows) * parts(width, kPanels * kLanes) * parts(depth, kLook));
       for (int64_t r = 0; r < p.m; r += kRows)
-        outer_tiles<kRows, kPanels>(p.laid_out + r * p.n + base * kRows, panels.get(), depth * kLanes, depth,
+        outer_tiles<kRows, kPanels>(p.laid_out + p.place(base, r), panels.get(), depth * kLanes, depth,
                                     p.w + r * p.ldw + c, p.ldw, p.m - r, width, p.add || base > 0, ahead);
     }
   }

@@ -187,14 +187,42 @@ def test_a_level_that_rounds_to_the_whole_mass_draws_the_last(monkeypatch):
     assert Sampling()(torch.tensor([[0.1, 0.7, -torch.inf]])).tolist() == [1]
 
 
+@pytest.mark.parametrize("top_p", [None, 0.5])
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, [-torch.inf, -torch.inf]])
-def test_logits_that_are_no_distribution(wrong):
+def test_logits_that_are_no_distribution(wrong, top_p):
     logits = torch.zeros(3, 2)
     logits[1] = torch.as_tensor(wrong)
     with pytest.raises(ValueError, match="logits must be finite or -inf"):
-        Sampling()(logits)
+        Sampling(top_p=top_p)(logits)
 
 
 def test_top_p_takes_no_token_more_once_the_mass_is_reached():
     found = Sampling(top_p=0.5).probabilities(torch.tensor([[2.0, 2.0, 2.0, 2.0]]))
     assert found.tolist() == [[0.5, 0.5, 0, 0]]
+
+
+def take_while(row: list[float], top_p: float) -> list[float]:
+    """The most likely first, of equally likely ones the first, until they have the mass."""
+    kept, mass = [0.0] * len(row), 0.0
+    for i in sorted(range(len(row)), key=lambda i: -row[i]):
+        if mass >= top_p:
+            break
+        kept[i] = row[i]
+        mass += row[i]
+    return [value / mass for value in kept]
+
+
+@pytest.mark.parametrize("top_k", [None, 40])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_top_p_is_its_definition(dtype, top_p, top_k):
+    torch.manual_seed(0)
+    logits = torch.randn(6, 300, requires_grad=True) * torch.tensor([0.1, 0.5, 1, 2, 4, 8])[:, None]
+    logits = (8 * logits).round().div(8).to(dtype)  # many are equal
+    found = Sampling(top_k=top_k, top_p=top_p).probabilities(logits)
+    given = Sampling(top_k=top_k).probabilities(logits).double().tolist()
+    expected = torch.tensor([take_while(row, top_p) for row in given], dtype=found.dtype)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    alone = [Sampling(top_k=top_k, top_p=top_p).probabilities(row) for row in logits.split(1)]
+    assert torch.equal(torch.cat(alone), found)
+    assert found.requires_grad

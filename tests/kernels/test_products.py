@@ -30,6 +30,8 @@ CASES = {
     "subspace_logits": [Case("one-chunk", lambda: subspace.head((300,), 41, 4, 97), {"k": 4, "scale": 25.0})],
     "plucker_mix": [
         Case("chunks", lambda: plucker.make(2, 1100, 33, 70), {"offsets": [1, 2, 1030]}),
+        # Threads share the terms of a gradient, a chunk on top of the other.
+        Case("shared-chunks", lambda: plucker.make(2, 1100, 17, 70), {"offsets": [1, 5]}),
         Case("one-chunk", lambda: plucker.make(3, 100, 17, 129), {"offsets": [3]}),
         Case("context-over-chunks", lambda: plucker.make(3, 700, 9, 30), {"offsets": [1, 300], "context": 290}),
         # As many rows as have a product of their own, and one more; not all that a tile has, and a last lane alone.
@@ -69,4 +71,19 @@ EVERY = [pytest.param(name, case, id=f"{name}-{case.id}") for name, cases in CAS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name, case", EVERY)
 def test_accuracy(name, case, dtype):
+    check_backend(SPECS[name], case, "cpp", dtype)
+
+
+@pytest.fixture
+def three_threads():
+    """What divides the work and shares the sums; other tests have one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name, case", EVERY)
+def test_accuracy_of_three_threads(name, case, dtype, three_threads):
     check_backend(SPECS[name], case, "cpp", dtype)
