@@ -17,6 +17,7 @@ from grassland.train.data.image_sources import load_images
 from grassland.train.ema import WeightAverage
 from grassland.train.log import read_metrics
 from grassland.train.optim import parameter_groups
+from grassland.train.recipes import recipe
 from grassland.train.start import run
 from grassland.train.tasks.vision import ImageClassification
 from grassland.train.vision_model import ImageModelSpec, build_vision_model, load_vision_model
@@ -343,6 +344,23 @@ def test_the_command_line_counts_over_the_recipe(monkeypatch):
     assert (short.epochs, short.steps, short.eval_epochs, short.eval_every) == (None, 7, None, 3)
     assert (baseline.loss, baseline.lr, baseline.epochs, baseline.recipe) == ("bce", 0.1, 300, "rsb_a2")
     assert VisionConfig.from_dict(json.loads(json.dumps(baseline.to_dict()))) == baseline
+
+
+@pytest.mark.parametrize("name", ["r50d", "rsb_a2", "deit3_s", "swin_t", "widenet"])
+def test_recipes_train_on_files_of_imagenet(name, shared, tmp_path, capsys):
+    """Full-size JPEGs of other shapes and colours, through each recipe's augmentation, with a small network."""
+    pytest.importorskip("timm")
+    folder = shared / "data" / "imagenet-samples"
+    if not folder.is_dir():
+        pytest.skip("no imagenet-samples in the shared data")
+    small = ["widenet_cifar", "--set", "patch_size=32"] if name == "widenet" else ["timm/resnet10t"]
+    command = ["vision", "--recipe", name, "--model", *small, "--data", str(folder), "--out", str(tmp_path / "run")]
+    assert main([*command, "--steps", "2", "--batch-size", "4", "--grad-accum", "1", "--workers", "0"]) == 0
+    events = read_metrics(tmp_path / "run")
+    start, test, end = events[0], events[-2], events[-1]
+    assert (start["classes"], sum(start["splits"].values())) == (50, 50)
+    assert start["config"]["img_size"] == recipe(name).img_size >= 160
+    assert math.isfinite(test["loss"]) and (end["event"], end["step"]) == ("end", 2)
 
 
 def test_bad_folders_and_images_are_one_line_that_names_them(fail, tmp_path):
