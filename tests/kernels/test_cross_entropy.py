@@ -231,6 +231,45 @@ def test_nan_counts_where_its_row_does(backend):
     assert linear_cross_entropy(broken, weight, target.clamp_min(0), backend=backend).isnan()
 
 
+NOTHING = -3e38  # ten times as much is -inf in float32 and in bfloat16
+ROWS = {
+    "all": lambda row: row,
+    "first-columns-impossible": lambda row: row[:600].fill_(NOTHING),
+    "last-columns-impossible": lambda row: row[400:].fill_(NOTHING),
+    "one-possible": lambda row: row[torch.arange(2000) != 1999].fill_(NOTHING),
+    "none-possible": lambda row: row.fill_(NOTHING),
+    "falling": lambda row: row.copy_(torch.linspace(20, -20, 2000)),
+    "rising": lambda row: row.copy_(torch.linspace(-20, 20, 2000)),
+    "one-nan": lambda row: row[1400:1401].fill_(torch.nan),
+    "many-nan": lambda row: row[400:1600].fill_(torch.nan),
+    "nan-among-impossible": lambda row: row[600:].fill_(NOTHING)[600:601].fill_(torch.nan),
+}
+
+
+@needs_extension
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", ROWS.values(), ids=ROWS)
+def test_the_loss_alone_by_some_columns_at_a_time(change, dtype, smoothing, threads):
+    """Without gradients the logits are never side by side: a row's are added up from pieces of 512 or less."""
+    torch.manual_seed(0)
+    weight = torch.randn(2000, 1)
+    change(weight[:, 0])
+    x, weight = torch.full((1, 1), 10.0, dtype=dtype), weight.to(dtype)
+    logits = (x.float() @ weight.float().T).to(dtype).double()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for label in (0, 511, 512, 666, 1999):
+            target = torch.tensor([label])
+            found = linear_cross_entropy(x, weight, target, label_smoothing=smoothing, backend="cpp")
+            expected = F.cross_entropy(logits, target, label_smoothing=smoothing)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_rows_of_a_class_that_there_is_not_are_nan_in_eager():
     """As in Triton (ROWS); the op itself looks before, on a CPU."""
     target = torch.tensor([7, -1, 0, -100])
