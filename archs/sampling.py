@@ -60,15 +60,19 @@ def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """The fewest most likely tokens whose mass reaches top_p, of equally likely ones the first; renormalised."""
-    probabilities = probabilities.masked_fill(~_kept(probabilities.detach(), top_p), 0)
+    find = _nucleus_by_row if probabilities.device.type == "cpu" else _nucleus_by_sort
+    probabilities = probabilities.masked_fill(~find(probabilities.detach(), top_p), 0)
     return probabilities / probabilities.sum(-1, keepdim=True)
 
 
-def _kept(probabilities: Tensor, top_p: float) -> Tensor:
-    if probabilities.device.type != "cpu":
-        ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
-        below = ordered.cumsum(-1) - ordered < top_p
-        return torch.empty_like(below).scatter_(-1, index, below)
+def _nucleus_by_sort(probabilities: Tensor, top_p: float) -> Tensor:
+    ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
+    below = ordered.cumsum(-1) - ordered < top_p
+    return torch.empty_like(below).scatter_(-1, index, below)
+
+
+def _nucleus_by_row(probabilities: Tensor, top_p: float) -> Tensor:
+    """On a CPU PyTorch's sort takes 19 ms for 16 rows of 30,522. NumPy's has vectors, but takes no indices along."""
     kept = np.empty(probabilities.shape, dtype=bool)
     for row, to in zip(probabilities.numpy(), kept, strict=True):
         _keep(row, top_p, to)
@@ -76,7 +80,7 @@ def _kept(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def _keep(row: np.ndarray, top_p: float, kept: np.ndarray) -> None:
-    """On a CPU PyTorch's sort takes 19 ms for 16 rows of 30,522. NumPy's has vectors, but takes no indices along."""
+    """Mark in `kept` what is kept of a row."""
     candidates = row[row > (1 - top_p) / (2 * row.size)]  # the mass of the others is beyond top_p
     ordered = np.sort(candidates)[::-1]
     count = np.count_nonzero(ordered.cumsum() - ordered < top_p)

@@ -24,20 +24,15 @@ constexpr int64_t kLook = 8;  // terms between two looks ahead
 // laid out at a time. kStep rows are a whole number of tiles of any unit, kPair columns one.
 constexpr int64_t kDeep = 256, kStripe = 96, kStrip = 128, kChunk = 1024, kStep = 12, kPair = 2 * kLanes;
 
-// w (m, h) = or += g^T x for g (n, m) and x (n, h), one of which is laid out, kDeep terms after kDeep terms: g in tiles
-// (tile, term, row), or x in panels (panel, term, lane).
+// w (m, h) = or += g^T x for g (n, m) and x (n, h), one of which is laid out: g in tiles (tile, n, row), or x in panels
+// (panel, n, lane).
 template <typename T>
 struct Outer {
   const T *g, *x;
   const float* laid_out;
   float* w;
   int64_t n, m, h, ldw;
-  int64_t width;  // of what is laid out, rounded
   bool add;
-
-  // Of a whole tile or panel, from the first of kDeep terms on. What is read together lies together: pieces that are a power
-  // of two apart would share a few sets of the cache.
-  int64_t place(int64_t term, int64_t at) const { return term * width + at * std::min(kDeep, n - term); }
 };
 
 #define GRASSLAND_SOURCE "tiles_rows.h"
@@ -77,7 +72,6 @@ void outer_chunk(Outer<T> p, float* room) {
   const int64_t grain = std::max<int64_t>(1, kShare / (p.n * kLanes));
   const bool wide = columns > rows, by_columns = wide && p.n > kFewRows;
   p.laid_out = room;
-  p.width = by_columns ? rows * kStep : columns * kPair;
   torch::stable::parallel_for(0, by_columns ? rows : panels, grain, [&](int64_t begin, int64_t end) {
     by_columns ? GRASSLAND_BEST(pack_rows)(p, begin, end, room) : GRASSLAND_BEST(pack_columns)(p, begin, end, room);
   });
@@ -106,7 +100,7 @@ void outer(Outer<T> p) {
 
 template <typename T>
 void outer_of(const Tensor& w, const Tensor& g, const Tensor& x, bool add) {
-  outer<T>({data<T>(g), data<T>(x), nullptr, data<float>(w), g.size(0), g.size(1), x.size(1), w.stride(0), 0, add});
+  outer<T>({data<T>(g), data<T>(x), nullptr, data<float>(w), g.size(0), g.size(1), x.size(1), w.stride(0), add});
 }
 
 // Whether no library is faster, at any size. MKL is on the processors of its maker.

@@ -244,10 +244,7 @@ GRASSLAND_UNIT void pack_columns(const Outer<T>& p, int64_t begin, int64_t end, 
   constexpr int64_t kBeside = 16;
   for (int64_t first = begin; first < end; first += kBeside) {
     const int64_t left = first * kLanes, width = std::min(std::min(first + kBeside, end) * kLanes, p.h) - left;
-    for (int64_t base = 0; base < p.n; base += kDeep) {
-      const int64_t depth = std::min(kDeep, p.n - base);
-      pack_strip(p.x + base * p.h + left, p.h, depth, width, depth * kLanes, panels + p.place(base, left));
-    }
+    pack_strip(p.x + left, p.h, p.n, width, p.n * kLanes, panels + left * p.n);
   }
 }
 
@@ -291,9 +288,8 @@ GRASSLAND_INLINE void pack_stripe(const T* g, int64_t ldg, int64_t depth, int64_
 // Tiles of so many rows of g, in steps of kStep.
 template <typename T>
 GRASSLAND_UNIT void pack_rows(const Outer<T>& p, int64_t begin, int64_t end, float* tiles) {
-  const int64_t first = begin * kStep, rows = std::min(end * kStep, p.m) - first;
-  for (int64_t base = 0; base < p.n; base += kDeep)
-    pack_stripe<kRows>(p.g + base * p.m + first, p.m, std::min(kDeep, p.n - base), rows, tiles + p.place(base, first));
+  const int64_t first = begin * kStep;
+  pack_stripe<kRows>(p.g + first, p.m, p.n, std::min(end * kStep, p.m) - first, tiles + first * p.n);
 }
 
 // Rows `begin` to `end` of w, of columns `left` to `right`, a multiple of kPair and one or the last.
@@ -315,7 +311,7 @@ GRASSLAND_UNIT void outer_rows(const Outer<T>& p, int64_t begin, int64_t end, in
                              parts(rows, kRows) * parts(right - left, kPanels * kLanes) * parts(depth, kLook));
       for (int64_t c = left; c < right; c += strip)
         for (int64_t r = 0; r < rows; r += kRows)
-          outer_tiles<kRows, kPanels>(a + r * depth, p.laid_out + p.place(base, c), depth * kLanes, depth,
+          outer_tiles<kRows, kPanels>(a + r * depth, p.laid_out + c * p.n + base * kLanes, p.n * kLanes, depth,
                                       p.w + (first + r) * p.ldw + c, p.ldw, rows - r, std::min(strip, right - c),
                                       p.add || base > 0, ahead);
     }
@@ -337,7 +333,7 @@ GRASSLAND_UNIT void outer_columns(const Outer<T>& p, int64_t left, int64_t right
                              std::min(kStrip, right - next),
                              parts(p.m, kRows) * parts(width, kPanels * kLanes) * parts(depth, kLook));
       for (int64_t r = 0; r < p.m; r += kRows)
-        outer_tiles<kRows, kPanels>(p.laid_out + p.place(base, r), panels.get(), depth * kLanes, depth,
+        outer_tiles<kRows, kPanels>(p.laid_out + r * p.n + base * kRows, panels.get(), depth * kLanes, depth,
                                     p.w + r * p.ldw + c, p.ldw, p.m - r, width, p.add || base > 0, ahead);
     }
   }

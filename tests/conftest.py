@@ -76,6 +76,14 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow suite: pytest -m slow"))
 
 
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def shared():
     """The folder of data sets and golden vectors; tests that need it are skipped where it is absent."""

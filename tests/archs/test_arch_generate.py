@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grassland.archs import create_model
+from grassland.archs import create_model, sampling
 from grassland.archs.sampling import Sampling
 
 SIZES = {"vocab_size": 23, "max_len": 16, "dim": 16, "depth": 2, "ffn_dim": 24, "dtype": torch.float64}
@@ -215,7 +215,10 @@ def take_while(row: list[float], top_p: float) -> list[float]:
 @pytest.mark.parametrize("top_k", [None, 40])
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_top_p_is_its_definition(dtype, top_p, top_k):
+@pytest.mark.parametrize("way", ["cpu", "gpu"])
+def test_top_p_is_its_definition(way, dtype, top_p, top_k, monkeypatch):
+    if way == "gpu":
+        monkeypatch.setattr(sampling, "_nucleus_by_row", sampling._nucleus_by_sort)
     torch.manual_seed(0)
     logits = torch.randn(6, 300, requires_grad=True) * torch.tensor([0.1, 0.5, 1, 2, 4, 8])[:, None]
     logits = (8 * logits).round().div(8).to(dtype)  # many are equal

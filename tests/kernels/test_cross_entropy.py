@@ -251,23 +251,33 @@ ROWS = {
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("change", ROWS.values(), ids=ROWS)
-def test_the_loss_alone_by_some_columns_at_a_time(change, dtype, smoothing, threads):
+def test_the_loss_alone_by_some_columns_at_a_time(change, dtype, smoothing, threads, set_threads):
     """Without gradients the logits are never side by side: a row's are added up from pieces of 512 or less."""
     torch.manual_seed(0)
     weight = torch.randn(2000, 1)
     change(weight[:, 0])
     x, weight = torch.full((1, 1), 10.0, dtype=dtype), weight.to(dtype)
     logits = (x.float() @ weight.float().T).to(dtype).double()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for label in (0, 511, 512, 666, 1999):
-            target = torch.tensor([label])
-            found = linear_cross_entropy(x, weight, target, label_smoothing=smoothing, backend="cpp")
-            expected = F.cross_entropy(logits, target, label_smoothing=smoothing)
-            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
-    finally:
-        torch.set_num_threads(before)
+    set_threads(threads)
+    for label in (0, 511, 512, 666, 1999):
+        target = torch.tensor([label])
+        found = linear_cross_entropy(x, weight, target, label_smoothing=smoothing, backend="cpp")
+        expected = F.cross_entropy(logits, target, label_smoothing=smoothing)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@needs_extension
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows, vocab", [(1, 1700), (2, 40), (256, 512), (257, 513), (700, 1300)])
+def test_the_loss_alone_of_some_rows_at_a_time(rows, vocab, threads, set_threads):
+    torch.manual_seed(0)
+    set_threads(threads)
+    x, weight, target = torch.randn(rows, 24), torch.randn(vocab, 24), torch.randint(vocab, (rows,))
+    target[1::7] = -100
+    found = linear_cross_entropy(x, weight, target, label_smoothing=0.1, reduction="sum", backend="cpp")
+    logits = x.double() @ weight.double().T
+    expected = F.cross_entropy(logits, target, label_smoothing=0.1, reduction="sum")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
 
 
 def test_rows_of_a_class_that_there_is_not_are_nan_in_eager():

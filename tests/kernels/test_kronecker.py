@@ -275,17 +275,14 @@ def test_a_backend_that_cannot_is_an_error():
 
 
 @pytest.mark.skipif("cpp" not in BACKENDS, reason="the extension is not built")
-def test_results_do_not_depend_on_the_threads():
+def test_results_do_not_depend_on_the_threads(set_threads):
     tensors = {name: t.float().requires_grad_() for name, t in make_step(700, streams=4, dim=33).items()}
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            outs = kronecker_step(**tensors, backend="cpp")
-            grads = torch.autograd.grad(sum(o.square().sum() for o in outs), list(tensors.values()))
-            results.append([*outs, *grads])
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2):
+        set_threads(count)
+        outs = kronecker_step(**tensors, backend="cpp")
+        grads = torch.autograd.grad(sum(o.square().sum() for o in outs), list(tensors.values()))
+        results.append([*outs, *grads])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

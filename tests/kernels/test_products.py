@@ -74,16 +74,9 @@ def test_accuracy(name, case, dtype):
     check_backend(SPECS[name], case, "cpp", dtype)
 
 
-@pytest.fixture
-def three_threads():
-    """What divides the work and shares the sums; other tests have one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name, case", EVERY)
-def test_accuracy_of_three_threads(name, case, dtype, three_threads):
+def test_accuracy_of_three_threads(name, case, dtype, set_threads):
+    """They divide the work and share the sums; the workers of a test run have one thread."""
+    set_threads(3)
     check_backend(SPECS[name], case, "cpp", dtype)

@@ -347,7 +347,7 @@ def test_the_command_line_counts_over_the_recipe(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["r50d", "rsb_a2", "deit3_s", "swin_t", "widenet"])
-def test_recipes_train_on_files_of_imagenet(name, shared, tmp_path, capsys):
+def test_recipes_train_on_files_of_imagenet(name, shared, tmp_path):
     """Full-size JPEGs of other shapes and colours, through each recipe's augmentation, with a small network."""
     pytest.importorskip("timm")
     folder = shared / "data" / "imagenet-samples"
