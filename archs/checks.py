@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.launch import autocast_dtype
+from ..kernels.products import linear
 
 
 def check_input(
@@ -66,6 +67,11 @@ def is_plain(layer: nn.Module) -> bool:
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
         and "forward" not in layer.__dict__
     )
+
+
+def project(layer: Any, x: Tensor) -> Tensor:
+    """layer(x), of a plain Linear by the product that is fastest."""
+    return linear(x, layer.weight, layer.bias) if is_plain(layer) else layer(x)
 
 
 def first_rows(embedding: Any, length: int, device: torch.device) -> Tensor:

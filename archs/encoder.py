@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.losses import IGNORE
+from ..kernels.products import linear
 from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its choices)
-from .checks import first_rows
+from .checks import first_rows, project
 from .config import ModelConfig
 from .init import reset_model
 from .lm import build_blocks, check_range, is_causal
@@ -184,14 +185,14 @@ class Encoder(nn.Module):
     def _span_logits(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if self.span_head is None:
             raise ValueError("spans need a model with span_head=True")
-        logits = self.span_head(x)
+        logits = project(self.span_head, x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if mask is None else logits.masked_fill(~mask[..., None], -torch.inf)
 
     def _class_logits(self, x: Tensor) -> Tensor:
         if self.classifier is None:
             raise ValueError("classes need a model with num_classes > 0")
-        return self.classifier(self._pool(x))
+        return project(self.classifier, self._pool(x))
 
     def features(
         self, input_ids: Tensor, *, mask: Tensor | None = None, token_types: Tensor | None = None
@@ -219,7 +220,7 @@ class Encoder(nn.Module):
     def _pool(self, x: Tensor) -> Tensor:
         if self.pooler is None:
             raise ValueError("pooled needs a model with pooler=True")
-        return torch.tanh(self.pooler(x[:, 0]))
+        return torch.tanh(project(self.pooler, x[:, 0]))
 
     def _block(self, layer: int) -> Any:
         return self.blocks[layer * len(self.blocks) // self.config.depth]
@@ -231,7 +232,7 @@ class Encoder(nn.Module):
                 raise ValueError(f"positions must be ({x.shape[0]}, P), got {tuple(positions.shape)}")
             check_range("positions", positions, x.shape[1])
             x = x.gather(1, positions[..., None].expand(-1, -1, x.shape[2]))
-        return F.linear(x, self._transposed(x))
+        return linear(x, self._transposed(x))
 
     def _transposed(self, x: Tensor) -> Tensor:
         """The matrix of `proj` transposed, (embed_dim, dim), for features x."""
@@ -258,7 +259,7 @@ class Encoder(nn.Module):
             check_range("token_types", types, config.num_types)
             kinds = self.types(types)
         x = self.embed(ids) + first_rows(self.positions, ids.shape[1], ids.device) + kinds
-        return self.proj(self.dropout(self.embed_norm(x)))
+        return project(self.proj, self.dropout(self.embed_norm(x)))
 
     def num_parameters(self) -> int:
         """Number of parameters; shared ones count once."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ffns, heads, mixers, residuals  # noqa: F401  (each registers its choices)
-from .checks import first_rows
+from .checks import first_rows, project
 from .config import ModelConfig
 from .hints import fits
 from .init import reset_model
@@ -140,7 +140,7 @@ class VisionModel(nn.Module):
             auxiliary += [] if extra is None else [extra]
         x = self.norm(self.blocks[-1].ffn.reduce(x))
         x = x.mean(1) if self.config.pooling == "mean" else x[:, 0]
-        return x if self.pre_logits is None else torch.tanh(self.pre_logits(x)), auxiliary
+        return x if self.pre_logits is None else torch.tanh(project(self.pre_logits, x)), auxiliary
 
     def _embed(self, images: Tensor) -> Tensor:
         config = self.config

@@ -47,16 +47,23 @@ def kernel_table(op):
     title = " · ".join(processor(records[0]) for records in machines)
     heads = [f"{setting}, {mode}" for setting, mode in settings.items()]
     lines = [f"| time / grassland on {title} | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
-    absent = {}
-    for rival in dict.fromkeys(r["rival"] for records in machines for r in records):
-        reasons = {r.get("error") for records in machines for r in records if r["rival"] == rival}
-        if len(reasons) == 1 and None not in reasons:
-            absent.setdefault(reasons.pop(), []).append(rival)
-            continue
+    timed, notes = taking_part([r for records in machines for r in records])
+    for rival in timed:
         cells = [of_rival(machines, rival, *item) for item in settings.items()]
         lines.append(f"| {rival} | {' | '.join(cells)} |")
-    notes = [f"Not run: {', '.join(rivals)} ({why})." for why, rivals in absent.items()]
     return "\n".join([*lines, "", " ".join([*notes, *map(footnote, machines)])])
+
+
+def taking_part(records):
+    """The rivals that have a row, and sentences about those that ran nowhere, for one and the same reason."""
+    timed, absent = [], {}
+    for rival in dict.fromkeys(r["rival"] for r in records):
+        reasons = {r.get("error") for r in records if r["rival"] == rival}
+        if len(reasons) == 1 and None not in reasons:
+            absent.setdefault(reasons.pop(), []).append(rival)
+        else:
+            timed.append(rival)
+    return timed, [f"Not run: {', '.join(rivals)} ({why})." for why, rivals in absent.items()]
 
 
 def headline_table():
@@ -289,11 +296,12 @@ def scaling_table(records):
     modes = {r["setting"]: r["mode"] for r in records if "mode" in r}
     heads = [f"{setting}, {mode}" for setting, mode in modes.items()]
     lines = [f"| ms | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
-    for rival in dict.fromkeys(r["rival"] for r in records):
+    timed, notes = taking_part(records)
+    for rival in timed:
         own = {r["setting"]: r for r in records if r["rival"] == rival and r.get("mode") == modes.get(r["setting"])}
         cells = [f"{own[s]['ms']:.2f}" if s in own else reason(records, rival, s) for s in modes]
         lines.append(f"| {rival} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", footnote(records)])
+    return "\n".join([*lines, "", " ".join([*notes, footnote(records)])])
 
 
 def reason(records, rival, setting):

@@ -153,6 +153,20 @@ Tensor linear(const Tensor& x, const Tensor& w, const Tensor* bias, const Tensor
   return out;
 }
 
+namespace {
+
+Tensor linear_cpu(const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias) {
+  return linear(x, w, bias ? &*bias : nullptr);
+}
+
+Tensor linear_weight_backward(const Tensor& grad, const Tensor& x) {
+  OuterSum sum(grad.size(1), x.size(1));
+  sum.add(grad, x);
+  return sum.result(grad);
+}
+
+}  // namespace
+
 void put(const Tensor& from, const Tensor& to, bool add) {
   if (is_half(from))
     is_half(to) ? put_as<bf16, bf16>(from, to, add) : put_as<bf16, float>(from, to, add);
@@ -245,3 +259,20 @@ void outer_product(const Tensor& total, const Tensor& left, const Tensor& right,
 }
 
 }  // namespace grassland
+
+// kernels/products.py checks: x (n, k), weight (m, k) and bias (m), not empty, float32 or bfloat16 alike; for the gradient
+// of the weight, float32 and contiguous.
+STABLE_TORCH_LIBRARY_FRAGMENT(grassland_cpp, m) {
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("linear_weight_backward(Tensor grad, Tensor x) -> Tensor");
+  m.def("tiles_are_best() -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(grassland_cpp, CPU, m) {
+  m.impl("linear", TORCH_BOX(&grassland::linear_cpu));
+  m.impl("linear_weight_backward", TORCH_BOX(&grassland::linear_weight_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(grassland_cpp, CompositeExplicitAutograd, m) {
+  m.impl("tiles_are_best", TORCH_BOX(&grassland::tiles_are_best));
+}

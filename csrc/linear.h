@@ -29,6 +29,9 @@ class Alone {
 
 inline bool is_half(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
 
+// Whether no library's product in float32 is faster than tiles, at any size. MKL is on the processors of its maker.
+bool tiles_are_best();
+
 // Whether the processor multiplies bfloat16 (AVX512_BF16, which those with AMX have, too). Elsewhere a product of bfloat16
 // is one of float32 that is rounded: a library's is ten to a hundred times slower. Python's is products.multiplies_halves.
 bool multiplies_halves();

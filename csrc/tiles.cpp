@@ -49,7 +49,7 @@ void few_of(const Product<T>& p) {
 
 template <typename T>
 void product(const Product<T>& p) {
-  if (p.n <= kFew && p.along) return few_of(p);
+  if (p.along && p.n <= GRASSLAND_BEST(most_few)()) return few_of(p);
   constexpr bool half = std::is_same_v<T, bf16>;
   const Buffer<float> wide = half ? buffer<float>(p.n * p.k) : nullptr;
   const float* x = GRASSLAND_BEST(in_float)(p, wide.get());
@@ -103,8 +103,12 @@ void outer_of(const Tensor& w, const Tensor& g, const Tensor& x, bool add) {
   outer<T>({data<T>(g), data<T>(x), nullptr, data<float>(w), g.size(0), g.size(1), x.size(1), w.stride(0), add});
 }
 
-// Whether no library is faster, at any size. MKL is on the processors of its maker.
-bool are_best() {
+}  // namespace
+
+void few(const Product<float>& p) { few_of(p); }
+void few(const Product<bf16>& p) { few_of(p); }
+
+bool tiles_are_best() {
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
   static const bool found = !__builtin_cpu_is("intel") && best_unit() != VectorUnit::plain;
   return found;
@@ -113,15 +117,10 @@ bool are_best() {
 #endif
 }
 
-}  // namespace
-
-void few(const Product<float>& p) { few_of(p); }
-void few(const Product<bf16>& p) { few_of(p); }
-
 bool tiled_fits(const Tensor& x, const Tensor& w) {
   if (x.numel() == 0 || x.stride(1) != 1 || (w.stride(1) != 1 && w.stride(0) != 1)) return false;
   if (is_half(x) && multiplies_halves()) return false;
-  if (!is_half(x) && are_best()) return w.numel() >= kSmall;
+  if (!is_half(x) && tiles_are_best()) return w.numel() >= kSmall;
   if (x.size(0) <= kFew && w.stride(1) == 1) return w.numel() >= kFewLarge;
   return x.size(0) <= kFewRows && w.numel() >= kLarge;
 }
@@ -131,7 +130,7 @@ void tiled(const Tensor& y, const Tensor& x, const Tensor& w, const Tensor* bias
 }
 
 bool tiled_outer_fits(const Tensor& g, const Tensor& x) {
-  if (!is_half(g) && are_best()) return g.size(1) * x.size(1) >= kSmallOuter;
+  if (!is_half(g) && tiles_are_best()) return g.size(1) * x.size(1) >= kSmallOuter;
   return g.size(0) <= kFewRows && g.size(1) * x.size(1) >= kLarge;
 }
 

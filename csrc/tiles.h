@@ -146,9 +146,9 @@ constexpr int64_t kSmall = 1 << 10, kSmallOuter = 1 << 12;
 
 constexpr int64_t kShare = 1 << 15;  // numbers to be laid out that are worth a thread
 
-// With so few rows of x and a w that lies along the sum, the lanes do, too: for a weight of kFewLarge numbers that is as
-// fast as a library's product of a vector, and up to two and a half times as fast as its product of two to four. Pairs of
-// bfloat16 are faster from three rows on.
+// With few rows of x and a w that lies along the sum, the lanes do, too, and w is read once, as it lies: for a weight of
+// kFewLarge numbers and kFew rows that is as fast as a library's product of a vector, and up to two and a half times as fast
+// as its product of two to four, on any processor. Pairs of bfloat16 are faster from three rows on.
 constexpr int64_t kFew = 4, kFewHalves = 2, kFewLarge = 1 << 12;
 
 void few(const Product<float>& p);

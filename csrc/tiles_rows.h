@@ -219,14 +219,27 @@ GRASSLAND_INLINE void few_tiles(const Product<T>& p, int64_t begin, int64_t end)
   for (int64_t first = begin; first < end; first += R) few_tile<N, R>(p, first);
 }
 
+// Up to so many rows of x that is faster than tiles, for which w is laid out.
+GRASSLAND_UNIT int64_t most_few() { return kWide ? 32 : 8; }
+
 template <typename T>
 GRASSLAND_UNIT void few_rows(const Product<T>& p, int64_t begin, int64_t end) {
-  switch (p.n) {
-    case 1: return few_tiles<1, kWide ? 8 : 4>(p, begin, end);
-    case 2: return few_tiles<2, kWide ? 8 : 2>(p, begin, end);
-    case 3: return few_tiles<3, kWide ? 4 : 1>(p, begin, end);
-    default: return few_tiles<4, kWide ? 4 : 1>(p, begin, end);
-  }
+  constexpr int kOutputs = kWide ? 4 : 1;
+  if (p.n == 1) return few_tiles<1, kWide ? 8 : 4>(p, begin, end);
+  if (p.n == 2) return few_tiles<2, kWide ? 8 : 2>(p, begin, end);
+  const int64_t count = parts(p.n, 4);
+  for (int64_t first = begin; first < end; first += kOutputs)
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t row = t * p.n / count;
+      Product<T> part = p;
+      part.x += row * p.ldx;
+      part.y += row * p.m;
+      switch ((t + 1) * p.n / count - row) {
+        case 2: few_tile<2, kOutputs>(part, first); break;
+        case 3: few_tile<3, kOutputs>(part, first); break;
+        default: few_tile<4, kOutputs>(part, first);
+      }
+    }
 }
 
 // Columns of x (depth, width) to panels (panel, depth, lane) that lie `panel` apart.

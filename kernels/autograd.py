@@ -30,7 +30,9 @@ def differentiable(op: Any, backward: Callable[..., Any], setup_context: Callabl
     function: Any = type(op.name, (torch.autograd.Function,), methods)
 
     def call(*inputs: Any) -> Any:
-        return op(*inputs) if torch.compiler.is_compiling() else function.apply(*inputs)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return op(*inputs)
+        return function.apply(*inputs)
 
     return call
 

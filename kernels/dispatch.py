@@ -134,9 +134,19 @@ class Opaque:
         self.register_fake, self.register_autograd = op.register_fake, op.register_autograd
 
     def __call__(self, *args: Any) -> Any:
-        if self.writes or torch.compiler.is_compiling() or torch.is_grad_enabled() or _C._len_torch_dispatch_stack():
-            return self.op(*args)
-        return self.body(*args) if bare(args) else self.op(*args)
+        return self.op(*args) if self.writes or not unobserved(args) else self.body(*args)
+
+
+def unobserved(args: tuple) -> bool:
+    """Whether no derivative is recorded, nothing traces, and the tensors among them hold numbers of their own."""
+    return not torch.is_grad_enabled() and untraced(args)
+
+
+def untraced(args: tuple) -> bool:
+    """Whether nothing traces, and the tensors among them hold numbers of their own."""
+    if torch.compiler.is_compiling() or _C._len_torch_dispatch_stack() or _C._is_tracing():
+        return False
+    return bare(args)
 
 
 def bare(args: tuple) -> bool:

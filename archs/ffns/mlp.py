@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_input, check_positive
+from ..checks import check_input, check_positive, project
 from ..init import reset_layers
 from ..registry import register_slot
 
@@ -34,7 +34,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, dim) → (…, dim). ValueError for another width, TypeError for another dtype than the weights'."""
         check_input(x, self.dim, self.up)
-        return self.down(F.gelu(self.up(x)))
+        return project(self.down, F.gelu(project(self.up, x)))
 
     def outputs(self) -> list[Tensor]:
         """The weights that it ends in."""

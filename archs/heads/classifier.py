@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...kernels.dispatch import transformed
 from ...kernels.losses import IGNORE, check_labels, check_loss
-from ..checks import check_input, check_positive
+from ..checks import check_input, check_positive, project
 from ..init import reset_layers
 from ..registry import register_slot
 
@@ -64,7 +64,7 @@ class ClassifierHead(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """(…, dim) → (…, num_classes)."""
         check_input(x, self.dim, self.proj)
-        return self.proj(x)
+        return project(self.proj, x)
 
     def loss(self, x: Tensor, labels: Tensor, reduction: str = "mean", *, label_smoothing: float = 0.0) -> Tensor:
         """Cross entropy of x (…, dim) against labels (…) int64, −100 ignored, or probabilities (…, num_classes);

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.cross_entropy import linear_cross_entropy
+from ...kernels.products import linear
 from ..checks import check_input, check_positive
 from ..registry import register_slot
 from .classifier import checked_labels, cross_entropy
@@ -52,7 +53,7 @@ class CosineHead(nn.Module):
         """Logits (…, num_classes) of x (…, dim), between −scale and scale; x itself while `features_only` is set."""
         if self.features_only:
             return x
-        return F.linear(*self._normalised(x))
+        return linear(*self._normalised(x))
 
     def logits(self, x: Tensor) -> Tensor:
         """As `forward`; the head protocol's name."""

@@ -3,11 +3,11 @@
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.cross_entropy import linear_cross_entropy
-from ..checks import check_input, check_positive, is_plain
+from ...kernels.products import linear
+from ..checks import check_input, check_positive, is_plain, project
 from ..init import reset_layers
 from ..registry import register_slot
 from ..sharing import Reference
@@ -49,7 +49,7 @@ class LinearHead(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """(…, dim) → (…, num_classes)."""
         check_input(x, self.dim, self.proj)
-        return self.proj(x)
+        return project(self.proj, x)
 
     def loss(self, x: Tensor, labels: Tensor, reduction: str = "mean", *, label_smoothing: float = 0.0) -> Tensor:
         """Cross entropy of x (…, dim) against labels (…) int64, −100 ignored, without materialised logits, or against
@@ -98,7 +98,7 @@ class TiedHead(LinearHead):
     def logits(self, x: Tensor) -> Tensor:
         """(…, dim) → (…, num_classes)."""
         check_input(x, self.dim, self)
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
     def _reads_weight(self) -> bool:
         # The embedding's own call looks rows up; nothing around it is a projection.

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_dropout, check_input, check_positive
+from ..checks import check_dropout, check_input, check_positive, project
 from ..ffns import MLP
 from ..init import init_weights, reset_layers
 from ..mixers import BidirectionalAttention
@@ -75,12 +75,12 @@ class NLIHead(nn.Module):
         check_input(features, self.in_features, self.proj, sequence=True, name="features")
         mask = _checked(mask, features)
         # Not a product: what stands in padding may be infinite or NaN.
-        x = self.proj(torch.where(mask[..., None], features, 0))
+        x = project(self.proj, torch.where(mask[..., None], features, 0))
         for mixer, ffn in zip(self.mixers, self.ffns, strict=True):
             x = ffn(mixer(x, None, None, mask))
         weight = mask.to(x.dtype)
         pooled = torch.einsum("btd,bt->bd", x, weight) / weight.sum(1, keepdim=True)
-        return self.classifier(self.dropout(F.gelu(self.hidden(pooled))))
+        return project(self.classifier, self.dropout(F.gelu(project(self.hidden, pooled))))
 
 
 class PluckerNLIHead(NLIHead):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.plucker import checked_offsets
-from ..checks import check_input, check_positive
+from ..checks import check_input, check_positive, project
 from ..init import init_weights, reset_layers
 from ..registry import register_slot
 from .grassmann import ReducedHistory, blended
@@ -119,7 +119,7 @@ class Control(nn.Module, ABC):
             state.advance(length, lengths)
         g = self.pair(own, window, positions, chosen)
         if self.out_proj is not None:
-            g = self.out_proj(g)
+            g = project(self.out_proj, g)
         return blended(x, g, self.gate, self.backend)
 
     def init_state(
@@ -192,14 +192,15 @@ class CausalConvolution(Control):
         return width * (self.dim + 1) + width * len(self.offsets) + (width + 1) * self.dim
 
     def reduced(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        u = self.reduce(x)
+        u = project(self.reduce, x)
         return u, u
 
     def pair(self, own: Tensor, window: Tensor, positions: Tensor, offsets: tuple[int, ...]) -> Tensor:
         if len(offsets) != len(self.taps):
             raise ValueError(f"offsets must be {len(self.taps)}, as many as the convolution has taps, got {offsets}")
         shifted = pasts(window, own.shape[1], offsets)
-        return self.project(total(tap * past for tap, past in zip(self.taps.to(own.dtype), shifted, strict=True)))
+        mixed = total(tap * past for tap, past in zip(self.taps.to(own.dtype), shifted, strict=True))
+        return project(self.project, mixed)
 
     def pairing_flops(self, deltas: Sequence[int]) -> int:
         return 2 * self.width * len(deltas)
@@ -222,7 +223,7 @@ class HadamardMixer(Control):
         return width * (self.dim + 1) + (width + 1) * self.dim
 
     def reduced(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.reduce(x)
+        z = project(self.reduce, x)
         return z, z
 
     def pair(self, own: Tensor, window: Tensor, positions: Tensor, offsets: tuple[int, ...]) -> Tensor:
@@ -231,7 +232,7 @@ class HadamardMixer(Control):
         # A past that does not exist is zero, and so is its product.
         products = [z * past for past in pasts(window, own.shape[1], offsets)]
         mean = total(p / p.norm(dim=-1, keepdim=True).clamp_min(self.eps) for p in products) / number
-        return self.project(mean.to(own.dtype)) * valid.any(-1, keepdim=True)
+        return project(self.project, mean.to(own.dtype)) * valid.any(-1, keepdim=True)
 
     def pairing_flops(self, deltas: Sequence[int]) -> int:
         return 5 * self.width * len(deltas)
@@ -258,16 +259,16 @@ class ConcatenationMixer(Control):
         return self.rank
 
     def reduced(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.reduce(x)
-        return self.hidden(z), z
+        z = project(self.reduce, x)
+        return project(self.hidden, z), z
 
     def pair(self, own: Tensor, window: Tensor, positions: Tensor, offsets: tuple[int, ...]) -> Tensor:
         valid, number = present(positions, offsets)
         # The past's half of the first layer is the same whichever token looks back at it.
-        shifted = pasts(self.hidden_past(window), own.shape[1], offsets)
+        shifted = pasts(project(self.hidden_past, window), own.shape[1], offsets)
         hidden = [F.gelu(own + past) * valid[..., k, None] for k, past in enumerate(shifted)]
         # The mean of the second layer's outputs is its output for the mean.
-        return self.project(total(hidden) / number) * valid.any(-1, keepdim=True)
+        return project(self.project, total(hidden) / number) * valid.any(-1, keepdim=True)
 
     def pairing_flops(self, deltas: Sequence[int]) -> int:
         return 2 * self.width * len(deltas)

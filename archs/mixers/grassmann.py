@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.plucker import checked_offsets, gated_blend, plucker_coordinates, plucker_mix
-from ..checks import check_input, check_positive, is_plain
+from ..checks import check_input, check_positive, is_plain, project
 from ..init import reset_layers
 from ..registry import register_slot
 from .state import MixerState, home
@@ -111,10 +111,10 @@ class CausalGrassmannMixer(nn.Module):
         """Mix (B, T, dim); with a state, continue the sequences it has seen (see `grassland.archs.mixers`)."""
         check_input(x, self.dim, self.reduce, sequence=True)
         offsets = self.offsets if offsets is None else checked_offsets(offsets)
-        z = self.reduce(x)
+        z = project(self.reduce, x)
         g = self._mix(z, offsets) if state is None else self._continue(z, state, lengths, offsets)
         if self.out_proj is not None:
-            g = self.out_proj(g)
+            g = project(self.out_proj, g)
         return blended(x, g, self.gate, self.backend)
 
     def _mix(self, z: Tensor, offsets: Sequence[int], context: int = 0) -> Tensor:
@@ -144,7 +144,7 @@ class CausalGrassmannMixer(nn.Module):
         past = torch.stack([window[:, first - delta : first - delta + length] for delta in offsets], dim=2)
         valid = positions[..., None] >= torch.tensor(offsets, device=z.device)
         coordinates = mean_coordinates(z, past, valid, self.eps).to(z.dtype)
-        return self.plucker(coordinates) * valid.any(-1, keepdim=True)
+        return project(self.plucker, coordinates) * valid.any(-1, keepdim=True)
 
     def init_state(
         self,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_positive
+from ..checks import check_positive, project
 from ..registry import register_slot
 from .controls import Control
 
@@ -55,7 +55,7 @@ class LocalAttention(Control):
         return 2 * self.width
 
     def reduced(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        own, kept = self.qkv(x).split((self.width, 2 * self.width), dim=-1)
+        own, kept = project(self.qkv, x).split((self.width, 2 * self.width), dim=-1)
         return own, kept
 
     def pair(self, own: Tensor, window: Tensor, positions: Tensor, offsets: tuple[int, ...]) -> Tensor:
@@ -71,7 +71,7 @@ class LocalAttention(Control):
         # A block is a row of the batch: torch's fused kernels take four dimensions, and its compiler fails on five.
         q, k, v, mask = (t.flatten(0, 1) for t in (*heads, visible))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).unflatten(0, queries.shape[:2])
-        return self.project(mixed.transpose(2, 3).flatten(3).flatten(1, 2)[:, :length])
+        return project(self.project, mixed.transpose(2, 3).flatten(3).flatten(1, 2)[:, :length])
 
     def _visible(self, positions: Tensor, span: int, block: int, rest: int) -> Tensor:
         """(B or 1, blocks, 1, block, span + block) bool: keys at most `span` before the query and inside the text."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_input, check_positive
+from ..checks import check_input, check_positive, project
 from ..init import reset_layers
 
 
@@ -39,7 +39,7 @@ class MultiHead(nn.Module):
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, dim) → q, k, v of (B, H, T, dim/H)."""
         check_input(x, self.dim, self.qkv, sequence=True)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = project(self.qkv, x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
     def outputs(self) -> list[Tensor]:
@@ -48,4 +48,4 @@ class MultiHead(nn.Module):
 
     def merge(self, y: Tensor) -> Tensor:
         """(B, H, T, dim/H) → (B, T, dim), projected."""
-        return self.out_proj(y.transpose(1, 2).flatten(2))
+        return project(self.out_proj, y.transpose(1, 2).flatten(2))

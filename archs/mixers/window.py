@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_input, check_positive
+from ..checks import check_input, check_positive, project
 from ..init import reset_layers
 from .grassmann import blended, mean_coordinates
 
@@ -71,11 +71,11 @@ class WindowGrassmannMixer(nn.Module):
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         elif mask.shape != x.shape[:2] or mask.dtype != torch.bool:
             raise ValueError(f"mask must be bool {tuple(x.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
-        z = self.reduce(x).unflatten(-1, (self.num_heads, -1))
+        z = project(self.reduce, x).unflatten(-1, (self.num_heads, -1))
         times = self._times(x.shape[1], x.device) * self._neighbours(mask)
         others = self._neighbours(z).movedim(-1, -2)
         coordinates = mean_coordinates(z, others, times[:, :, None], self.eps).flatten(2).to(x.dtype)
-        g = self.plucker(coordinates) * times.any(-1, keepdim=True)
+        g = project(self.plucker, coordinates) * times.any(-1, keepdim=True)
         return blended(x, g, self.gate, self.backend)
 
     def _neighbours(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import grassland.archs.mixers.grassmann as grassmann
 from grassland.archs import CausalAttention, CausalGrassmannMixer, create_model
+from grassland.kernels import dispatch, products
 
 SIZES = {"vocab_size": 31, "max_len": 24, "dim": 16, "depth": 2, "ffn_dim": 24}
 MIXERS = {
@@ -256,6 +257,38 @@ def test_half_precision_decoding_follows_the_full_pass(mixer):
     steps = torch.stack([model.decode(ids[:, t : t + 1], state) for t in range(4, 12)], dim=1).double()
     error, bound = (steps - exact[:, 4:]).abs().max(), (full - exact).abs().max()
     assert error <= 2 * bound
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("head", ["tied", "linear", "cosine"])
+def test_large_products_are_those_of_torch(mixer, head, monkeypatch):
+    """Layers as wide as products of our own begin, in decoding, evaluation and training."""
+    model = tiny(mixer, torch.float32, std=0.08, dim=192, ffn_dim=256, vocab_size=200, head=head)
+    ids = tokens(3, 21)
+    calls, multiply = [], products._multiply
+    monkeypatch.setattr(products, "_multiply", lambda *given: calls.append(1) or multiply(*given))
+    monkeypatch.setattr(products, "LARGE_PRODUCT", 0)
+
+    def results():
+        model.zero_grad()
+        loss = model(ids[:, :-1], labels=ids[:, 1:])
+        loss.backward()
+        with torch.no_grad():
+            logits = model(ids)
+        return (
+            model.generate(ids[:, :4], 9, temperature=0),
+            logits,
+            *(p.grad for p in model.parameters()),
+            loss.detach(),
+        )
+
+    found = results()
+    assert calls or dispatch.extension_error()
+    calls.clear()
+    monkeypatch.setenv("GRASSLAND_BACKEND", "eager")
+    for ours, theirs in zip(found, results(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+    assert not calls
 
 
 def test_a_copy_is_tied_to_itself():

@@ -11,7 +11,7 @@ import torch
 
 from grassland.kernels import dispatch
 
-FILES = [str(Path(__file__).with_name(name)) for name in ("test_ops.py", "test_products.py")]
+FILES = [str(Path(__file__).with_name(name)) for name in ("test_ops.py", "test_products.py", "test_linear.py")]
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="one vector unit on this processor")
