@@ -139,14 +139,12 @@ class Opaque:
 
 def unobserved(args: tuple) -> bool:
     """Whether no derivative is recorded, nothing traces, and the tensors among them hold numbers of their own."""
-    return not torch.is_grad_enabled() and untraced(args)
+    return not torch.is_grad_enabled() and untraced() and bare(args)
 
 
-def untraced(args: tuple) -> bool:
-    """Whether nothing traces, and the tensors among them hold numbers of their own."""
-    if torch.compiler.is_compiling() or _C._len_torch_dispatch_stack() or _C._is_tracing():
-        return False
-    return bare(args)
+def untraced() -> bool:
+    """Whether nothing traces, and no mode listens."""
+    return not (torch.compiler.is_compiling() or _C._len_torch_dispatch_stack() or _C._is_tracing())
 
 
 def bare(args: tuple) -> bool:

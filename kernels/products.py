@@ -33,8 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     For the few rows of decoding, where no derivative is recorded, they read the weight two to seven times as fast; in
     training float32 is multiplied so where that is faster than PyTorch, which is on processors not of Intel's.
     """
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    if not (x.is_cpu and dispatch.untraced(tensors) and _fits(x, weight, bias)):
+    if not (x.is_cpu and dispatch.untraced() and weight.numel() >= LARGE and _fits(x, weight, bias)):
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return _multiply(x, weight, bias)
@@ -46,14 +45,14 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the C++ product takes these, and nobody asks for another; F.linear knows what to say of what is wrong."""
     dtype = x.dtype
     return (
-        weight.numel() >= LARGE
-        and (dtype == torch.float32 or dtype == torch.bfloat16)
+        (dtype == torch.float32 or dtype == torch.bfloat16)
         and weight.dtype == dtype
         and x.dim() > 0
         and x.numel() > 0
         and weight.dim() == 2
         and weight.shape[1] == x.shape[-1]
         and (bias is None or (bias.dtype == dtype and bias.shape == weight.shape[:1] and bias.stride(0) == 1))
+        and dispatch.bare((x, weight) if bias is None else (x, weight, bias))
         and dispatch.requested(None) in ("", "cpp")
         and autocast_dtype("cpu") is None
         and dispatch.extension_error() is None
@@ -86,7 +85,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), needed = ctx.saved_tensors, ctx.needs_input_grad
-        if torch.is_grad_enabled() or not dispatch.untraced((grad, x, weight)):
+        if torch.is_grad_enabled() or not (dispatch.untraced() and dispatch.bare((grad, x, weight))):
             multiply, outer = torch.matmul, lambda g, x: g.mT @ x
         else:
             multiply, outer = lambda g, w: _multiply(g, w.mT, None), torch.ops.grassland_cpp.linear_weight_backward

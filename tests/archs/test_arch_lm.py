@@ -274,13 +274,8 @@ def test_large_products_are_those_of_torch(mixer, head, monkeypatch):
         loss = model(ids[:, :-1], labels=ids[:, 1:])
         loss.backward()
         with torch.no_grad():
-            logits = model(ids)
-        return (
-            model.generate(ids[:, :4], 9, temperature=0),
-            logits,
-            *(p.grad for p in model.parameters()),
-            loss.detach(),
-        )
+            logits, written = model(ids), model.generate(ids[:, :4], 9, temperature=0)
+        return loss.detach(), logits, written, *(p.grad for p in model.parameters())
 
     found = results()
     assert calls or dispatch.extension_error()
