@@ -35,6 +35,11 @@ def wikitext2_cpu() -> list[Comparison]:
     controls = {**WIKITEXT, "model": "grassmann_lm_6l", "set": (*SIZES, "norm=pre", "rank=16")}
     streams = {**WIKITEXT, "model": "kromhc_lm_6l", "optimizer": "muon", "weight_decay": 0.1}
     streams |= {"set": (*SIZES, "num_heads=2"), "steps": 200, "warmup": 20, "eval_every": 50}
+    longer = {"transformer, scaled init": {"model": "transformer_lm_6l", "set": ("scaled_init=True",)}}
+    mixers = {
+        name: {"model": "grassmann_lm_6l", "set": (*arm["set"], "rank=16")} for name, arm in arms.mixers().items()
+    }
+    longer |= {name: arm for name, arm in mixers.items() if name != "concatenation"}
     gpt2 = LMConfig(**{**WIKITEXT, "model": "hf/gpt2", "set": arms.gpt2(128, dropout=0.0)})
     plans = {
         "paper-6l": ("6 layers, 128 tokens, post-norm", arms.texts(arms.papers_models(6, rank=16), **paper)),
@@ -47,14 +52,24 @@ def wikitext2_cpu() -> list[Comparison]:
             {**arms.texts(arms.tuned_models(rank=16), **tuned), arms.GPT2: gpt2},
         ),
         "controls": ("6 layers: Grassmann mixer and controls", arms.texts(arms.mixers(), **controls)),
+        "longer": (
+            "6 layers, five times as long",
+            arms.texts(longer, **{**tuned, "steps": 1500, "warmup": 150, "eval_every": 375}),
+        ),
         "residuals": ("6 layers, Muon: residuals", arms.texts(arms.residual_streams(), **streams)),
     }
     lrs = {"paper-6l": (3e-4, 1e-3, 3e-3), "paper-12l": (3e-4, 1e-3, 3e-3), "residuals": (5e-3, 1e-2, 2e-2)}
-    note = "Sized for two CPU cores: a tenth of an epoch or less, validation on the first 65,536 tokens of its split."
+    # The best of every arm in the shorter runs
+    lrs["longer"] = (3e-3,)
+    note = "Sized for two CPU cores: {}, validation on the first 65,536 tokens of its split."
+    size = {"longer": "half an epoch at the rate that was best for all arms in shorter runs"}
     return [
-        Comparison(f"wikitext2-cpu-{name}", f"WikiText-2, {title}, width 128", runs, lrs.get(name, LRS), note=note)
+        Comparison(
+            f"wikitext2-cpu-{name}", f"WikiText-2, {title}, width 128", runs, lrs.get(name, LRS),
+            note=note.format(size.get(name, "a tenth of an epoch or less")),
+        )
         for name, (title, runs) in plans.items()
-    ]
+    ]  # fmt: skip
 
 
 def cifar10_cpu() -> list[Comparison]:
