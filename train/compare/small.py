@@ -35,11 +35,9 @@ def wikitext2_cpu() -> list[Comparison]:
     controls = {**WIKITEXT, "model": "grassmann_lm_6l", "set": (*SIZES, "norm=pre", "rank=16")}
     streams = {**WIKITEXT, "model": "kromhc_lm_6l", "optimizer": "muon", "weight_decay": 0.1}
     streams |= {"set": (*SIZES, "num_heads=2"), "steps": 200, "warmup": 20, "eval_every": 50}
-    longer = {"transformer, scaled init": {"model": "transformer_lm_6l", "set": ("scaled_init=True",)}}
-    mixers = {
-        name: {"model": "grassmann_lm_6l", "set": (*arm["set"], "rank=16")} for name, arm in arms.mixers().items()
-    }
-    longer |= {name: arm for name, arm in mixers.items() if name != "concatenation"}
+    longer: arms.Arms = {"transformer, scaled init": {"model": "transformer_lm_6l", "set": ("scaled_init=True",)}}
+    for mixer in ("grassmann", "convolution", "hadamard", "local_attention"):
+        longer[mixer] = {"model": "grassmann_lm_6l", "set": (f"mixer={mixer}", "rank=16")}
     gpt2 = LMConfig(**{**WIKITEXT, "model": "hf/gpt2", "set": arms.gpt2(128, dropout=0.0)})
     plans = {
         "paper-6l": ("6 layers, 128 tokens, post-norm", arms.texts(arms.papers_models(6, rank=16), **paper)),
