@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..kernels.launch import autocast_dtype
 from ..kernels.products import linear
@@ -71,7 +72,9 @@ def is_plain(layer: nn.Module) -> bool:
 
 def project(layer: Any, x: Tensor) -> Tensor:
     """layer(x), of a plain Linear by the product that is fastest."""
-    return linear(x, layer.weight, layer.bias) if is_plain(layer) else layer(x)
+    if is_plain(layer) and not _has_any_global_hook():
+        return linear(x, layer.weight, layer.bias)
+    return layer(x)
 
 
 def first_rows(embedding: Any, length: int, device: torch.device) -> Tensor:

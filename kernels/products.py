@@ -1,4 +1,4 @@
-"""Matrix products: those of half matrices that must not lose what a half dtype cannot hold, and those of decoding."""
+"""Matrix products: of half matrices, which must not lose what a half dtype cannot hold, and of linear layers."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`. On a CPU, where one of these is large, by the products that the kernels are made of.
+    """`F.linear`, with a large weight on a CPU by the products that the kernels are made of.
 
-    For the few rows of decoding, where no derivative is recorded, they read the weight two to seven times as fast; in
-    training float32 is multiplied so where that is faster than PyTorch, which is on processors not of Intel's.
+    Where no derivative is recorded these read it two to seven times as fast for the few rows of decoding. Elsewhere
+    they multiply float32 on processors for which they are faster than PyTorch, those that Intel has not made.
     """
     if not (x.is_cpu and dispatch.untraced() and weight.numel() >= LARGE and _fits(x, weight, bias)):
         return F.linear(x, weight, bias)

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.modules.module import register_module_forward_hook
 
 import grassland.archs.mixers.grassmann as grassmann
 from grassland.archs import CausalAttention, CausalGrassmannMixer, create_model
@@ -284,6 +285,17 @@ def test_large_products_are_those_of_torch(mixer, head, monkeypatch):
     for ours, theirs in zip(found, results(), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
     assert not calls
+
+
+def test_hooks_of_all_modules_see_every_linear_layer():
+    model, seen = tiny("attention"), []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        model(tokens(1, 5))
+    finally:
+        handle.remove()
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(layers) == 8 and all(layer in seen for layer in layers)
 
 
 def test_a_copy_is_tied_to_itself():
