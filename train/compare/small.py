@@ -58,8 +58,12 @@ def wikitext2_cpu() -> list[Comparison]:
         ),
         "residuals": ("6 layers, Muon: residuals", arms.texts(arms.residual_streams(), **streams)),
     }
-    lrs = {"paper-6l": (3e-4, 1e-3, 3e-3), "paper-12l": (3e-4, 1e-3, 3e-3), "residuals": (5e-3, 1e-2, 2e-2)}
-    lrs |= {"longer": (3e-3,)}  # the best of every arm in the shorter runs
+    lrs = {
+        "paper-6l": (3e-4, 1e-3, 3e-3),
+        "paper-12l": (3e-4, 1e-3, 3e-3),
+        "longer": (3e-3,),  # what was best, or next to it, for every arm in the shorter runs
+        "residuals": (5e-3, 1e-2, 2e-2),
+    }
     note = "Sized for two CPU cores: {}, validation on the first 65,536 tokens of its split."
     size = {"longer": "half an epoch at the rate that was best for all arms in shorter runs"}
     return [
